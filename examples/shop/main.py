@@ -1,5 +1,5 @@
 "The demo shop: three tenants, five background jobs, and a page to watch them. Run it with `python examples/shop/main.py`."
-import secrets
+import secrets, socket
 from contextlib import contextmanager
 from functools import cache
 from urllib.parse import urlsplit
@@ -16,7 +16,8 @@ from sample_data import EXPECTED, write_products
 from shops import DATA, FEED, PORT, PRODUCTS, SCHEMA, SHOPS, URL, shop_file
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-TASKS = dict(product_import=dict(path=PRODUCTS), order_import={}, product_export={}, test_run={}, code_quality_scan={})
+# Each task with its arguments and options. A marketplace that is often busy is no reason to give up, and a wait it asked for counts as an attempt.
+TASKS = dict(product_import=dict(path=PRODUCTS), order_import=dict(max_retries=8), product_export={}, test_run={}, code_quality_scan={})
 
 @cache
 def host(): return HostDatabase(f"sqlite:///{DATA/'host.db'}")
@@ -97,11 +98,18 @@ def prepare():
             for sql in SCHEMA: db.q(sql)
             db.conn.commit()
 
+def listen():
+    "The socket to serve, taken before any job runs: a second shop on the same port does nothing"
+    if not (PORT.isascii() and PORT.isdecimal() and 0 < int(PORT) < 65536): raise SystemExit(f"PORT={PORT!r} is not a port: use a number from 1 to 65535")
+    try: return socket.create_server(('127.0.0.1', int(PORT)))
+    except OSError as e: raise SystemExit(f"Port {PORT} cannot be used: {e.strerror}. Set PORT to another") from None
+
 def main():
-    if not (PORT.isdecimal() and 0 < int(PORT) < 65536): raise SystemExit(f"PORT={PORT!r} is not a port: use a number from 1 to 65535")
-    prepare()
-    Runner(host(), Settings(lease=10)).attach(app)
-    print(f"The shop is at {URL}", flush=True)
-    uvicorn.run(app, host='127.0.0.1', port=int(PORT), log_level='warning', timeout_graceful_shutdown=3)
+    with listen() as sock:
+        try: prepare()
+        except OSError as e: raise SystemExit(f"The data folder {DATA} cannot be used: {e.strerror}. Set FH_SAAS_DATA to another") from None
+        Runner(host(), Settings(lease=10)).attach(app)
+        print(f"The shop is at {URL}", flush=True)
+        uvicorn.Server(uvicorn.Config(app, log_level='warning', timeout_graceful_shutdown=3)).run(sockets=[sock])
 
 if __name__ == '__main__': main()

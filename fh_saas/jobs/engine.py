@@ -82,7 +82,7 @@ def settle(future, result=None, error=None):
     try: future.set_result(result) if error is None else future.set_exception(error)
     except InvalidStateError: return
 
-# %% ../../nbs/jobs/08_engine.ipynb #aab77b86
+# %% ../../nbs/jobs/08_engine.ipynb #f60a6180
 class _Desk:
     "What the engine knows about one database"
     def __init__(self, store):
@@ -95,7 +95,7 @@ class Engine:
         self.worker = f'{socket.gethostname()}:{self.pid}:{gen_id()[-8:]}'
         self.jobs, self.house = Pool(self.settings.concurrency, 'fh_saas-job'), Pool(8, 'fh_saas-house')
         self.stale, self.stopping, self.closed = 0, False, False
-        self._desks, self._lock, self._wake = {}, threading.RLock(), threading.Condition()
+        self._stores, self._desks, self._lock, self._wake = {}, {}, threading.RLock(), threading.Condition()
         self._gates, self._handles, self._hungry, self._asyncs, self._waiting, self._running, self._loop = {}, {}, [], set(), set(), False, None
 
     def __repr__(self): return f'Engine({self.worker}, {len(self._desks)} databases, {self.load} jobs in hand)'
@@ -111,14 +111,12 @@ class Engine:
         if u.get_backend_name() == 'sqlite' and not u.database.startswith('file:'): u = u.set(database=str(Path(u.database).resolve()))
         with self._lock: gate = self._gates.setdefault((u, table), threading.Lock())
         with gate:  # one gate per database: opening one that is locked keeps nobody else waiting
-            if (u, table) not in self._desks:
-                desk = _Desk(open_store(u, table, self.settings.synchronous, self.settings.busy, tenant))
-                with self._lock: self._desks[u, table] = desk
-            return self._desks[u, table].store
+            if (u, table) not in self._stores:
+                store = open_store(u, table, self.settings.synchronous, self.settings.busy, tenant)
+                with self._lock: self._stores[u, table], self._desks[store] = store, _Desk(store)
+            return self._stores[u, table]
 
-    def _desk(self, store): return self._desks[store.url, store.t.jobs.name]
-
-# %% ../../nbs/jobs/08_engine.ipynb #1afacffa
+# %% ../../nbs/jobs/08_engine.ipynb #dc4073d8
 @patch
 def _take(self:Engine, store, row, func=None) -> Attempt:
     "The attempt for a claimed row; from here on its lease is renewed"
@@ -126,7 +124,7 @@ def _take(self:Engine, store, row, func=None) -> Attempt:
     func = func or self._handles.get((store, row['id']))
     a = Attempt(store, row, task or Task(func, row['task']), func)
     a.lease_until = time.monotonic() + self.settings.lease
-    with self._lock: self._desk(store).live[a.key] = a
+    with self._lock: a.desk = self._desks[store]; a.desk.live[a.key] = a
     self._start()
     return a
 
@@ -144,7 +142,7 @@ def _record(self:Engine, a:Attempt, o:Outcome) -> Outcome: # None if the claim w
                 time.sleep(wait)
                 wait = min(2.0, wait*2)
     finally:
-        with self._lock: self._desk(a.store).live.pop(a.key, None)
+        with self._lock: a.desk.live.pop(a.key, None)
     if not written:
         self.stale += 1
         log.warning('%s: its outcome %r was dropped: the job is not its own any more', a, o.kind)
@@ -209,35 +207,38 @@ async def _arun(self:Engine, a):
     a.ctx.async_task = None
     await asyncio.shield(asyncio.wrap_future(self.house.submit(self._record, a, o)))
 
-# %% ../../nbs/jobs/08_engine.ipynb #d694db3d
+# %% ../../nbs/jobs/08_engine.ipynb #ef89d2d2
 @patch
 def attend(self:Engine,
     store:Store, # From `Engine.store`
     delay:float=0, # Seconds until it is looked at, unless it is due sooner
 ):
     "Look after a database: run what is due there, now and from then on"
-    if self.stopping: return
-    desk, at = self._desk(store), time.monotonic() + delay
+    desk, at = self._desks.get(store), time.monotonic() + delay
+    if self.stopping or desk is None: return
     with self._wake:
-        if desk.due is None or at < desk.due: desk.due = at
         if delay <= self.settings.poll: desk.quiet = 0.0
-        self._wake.notify()
+        if desk.due is None or at < desk.due:
+            desk.due = at
+            self._wake.notify()
     self._start()
 
 @patch
 def forget(self:Engine, store:Store):
     "Look after a database no longer, and close it"
-    with self._lock: self._desks.pop((store.url, store.t.jobs.name), None)
+    with self._lock:
+        self._desks.pop(store, None)
+        self._stores.pop((store.url, store.t.jobs.name), None)
     store.close()
 
 @patch
 def pause(self:Engine, store:Store, paused:bool=True):
     "Start nothing from a database until it is resumed; what runs goes on"
-    self._desk(store).paused = paused
+    self._desks[store].paused = paused
     if not paused: self.attend(store)
 
 @patch
-def is_paused(self:Engine, store:Store) -> bool: return self._desk(store).paused
+def is_paused(self:Engine, store:Store) -> bool: return self._desks[store].paused
 
 @patch
 def _start(self:Engine):
@@ -371,7 +372,7 @@ def use_loop(self:Engine, loop):
     "Run async tasks in the app's own loop, where its clients and pools live"
     with self._lock: self._loop = loop
 
-# %% ../../nbs/jobs/08_engine.ipynb #f4ba6352
+# %% ../../nbs/jobs/08_engine.ipynb #8e0246a4
 @patch
 def stop(self:Engine, grace:float=None):
     "Claim nothing more, let running jobs end, release the rest; can be called from any thread, more than once"
@@ -396,7 +397,7 @@ def _release(self:Engine, a):
     try:
         if a.store.finish(a.row, Outcome('release', error='released while the process was shutting down')): log.warning('%s: released at shutdown', a)
     except FhSaasError as e: log.error('%s: could not be released at shutdown, its lease will run out: %s', a, e)
-    with self._lock: self._desk(a.store).live.pop(a.key, None)
+    with self._lock: a.desk.live.pop(a.key, None)
 
 # %% ../../nbs/jobs/08_engine.ipynb #b9a2da7b
 _default, _default_lock = None, threading.Lock()

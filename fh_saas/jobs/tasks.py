@@ -47,7 +47,7 @@ class Task:
             raise BadPayload(f"task {self.name!r}: {e}; it takes ({takes})") from None
         return {**payload, **extra}
 
-# %% ../../nbs/jobs/06_tasks.ipynb #57e75a94
+# %% ../../nbs/jobs/06_tasks.ipynb #c7e5f708
 class TaskNameTaken(FhSaasError, ValueError): "Another function has that name."
 class NoTaskName(FhSaasError, ValueError): "The callable has no name of its own."
 
@@ -87,8 +87,9 @@ class Registry:
 
     def file_under(self, job_type:str, name:str):
         "Rows of 0.9.14 that name no task: let those of `job_type` mean the task `name`, unless two tasks claim it"
+        if self._types.get(job_type, '') in (name, None): return
         with self._lock:
-            if self._types.setdefault(job_type, name) not in (name, None): self._types[job_type] = None
+            self._types[job_type] = None if job_type in self._types else name
             self._refresh()
 
     def _refresh(self): self._names = tuple(sorted(self._tasks)), tuple(sorted({*self._tasks, *(t for t, n in self._types.items() if n)}))

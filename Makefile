@@ -1,0 +1,48 @@
+# `make demo` and `make test` do all the set-up by themselves, on a machine with Python 3.11 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := pyproject.toml settings.ini setup.py
+
+.PHONY: demo test bench soak export readme dist clean
+
+demo: .venv/demo
+	@$(BIN)/python examples/shop/main.py
+
+test: .venv/test
+	$(BIN)/python tools/check_exports.py
+	$(BIN)/nbdev-test
+	$(BIN)/python -m pytest
+
+bench: .venv/test  ## measurements: minutes, and never a part of the tests
+	$(BIN)/python benchmarks/first_figures.py
+
+soak: .venv/test  ## the long variants of the fault tests
+	$(BIN)/python -m pytest tests/soak_*.py
+
+export: .venv/test  ## after editing notebooks: modules, outputs, README, llms.txt
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-test --save
+	$(BIN)/nbdev-clean
+	$(MAKE) readme
+
+readme: .venv/test
+	$(BIN)/python tools/check_exports.py --write-readme
+
+dist: .venv/test  ## wheel and sdist, each installed into an empty environment
+	$(BIN)/python tools/check_dist.py
+
+clean:
+	rm -rf .venv build dist *.egg-info _docs _proc
+
+.venv/python: 
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "fh_saas needs Python 3.11 or newer; this is `$(PYTHON) --version`. Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/demo: .venv/python $(SOURCES)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[demo]'
+	@touch $@
+
+.venv/test: .venv/python $(SOURCES)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,test,demo,postgres]'
+	@touch $@ .venv/demo

@@ -1,0 +1,586 @@
+"One contract, two databases: every statement of the store does the same on SQLite and on PostgreSQL."
+import sqlite3, threading, time
+from concurrent.futures import ThreadPoolExecutor
+import pytest
+import sqlalchemy as sa
+from fastsql.core import NotFoundError
+from fh_saas.db_connect import (DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, InvalidDatabaseURL,
+    NewerDatabase, UnsupportedDatabase, open_engine, write_meta, writing)
+from fh_saas.db_host import gen_id, seconds, timestamp
+from fh_saas.jobs.model import ensure_tables
+from fh_saas.jobs.payload import describe
+from fh_saas.jobs.states import Outcome
+from fh_saas.jobs.store import JobNotFound, max_lease, open_store
+from conftest import wait_until
+
+hostile = ["' OR '1'='1", "x'; DROP TABLE tenant_jobs; --", '%', '_', '\\', '"', ':a', '%s', '%(id)s', '?', '$1', '\x00', 'a\x00b', '\ud800', 'é\u202e日本', '', 'x'*10_000]
+
+def add(store, delay=0, **job): return store.add(dict(id=gen_id(), job_type='t', task='t', max_retries=3) | job, delay)
+def add_ids(store, *ids, **job): return [add(store, id=i, **job) for i in ids]
+def claim(store, n=10, names=('t',), old=('t',), worker='w', lease=30, token=None): return store.claim(names, old, token or gen_id(), worker, lease, n)
+def claimed(store, *args, **kw): return [r['id'] for r in claim(store, *args, **kw)]
+def later(s): return timestamp(time.time() + s)
+
+def sql(store, text, **params):
+    with writing(store.engine) as conn:
+        r = conn.execute(sa.text(text), params)
+        return r.fetchall() if r.returns_rows else r.rowcount
+
+def together(n, f):
+    "Results of `f(0) … f(n-1)`, begun at the same moment; an exception is a result"
+    start = threading.Barrier(n)
+    def one(i):
+        start.wait()
+        try: return f(i)
+        except Exception as e: return e
+    with ThreadPoolExecutor(n) as pool: return list(pool.map(one, range(n)))
+
+def ok(results):
+    if bad := [r for r in results if isinstance(r, Exception)]: raise bad[0]
+    return results
+
+# --- Rows
+
+def test_an_added_job_is_read_back_as_it_was_written(store):
+    before = time.time()
+    row = add(store, id='a', payload='{"x":"é日本🚀"}', triggered_by='api', queue='slow', priority=4, timeout=7)
+    got = store.get('a')
+    assert {k: got[k] for k in row} == row and got['payload'] == '{"x":"é日本🚀"}' and got['status'] == 'pending'
+    assert (got['retry_count'], got['attempt'], got['claim_token'], got['completed_at'], got['result']) == (0, 0, None, None, None)
+    assert before - 1 < seconds(got['created_at']) < time.time() + 1 and got['run_at'] == got['created_at']
+
+def test_defaults_of_a_row(store):
+    got = store.get(add(store)['id'])
+    assert (got['queue'], got['priority'], got['progress_percent'], got['details']) == ('default', 2, None, None)
+
+@pytest.mark.parametrize('bad', hostile + [None, 7, b'x', ['a']])
+def test_an_unknown_id_is_a_typed_not_found(store, bad):
+    add(store, id='a')
+    with pytest.raises(JobNotFound, match='tenant_jobs') as e: store.get(bad)
+    assert isinstance(e.value, NotFoundError) and len(str(e.value)) < 300
+
+def test_hostile_ids_are_only_ids(store):
+    ids = [h for h in hostile if h and '\x00' not in h and '\ud800' not in h]
+    add_ids(store, *ids)
+    assert [store.get(i)['id'] for i in ids] == ids
+    assert {store.claim_one(i, gen_id(), 'w', 30)['id'] for i in ids} == set(ids)
+
+def test_list_is_newest_first(store):
+    ids = [gen_id() for _ in range(5)]
+    add_ids(store, *ids)
+    sql(store, 'UPDATE tenant_jobs SET created_at = :at WHERE id IN (:a, :b)', at=later(-60), a=ids[4], b=ids[3])
+    assert [r['id'] for r in store.list()] == [ids[2], ids[1], ids[0], ids[4], ids[3]]
+
+@pytest.mark.parametrize('limit,n', [(0, 0), (1, 1), (3, 3), (5, 5), (100, 5), (None, 5)])
+def test_list_has_a_limit(store, limit, n):
+    add_ids(store, *'abcde')
+    assert len(store.list(limit)) == n
+
+def test_the_default_limit_is_100(store):
+    def many(cur, now): [cur.execute(f"INSERT INTO tenant_jobs (id, job_type, status, created_at) VALUES ('{i}', 't', 'pending', '{timestamp(now)}')") for i in range(103)]
+    store.write(many)
+    assert len(store.list()) == 100 and len(store.list(None)) == 103
+
+@pytest.mark.parametrize('text', hostile)
+def test_filters_are_bound(store, text):
+    add_ids(store, 'a', 'b')
+    assert store.list(job_type=text) == store.list(status=text) == store.list(job_type=text, status=text) == []
+    assert len(store.list()) == 2
+
+def test_filters_are_joined_by_and(store):
+    add(store, id='a', job_type='x'); add(store, id='b', job_type='y'); add(store, id='c', job_type='x')
+    store.claim_one('a', 'tok', 'w', 30)
+    assert [[r['id'] for r in store.list(**f)] for f in (dict(job_type='x'), dict(status='pending'), dict(job_type='x', status='pending'))] == [['c', 'a'], ['c', 'b'], ['c']]
+
+# --- Claim
+
+def test_claims_go_by_priority_then_run_at_then_id(store):
+    early, late = later(-60), later(-30)
+    for i, p, at in (('d', 2, late), ('c', 2, early), ('b', 2, early), ('a', 1, early), ('e', 4, late), ('f', 3, late)): add(store, id=i, priority=p, run_at=at)
+    assert [claimed(store, 1) for _ in range(7)] == [['e'], ['f'], ['b'], ['c'], ['d'], ['a'], []]
+
+def test_a_claim_returns_its_rows_in_that_order_too(store):
+    for i, p in zip('abcd', (1, 3, 2, 4)): add(store, id=i, priority=p)
+    assert claimed(store, 3) == ['d', 'b', 'c'] and claimed(store, 3) == ['a']
+
+def test_a_claim_moves_to_running(store):
+    add(store, id='a', payload='{"x":1}')
+    (row,) = claim(store, token='tok', worker='me', lease=20)
+    got = store.get('a')
+    assert {k: got[k] for k in row} == row
+    assert (got['status'], got['attempt'], got['claim_token'], got['worker'], got['retry_count']) == ('running', 1, 'tok', 'me', 0)
+    assert abs(seconds(got['started_at']) - time.time()) < 2 and abs(seconds(got['lease_until']) - time.time() - 20) < 2
+
+def test_a_job_that_is_not_due_is_not_claimed(store):
+    add(store, id='a', run_at=later(60)); add(store, 60, id='b'); add(store, id='c')
+    assert claimed(store) == ['c'] and claimed(store) == []
+
+def test_a_job_without_run_at_is_due(store):
+    add(store, id='a')
+    sql(store, 'UPDATE tenant_jobs SET run_at = NULL')
+    assert store.next_due(('t',), ())[0] <= 0 and claimed(store) == ['a']
+
+def test_only_registered_names_are_claimed(store):
+    for i, t in zip('abc', ('t', 'u', 'T')): add(store, id=i, task=t)
+    assert claimed(store, names=()) == [] and claimed(store, names=('t',)) == ['a'] and claimed(store, names=('t', 'u')) == ['b']
+    assert store.get('c')['status'] == 'pending' and store.get('c')['attempt'] == 0
+
+@pytest.mark.parametrize('name', [h for h in hostile if h and '\x00' not in h and '\ud800' not in h])
+def test_names_are_bound(store, name):
+    add(store, id='a'); add(store, id='b', task=name)
+    assert claimed(store, names=(name,), old=(name,)) == ['b']
+
+def test_a_row_without_a_task_is_found_through_its_old_job_type(store):
+    add(store, id='a', task=None, job_type='sync'); add(store, id='b', task='other', job_type='sync'); add(store, id='c', task=None, job_type='t')
+    assert store.next_due(('t',), ())[0] is None
+    assert claimed(store, names=('t',), old=()) == [] and claimed(store, names=('t',), old=('sync',)) == ['a']
+
+def test_claim_one_takes_its_job_whatever_run_at(store):
+    add(store, id='a', run_at=later(3600), task='unknown'); add(store, id='b')
+    assert store.claim_one('a', 'tok', 'w', 30)['claim_token'] == 'tok'
+    assert store.get('b')['status'] == 'pending'
+
+def test_claim_one_takes_only_a_pending_job(store):
+    add(store, id='a')
+    assert store.claim_one('nope', 'tok', 'w', 30) is None and store.claim_one('a', 'one', 'w', 30)
+    assert store.claim_one('a', 'two', 'w', 30) is None and store.get('a')['claim_token'] == 'one'
+    store.finish(store.get('a'), Outcome('completed'))
+    assert store.claim_one('a', 'two', 'w', 30) is None
+
+def test_each_job_is_claimed_exactly_once_by_many_threads(store):
+    ids = [gen_id() for _ in range(200)]
+    def many(cur, now): [cur.execute(f"INSERT INTO tenant_jobs (id, job_type, status, task, created_at) VALUES ('{i}', 't', 'pending', 't', '{timestamp(now)}')") for i in ids]
+    store.write(many)
+    others = [open_store(store.url) for _ in range(3)]
+    def work(i):
+        mine, s = [], [store, *others][i%4]
+        while rows := claim(s, 5, worker=f'w{i}'): mine += [(r['id'], f'w{i}') for r in rows]
+        return mine
+    got = dict(pairs := sum(ok(together(12, work)), []))
+    # a claim that met only rows which others hold may have come back empty on PostgreSQL: the rest is left for the next
+    pairs += [(i, 'w') for s in others[:1] for _ in range(41) for i in claimed(s, 5)]
+    for s in others: s.close()
+    assert sorted(i for i, _ in pairs) == sorted(ids)
+    assert all(store.get(i)['worker'] == w and store.get(i)['attempt'] == 1 for i, w in list(got.items())[:20])
+
+def test_one_job_goes_to_one_of_many_claimers(store):
+    add(store, id='a')
+    got = ok(together(16, lambda i: store.claim_one('a', f'tok{i}', 'w', 30)))
+    assert [r['claim_token'] for r in got if r] == [store.get('a')['claim_token']]
+
+# --- Finish
+
+def begun(store, id='a', lease=30, worker='w', **job):
+    add(store, id=id, **job)
+    return store.claim_one(id, gen_id(), worker, lease)
+
+@pytest.mark.parametrize('kind,status,failed,ended', [('completed', 'completed', 0, True), ('completed_with_warnings', 'completed_with_warnings', 0, True),
+    ('failed', 'failed', 1, True), ('cancelled', 'cancelled', 0, True), ('retry', 'pending', 1, False), ('lost', 'pending', 1, False),
+    ('snooze', 'pending', 0, False), ('release', 'pending', 0, False)])
+def test_what_an_outcome_writes(store, kind, status, failed, ended):
+    row = begun(store)
+    assert store.finish(row, Outcome(kind, result='[1]' if ended else None, error='why', log='the trace', delay=40)) is True
+    got = store.get('a')
+    assert (got['status'], got['retry_count'], got['error_message'], got['error_log']) == (status, failed, 'why', 'the trace')
+    assert (got['claim_token'], got['lease_until'], got['cancel_requested_at']) == (None, None, None)
+    assert (got['completed_at'] is not None) == ended and got['result'] == ('[1]' if ended else None)
+    if ended: assert abs(seconds(got['completed_at']) - time.time()) < 2 and got['run_at'] == row['run_at']
+    else: assert abs(seconds(got['run_at']) - time.time() - 40) < 2
+    (a,) = store.attempts('a')
+    assert (a['job_id'], a['number'], a['outcome'], a['error'], a['worker'], a['started_at']) == ('a', 1, kind, 'why', 'w', row['started_at'])
+    assert a['ended_at'] >= a['started_at'] and 0 <= a['waited'] < 2
+
+def test_attempts_are_numbered_and_failures_add_up(store):
+    add(store, id='a')
+    for kind in ('retry', 'snooze', 'retry', 'completed'): assert store.finish(store.claim_one('a', gen_id(), 'w', 30), Outcome(kind))
+    assert [(a['number'], a['outcome']) for a in store.attempts('a')] == [(1, 'retry'), (2, 'snooze'), (3, 'retry'), (4, 'completed')]
+    assert store.get('a')['retry_count'] == 2
+
+def test_a_success_keeps_the_last_trace_and_has_no_error(store):
+    add(store, id='a')
+    store.finish(store.claim_one('a', gen_id(), 'w', 30), Outcome('retry', error='why', log='trace'))
+    store.finish(store.claim_one('a', gen_id(), 'w', 30), Outcome('completed', result='0'))
+    got = store.get('a')
+    assert (got['error_log'], got['error_message'], got['result']) == ('trace', None, '0')
+
+def test_the_queue_wait_is_measured_from_the_due_time(store):
+    row = begun(store, run_at=later(-5))
+    sql(store, 'UPDATE tenant_jobs SET created_at = :at', at=later(-500))
+    store.finish(row, Outcome('completed'))
+    assert 4.5 < store.attempts('a')[0]['waited'] < 7
+
+def unchanged(store, id, write):
+    before, parts = store.get(id), (store.attempts(id), store.logs(id))
+    assert not write()
+    assert store.get(id) == before and (store.attempts(id), store.logs(id)) == parts
+
+@pytest.mark.parametrize('kind', ['completed', 'failed', 'retry', 'release'])
+def test_a_finish_with_a_wrong_token_changes_nothing(store, kind):
+    row = begun(store)
+    for token in ('wrong', None, ''): unchanged(store, 'a', lambda: store.finish(row | dict(claim_token=token), Outcome(kind, result='1')))
+
+def test_a_second_finish_changes_nothing(store):
+    row = begun(store)
+    assert store.finish(row, Outcome('completed', result='1'))
+    unchanged(store, 'a', lambda: store.finish(row, Outcome('failed', error='late')))
+
+def test_a_finish_after_the_rescue_changes_nothing(store):
+    row = begun(store, lease=-1)
+    store.rescue()
+    unchanged(store, 'a', lambda: store.finish(row, Outcome('completed', result='1')))
+    store.claim_one('a', gen_id(), 'other', 30)
+    unchanged(store, 'a', lambda: store.finish(row, Outcome('completed', result='1')))
+
+def test_one_of_many_finishes_is_recorded(store):
+    row = begun(store)
+    got = ok(together(12, lambda i: store.finish(row, Outcome('completed', result=str(i)))))
+    assert got.count(True) == 1 and store.get('a')['result'] == str(got.index(True)) and len(store.attempts('a')) == 1
+
+def test_the_last_note_is_written_with_the_finish(store):
+    row = begun(store)
+    assert store.finish(row, Outcome('completed'), store.note(row, (100, 'done'), '{"n":1}', [(1, later(0), 'info', 'hello', None)]))
+    got = store.get('a')
+    assert (got['progress_percent'], got['progress_message'], got['details']) == (100, 'done', '{"n":1}') and store.logs('a')[0]['message'] == 'hello'
+
+def test_neither_note_nor_finish_is_written_without_the_claim(store):
+    row = begun(store) | dict(claim_token='wrong')
+    unchanged(store, 'a', lambda: store.finish(row, Outcome('completed'), store.note(row, (100, 'done'), '{"n":1}', [(1, later(0), 'info', 'hello', None)])))
+
+def test_a_note_keeps_what_it_does_not_say(store):
+    row = begun(store)
+    assert store.write(store.note(row, (10, 'one'), '{"a":1}')) and store.write(store.note(row, (None, 'two'))) and store.write(store.note(row, (0, None)))
+    got = store.get('a')
+    assert (got['progress_percent'], got['progress_message'], got['details'], got['status']) == (0, 'two', '{"a":1}', 'running')
+
+def test_a_note_needs_the_claim(store):
+    row = begun(store)
+    line = [(1, later(0), 'info', 'x', None)]
+    unchanged(store, 'a', lambda: store.write(store.note(row | dict(claim_token='wrong'), (5, 'x'), None, line)))
+    store.finish(row, Outcome('completed'))
+    unchanged(store, 'a', lambda: store.write(store.note(row, (5, 'x'), None, line)))
+
+def test_logs_come_in_order_of_attempt_and_line(store):
+    add(store, id='a')
+    for _ in range(2):
+        row = store.claim_one('a', gen_id(), 'w', 30)
+        store.write(store.note(row, logs=[(n, later(0), 'info', f"{row['attempt']}.{n}", None) for n in (10, 2, 1)]))
+        store.finish(row, Outcome('snooze'))
+    assert [l['message'] for l in store.logs('a')] == ['1.1', '1.2', '1.10', '2.1', '2.2', '2.10']
+
+@pytest.mark.parametrize('text', ['a\x00b', '\ud800 alone', '日本🚀', '\udcff'*50, 'x'*100_000])
+def test_any_error_text_can_be_stored(store, text):
+    line, log = describe(ValueError(text))
+    assert store.finish(begun(store), Outcome('failed', error=line, log=log))
+    got = store.get('a')
+    assert got['error_message'].startswith('ValueError: ') and '\n' not in got['error_message'] and len(got['error_message']) <= 500
+    assert store.attempts('a')[0]['error'] == got['error_message'] and len(got['error_log']) <= 32_000
+
+# --- Heartbeat, rescue, next due
+
+def test_a_heartbeat_renews_and_lists_only_its_own(store):
+    mine, other, gone = begun(store, 'a', 1), begun(store, 'b', 1, 'other'), begun(store, 'c', 1)
+    store.finish(gone, Outcome('completed'))
+    assert store.heartbeat('w', 50) == {('a', mine['claim_token']): False}
+    assert abs(seconds(store.get('a')['lease_until']) - time.time() - 50) < 2
+    assert store.get('b')['lease_until'] == other['lease_until'] and store.get('c')['lease_until'] is None
+
+def test_a_heartbeat_does_not_list_what_was_rescued(store):
+    begun(store, lease=-1)
+    store.rescue()
+    assert store.heartbeat('w', 50) == {} and store.get('a')['lease_until'] is None
+
+def test_a_heartbeat_reads_cancel_requests(store):
+    a, b = begun(store, 'a'), begun(store, 'b')
+    sql(store, "UPDATE tenant_jobs SET cancel_requested_at = :at WHERE id = 'a'", at=later(0))
+    assert store.heartbeat('w', 50) == {('a', a['claim_token']): True, ('b', b['claim_token']): False}
+
+def test_a_live_lease_is_not_rescued(store):
+    begun(store, lease=30)
+    assert store.rescue() == [] and store.get('a')['status'] == 'running'
+
+def test_an_expired_lease_is_rescued_and_the_attempt_counts(store):
+    begun(store, lease=-1, worker='dead')
+    ((row, o),) = store.rescue()
+    got = store.get('a')
+    assert (row['id'], o.kind) == ('a', 'lost') and (got['status'], got['retry_count'], got['claim_token'], got['lease_until']) == ('pending', 1, None, None)
+    assert 'worker_lost' in got['error_message'] and 'dead' in got['error_message'] and store.attempts('a')[0]['outcome'] == 'lost'
+    assert store.rescue() == [] and claimed(store) == ['a'] and store.get('a')['attempt'] == 2
+
+def test_a_running_job_of_0_9_14_gets_its_attempt_back(store):
+    add(store, id='a')
+    sql(store, "UPDATE tenant_jobs SET status = 'running', started_at = :at, task = NULL, run_at = NULL", at=later(-99))
+    ((row, o),) = store.rescue()
+    got = store.get('a')
+    assert o.kind == 'release' and (got['status'], got['retry_count'], got['claim_token']) == ('pending', 0, None) and claimed(store) == ['a']
+
+def test_a_job_of_0_9_14_on_its_last_attempt_is_not_failed_by_the_rescue(store):
+    add(store, id='a', retry_count=2)
+    sql(store, "UPDATE tenant_jobs SET status = 'running', started_at = NULL, task = NULL, run_at = NULL")
+    assert [o.kind for _, o in store.rescue()] == ['release'] and store.get('a')['retry_count'] == 2 and claimed(store) == ['a']
+
+def test_a_lease_further_ahead_than_any_can_be_has_expired(store):
+    begun(store, 'a', max_lease + 60); begun(store, 'b', max_lease - 60)
+    assert store.next_due(('t',), ())[1] <= 0
+    assert [r['id'] for r, _ in store.rescue()] == ['a'] and store.get('b')['status'] == 'running'
+
+def test_a_job_that_loses_its_worker_again_and_again_fails(store):
+    add(store, id='a', max_retries=3)
+    for _ in range(3):
+        store.claim_one('a', gen_id(), 'w', -1)
+        store.rescue()
+    got = store.get('a')
+    assert (got['status'], got['retry_count']) == ('failed', 3) and got['completed_at'] and got['error_message'].startswith('worker_lost')
+    assert [a['outcome'] for a in store.attempts('a')] == ['lost', 'lost', 'failed']
+
+@pytest.mark.parametrize('n', [0, 1, None])
+def test_a_single_attempt_that_is_lost_fails(store, n):
+    begun(store, lease=-1, max_retries=n)
+    assert [o.kind for _, o in store.rescue()] == ['failed'] and store.get('a')['status'] == 'failed'
+
+def test_a_rescue_takes_at_most_n(store):
+    for i in 'abc': begun(store, i, -1)
+    assert [len(store.rescue(2)) for _ in range(3)] == [2, 1, 0]
+
+def test_many_rescuers_rescue_each_job_once(store):
+    for i in range(20): begun(store, f'{i:02}', -1)
+    other = open_store(store.url)
+    got = sum(ok(together(8, lambda i: [store, other][i%2].rescue())), []) + store.rescue()
+    other.close()
+    assert sorted(r['id'] for r, _ in got) == [f'{i:02}' for i in range(20)]
+    assert {r['retry_count'] for r in store.list()} == {1}
+
+def test_next_due_of_nothing(store):
+    assert store.next_due(('t',), ('t',)) == store.next_due((), ()) == (None, None)
+
+def test_next_due_says_when(store):
+    add(store, 40, id='a'); add(store, 20, id='b'); add(store, id='c', task='unknown')
+    due, lease = store.next_due(('t',), ())
+    assert 18 < due <= 20.1 and lease is None
+    begun(store, 'd', 10); begun(store, 'e', 30)
+    due, lease = store.next_due(('t',), ())
+    assert 18 < due <= 20.1 and 8 < lease <= 10.1
+    add(store, id='f', run_at=later(-7))
+    assert -9 < store.next_due(('t',), ())[0] <= -6.9
+    begun(store, 'g', -5)
+    assert store.next_due(('t',), ())[1] < 0
+
+# --- The table's own rules
+
+@pytest.mark.parametrize('change', ["status = 'processing'", "status = ''", "status = 'Pending'", "status = NULL", "status = 'completed'", "status = 'failed'", "status = 'cancelled'",
+    "status = 'completed_with_warnings'", "completed_at = '2026-01-01T00:00:00.000000'", 'progress_percent = 101', 'progress_percent = -1', 'priority = 0', 'priority = 5', 'priority = 9',
+    'priority = NULL', 'job_type = NULL', 'queue = NULL', 'id = NULL'])
+def test_the_table_refuses(store, change):
+    add(store, id='a')
+    before = store.get('a')
+    with pytest.raises(sa.exc.IntegrityError): sql(store, f'UPDATE tenant_jobs SET {change}')
+    assert store.get('a') == before
+
+def test_the_table_refuses_a_bad_new_row(store):
+    for status, ended in (('processing', None), ('completed', None), ('running', later(0))):
+        with pytest.raises(sa.exc.IntegrityError):
+            sql(store, 'INSERT INTO tenant_jobs (id, job_type, status, completed_at) VALUES (:i, :i, :s, :e)', i='a', s=status, e=ended)
+    assert store.list() == []
+
+def test_attempts_and_logs_go_with_their_job(store):
+    row = begun(store)
+    store.finish(row, Outcome('completed'), store.note(row, logs=[(1, later(0), 'info', 'x', None)]))
+    sql(store, 'DELETE FROM tenant_jobs')
+    assert store.attempts('a') == store.logs('a') == []
+
+def test_an_attempt_needs_its_job(store):
+    with pytest.raises(sa.exc.IntegrityError): sql(store, "INSERT INTO tenant_job_attempts (job_id, number) VALUES ('nope', 1)")
+
+# --- Group commit
+
+def in_one_batch(store, ops):
+    "Results of `ops`, called in threads, all of whose writes are waiting when the first is committed"
+    with store._turn, ThreadPoolExecutor(len(ops)) as pool:
+        futures = [pool.submit(op) for op in ops]
+        wait_until(lambda: len(store._queue) == len(ops))
+        store._turn.release()
+        try: return [f.exception() or f.result() for f in futures]
+        finally: store._turn.acquire()
+
+def test_an_op_that_raises_harms_only_itself(store):
+    add(store, id='dup')
+    ids = ['dup' if i%5 == 0 else f'{i:02}' for i in range(20)]
+    got = in_one_batch(store, [lambda i=i: add(store, id=i) for i in ids])
+    assert ['IntegrityError' in (c.__name__ for c in type(g).__mro__) for g in got] == [i == 'dup' for i in ids]
+    assert sorted(r['id'] for r in store.list()) == sorted({*ids})
+
+def test_an_op_that_raises_after_it_wrote_writes_nothing(store):
+    def half(cur, now):
+        cur.execute("INSERT INTO tenant_jobs (id, job_type, status) VALUES ('half', 't', 'pending')")
+        raise RuntimeError('enough')
+    got = in_one_batch(store, [lambda: add(store, id='a'), lambda: store.write(half), lambda: add(store, id='b')])
+    assert [type(g) for g in got] == [dict, RuntimeError, dict] and {r['id'] for r in store.list()} == {'a', 'b'}
+
+def test_many_threads_adding_some_twice(store):
+    ids = [f'{i//2 if i%8 < 2 else 1000+i:04}' for i in range(64)]
+    got = together(16, lambda t: [add_or_error(store, ids[i]) for i in range(t, 64, 16)])
+    flat = sum(ok(got), [])
+    assert sum(isinstance(g, dict) for g in flat) == len({*ids}) == len(store.list(None))
+
+def add_or_error(store, id):
+    try: return add(store, id=id)
+    except Exception as e: return e
+
+def test_what_write_returns_is_committed(store):
+    other = open_store(store.url)
+    for i in range(10):
+        add(store, id=f'{i}')
+        assert other.get(f'{i}')['status'] == 'pending'
+    other.close()
+
+def test_writes_return_their_own_results(store):
+    got = in_one_batch(store, [lambda i=i: store.write(lambda cur, now: i) for i in range(10)])
+    assert got == list(range(10))
+
+def test_forty_threads_write_without_error(store):
+    def work(i):
+        for k in range(10):
+            add(store, id=f'{i}.{k}')
+            assert store.finish(store.claim_one(f'{i}.{k}', gen_id(), 'w', 30), Outcome('completed'))
+    ok(together(40, work))
+    assert len(store.list(None, status='completed')) == 400
+
+def test_a_connection_that_died_is_replaced(new_pg):
+    store = open_store(new_pg())
+    add(store, id='a')
+    pid = sql(store, 'SELECT pg_backend_pid()')[0][0]
+    killer = open_engine(store.url)
+    with writing(killer) as conn: conn.execute(sa.text('SELECT pg_terminate_backend(:p)'), dict(p=pid))
+    killer.dispose()
+    add(store, id='b')
+    assert len(store.list()) == 2
+    store.close()
+
+# --- The database as a whole
+
+def test_a_locked_database_ends_in_bounded_time(new_url):
+    store = open_store(url := new_url(), busy=0.3)
+    other = open_engine(url)
+    with writing(other) as conn:
+        conn.exec_driver_sql('SELECT 1' if store.url.get_backend_name() == 'sqlite' else 'LOCK TABLE tenant_jobs IN ACCESS EXCLUSIVE MODE')
+        start = time.monotonic()
+        with pytest.raises(DatabaseBusy, match='write lock'): add(store, id='a')
+        assert time.monotonic() - start < 3
+    assert store.list() == [] and add(store, id='b')
+    for e in (store, other): getattr(e, 'dispose', None) and e.dispose() or getattr(e, 'close', lambda: None)()
+
+def test_many_writers_of_a_locked_database_all_end(new_sqlite):
+    store = open_store(url := new_sqlite(), busy=0.3)
+    other = open_engine(url)
+    with writing(other):
+        start = time.monotonic()
+        got = together(12, lambda i: add(store, id=f'{i}'))
+        assert {type(g) for g in got} == {DatabaseBusy} and time.monotonic() - start < 8
+    assert store.list() == []
+    store.close(); other.dispose()
+
+def test_a_full_database_says_so_and_writes_nothing(new_sqlite):
+    store = open_store(new_sqlite())
+    sa.event.listen(store.engine, 'connect', lambda conn, _: conn.execute(f'PRAGMA max_page_count={conn.execute("PRAGMA page_count").fetchone()[0] + 2}'))
+    store.engine.dispose()
+    with pytest.raises(DatabaseFull, match='space'): add(store, id='a', payload='x'*200_000)
+    assert store.list() == [] and add(store, id='b')
+    store.close()
+
+def test_a_read_only_database_says_so(new_sqlite):
+    url = new_sqlite()
+    store = open_store(url); add(store, id='a'); store.close()
+    path = sa.make_url(url).database
+    con = sqlite3.connect(path); con.execute('PRAGMA wal_checkpoint(TRUNCATE)'); con.close()
+    store = open_store(f'sqlite:///file:{path}?mode=ro&uri=true')
+    assert store.get('a')['status'] == 'pending'
+    with pytest.raises(DatabaseReadOnly, match='permission'): add(store, id='b')
+    store.close()
+
+def test_a_file_that_is_no_database_says_so(tmp_path):
+    (tmp_path/'bad.db').write_bytes(b'this is no database at all'*100)
+    with pytest.raises(DatabaseCorrupt): open_store(f"sqlite:///{tmp_path/'bad.db'}")
+    assert (tmp_path/'bad.db').read_bytes() == b'this is no database at all'*100
+
+def test_a_missing_file_is_not_made(tmp_path):
+    with pytest.raises(DatabaseUnavailable): open_store(f"sqlite:///{tmp_path/'none.db'}")
+    with pytest.raises(DatabaseUnavailable): open_store(f"sqlite:///{tmp_path/'no'/'folder.db'}")
+    assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize('url', ['sqlite://', 'sqlite:///:memory:', 'sqlite:///', 'sqlite:///file::memory:?uri=true', 'sqlite:///file:x?mode=memory&cache=shared&uri=true'])
+def test_a_database_in_memory_is_refused_with_the_reason(url):
+    with pytest.raises(UnsupportedDatabase, match='memory'): open_store(url)
+
+@pytest.mark.parametrize('url', ['', 'nonsense', 'mysql://u@h/x', 'postgresql://u@h', 'postgresql://u@h:port/x', None, 7, b'sqlite:///x.db', 'sqlite'])
+def test_a_wrong_url_is_a_typed_error(url):
+    with pytest.raises(InvalidDatabaseURL): open_store(url)
+
+def test_a_server_that_is_not_there_is_a_typed_error(pg_server):
+    from conftest import free_port
+    for u in (sa.make_url(pg_server).set(port=free_port()), sa.make_url(pg_server).set(database='no_such_database')):
+        with pytest.raises(DatabaseUnavailable): open_store(u, busy=1)
+
+# --- The schema
+
+def schema(url):
+    eng = open_engine(url)
+    with eng.connect() as conn:
+        got = {t: [str(c['name']) for c in sa.inspect(conn).get_columns(t)] + sorted(i['name'] for i in sa.inspect(conn).get_indexes(t)) for t in sa.inspect(conn).get_table_names()}
+    eng.dispose()
+    return got
+
+def test_sixteen_threads_make_the_tables_at_once(url):
+    engines = [open_engine(url) for _ in range(16)]
+    ok(together(16, lambda i: ensure_tables(engines[i])))
+    for e in engines: e.dispose()
+    assert {'tenant_jobs', 'tenant_job_attempts', 'tenant_job_logs'} <= set(schema(url))
+    store = open_store(url)
+    assert add(store) and claim(store)
+    store.close()
+
+def test_a_newer_database_is_refused_and_unchanged(url):
+    eng = open_engine(url)
+    with writing(eng) as conn: write_meta(conn, **{'schema:tenant_jobs': 99})
+    eng.dispose()
+    before = schema(url)
+    with pytest.raises(NewerDatabase, match='99.*upgrade'): open_store(url)
+    assert schema(url) == before and 'tenant_jobs' not in before
+
+def test_system_jobs_and_tenant_jobs_can_share_a_database(store):
+    other = open_store(store.url, 'sys_jobs')
+    add(store, id='a'); add(other, id='a')
+    other.claim_one('a', 'tok', 'w', 30)
+    assert store.get('a')['status'] == 'pending' and other.get('a')['status'] == 'running' and len(store.list()) == len(other.list()) == 1
+    other.close()
+
+def plan(store, key):
+    s = store._statements[key][1]
+    with store.cursor() as cur: return ' | '.join(r[3] for r in cur.execute(f'EXPLAIN QUERY PLAN {s.sql}', [None]*len(s.order)).fetchall())
+
+def test_claim_and_rescue_use_the_partial_indexes(new_sqlite):
+    store = open_store(new_sqlite())
+    add(store); claim(store); store.rescue(); store.heartbeat('w', 5); store.next_due(('t',), ('t',))
+    p = plan(store, 'claim')
+    assert 'ix_tenant_jobs_due' in p and 'TEMP B-TREE' not in p
+    for key in ('lapsed', 'next lease', 'heartbeat'): assert 'ix_tenant_jobs_lease' in plan(store, key), key
+    assert 'ix_tenant_jobs_due' in plan(store, 'next')
+    store.list()
+    assert 'ix_tenant_jobs_created' in (p := plan(store, ('list', False))) and 'TEMP B-TREE' not in p
+    store.close()
+
+def test_one_claim_costs_the_same_however_many_jobs_have_ended(new_sqlite):
+    store = open_store(new_sqlite())
+    def fill(cur, now):
+        at = timestamp(now)
+        cur.executemany("INSERT INTO tenant_jobs (id, job_type, status, task, created_at, completed_at) VALUES (?, 't', 'completed', 't', ?, ?)", [(f'{i:06}', at, at) for i in range(20_000)])
+    store.write(fill)
+    steps = []
+    add(store, id='a')
+    with store.cursor() as cur:
+        cur.connection.dbapi_connection.set_progress_handler(lambda: steps.append(1), 1000) if hasattr(cur.connection, 'dbapi_connection') else cur.connection.set_progress_handler(lambda: steps.append(1), 1000)
+        claim(store, 0)
+        s = store._statements['claim'][1]
+        cur.execute(f'{s.sql}', [{**s.fixed, **dict(n=1, token='x', worker='w', lease=later(9), now=later(0))}[n] for n in s.order])
+        assert len(cur.fetchall()) == 1 and len(steps) < 5
+        cur.connection.set_progress_handler(None, 0)
+        cur.connection.rollback()
+    store.close()

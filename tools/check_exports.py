@@ -1,0 +1,55 @@
+"""Do notebooks, modules, README.md and llms.txt agree, and are the notebooks clean?
+
+Everything is generated afresh in a copy of the project and compared; the project itself is not touched,
+except with --write-readme, which renders nbs/index.ipynb to README.md.
+"""
+import difflib, os, shutil, subprocess, sys, tempfile
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+parts = ['nbs', 'fh_saas', 'pyproject.toml', 'settings.ini', 'setup.py', 'README.md', 'llms.txt']
+
+
+def tool(name, *args, cwd): subprocess.run([str(Path(sys.executable).with_name(name)), *args], cwd=cwd, check=True, stdout=subprocess.DEVNULL)
+
+
+def readme(project) -> str:
+    "README.md, rendered from nbs/index.ipynb"
+    import nbformat
+    from nbconvert import MarkdownExporter
+    from nbconvert.preprocessors import RegexRemovePreprocessor
+    hide = RegexRemovePreprocessor(patterns=[r'#\|\s*hide'], enabled=True)
+    nb = nbformat.read(project/'nbs'/'index.ipynb', as_version=4)
+    nb.metadata.language_info = dict(name='python')  # for the code fences; nbdev-clean removes it from the file
+    text, _ = MarkdownExporter(preprocessors=[hide]).from_notebook_node(nb)
+    lines = [l.rstrip() for l in text.splitlines() if not l.startswith('#|')]
+    return '<!-- Rendered from nbs/index.ipynb; edit that, then `make readme`. -->\n\n' + '\n'.join(lines).strip() + '\n'
+
+
+def texts(folder):
+    files = [p for part in parts for p in ([folder/part] if (folder/part).is_file() else (folder/part).rglob('*'))]
+    return {str(p.relative_to(folder)): p.read_text() for p in files if p.suffix in ('.py', '.ipynb', '.md', '.txt', '.yml') and '__pycache__' not in p.parts}
+
+
+def main():
+    if '--write-readme' in sys.argv: return (root/'README.md').write_text(readme(root)) and 0
+    with tempfile.TemporaryDirectory() as tmp:
+        copy = Path(tmp)/'copy'
+        copy.mkdir()
+        for part in parts:
+            src = root/part
+            if src.is_dir(): shutil.copytree(src, copy/part, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+            elif src.exists(): shutil.copy(src, copy/part)
+        tool('nbdev-clean', cwd=copy)
+        tool('nbdev-export', cwd=copy)
+        (copy/'README.md').write_text(readme(copy))
+        here, fresh = texts(root), texts(copy)
+        wrong = sorted(f for f in here.keys() | fresh.keys() if here.get(f) != fresh.get(f))
+        for f in wrong:
+            diff = difflib.unified_diff(here.get(f, '').splitlines(), fresh.get(f, '').splitlines(), f, f'{f} (generated)', lineterm='', n=1)
+            print('\n'.join(list(diff)[:30]))
+        if wrong: return print(f"{len(wrong)} files differ from what the notebooks give: {', '.join(wrong)}\nRun `make export` and commit.") or 1
+    print('Notebooks, modules, README.md and llms.txt agree.')
+
+
+sys.exit(main())
