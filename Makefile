@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml settings.ini setup.py
 
-.PHONY: demo test bench soak export readme dist clean
+.PHONY: demo test bench soak export dist clean
 
 demo: .venv/demo
 	@$(BIN)/python examples/shop/main.py
@@ -23,10 +23,7 @@ export: .venv/test  ## after editing notebooks: modules, outputs, README, llms.t
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-test --save
 	$(BIN)/nbdev-clean
-	$(MAKE) readme
-
-readme: .venv/test
-	$(BIN)/python tools/check_exports.py --write-readme
+	$(BIN)/python tools/check_exports.py --write
 
 dist: .venv/test  ## wheel and sdist, each installed into an empty environment
 	$(BIN)/python tools/check_dist.py

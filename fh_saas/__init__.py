@@ -1,5 +1,16 @@
 """Background jobs for FastHTML apps in which every customer has a database of their own
 
-A route answers at once and the slow work goes on behind it: an import, an export, a sync, a scan, a report. The job is a row in the customer's own database. It runs after the response, is repeated when it fails, reports its progress, survives a killed process, and needs no broker."""
+A route answers at once and the slow work goes on behind it: an import, an export, a sync, a scan, a report. The job is a row in the customer's own database. It runs after the response, is repeated when it fails, reports its progress, survives a killed process, and needs no broker.
+
+Modules:
+
+- `fh_saas.db_host`: The one registry of tenants, and the two helpers every row is made with.
+- `fh_saas.db_tenant`: One database per tenant: created, found, opened, suspended and deleted by the tenant's id.
+- `fh_saas.jobs.context`: What a running task can say about itself, and learn about its job.
+- `fh_saas.jobs.engine`: Claim, attempt, record, in threads of its own.
+- `fh_saas.jobs.retries`: How long a failed job waits, and how a task says what its failure means.
+- `fh_saas.jobs.tasks`: Functions under stable names, checked against what they are called with.
+- `fh_saas.utils_bgtsk`: The door: submit a job from a route, and ask how it is doing.
+- `fh_saas.workers.runner`: The engine as a part of the web process: it starts and stops with the app and serves all tenants of a host."""
 
 __version__ = "0.10.0"

@@ -1,7 +1,7 @@
 """Do notebooks, modules, README.md and llms.txt agree, and are the notebooks clean?
 
 Everything is generated afresh in a copy of the project and compared; the project itself is not touched,
-except with --write-readme, which renders nbs/index.ipynb to README.md.
+except with --write, which renders README.md from nbs/index.ipynb and derives the site's configuration.
 """
 import difflib, os, shutil, subprocess, sys, tempfile
 from pathlib import Path
@@ -23,7 +23,12 @@ def readme(project) -> str:
     nb.metadata.language_info = dict(name='python')  # for the code fences; nbdev-clean removes it from the file
     text, _ = MarkdownExporter(preprocessors=[hide]).from_notebook_node(nb)
     lines = [l.rstrip() for l in text.splitlines() if not l.startswith('#|')]
-    return '<!-- Rendered from nbs/index.ipynb; edit that, then `make readme`. -->\n\n' + '\n'.join(lines).strip() + '\n'
+    return '<!-- Rendered from nbs/index.ipynb; edit that, then `make export`. -->\n\n' + '\n'.join(lines).strip() + '\n'
+
+
+def site(project):
+    "The parts of the site's configuration that nbdev derives: nbs/nbdev.yml and nbs/sidebar.yml"
+    tool('python', '-c', 'from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml; refresh_quarto_yml(); nbdev_sidebar()', cwd=project)
 
 
 def texts(folder):
@@ -32,7 +37,10 @@ def texts(folder):
 
 
 def main():
-    if '--write-readme' in sys.argv: return (root/'README.md').write_text(readme(root)) and 0
+    if '--write' in sys.argv:
+        site(root)
+        (root/'README.md').write_text(readme(root))
+        return 0
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(tmp)/'copy'
         copy.mkdir()
@@ -42,6 +50,7 @@ def main():
             elif src.exists(): shutil.copy(src, copy/part)
         tool('nbdev-clean', cwd=copy)
         tool('nbdev-export', cwd=copy)
+        site(copy)
         (copy/'README.md').write_text(readme(copy))
         here, fresh = texts(root), texts(copy)
         wrong = sorted(f for f in here.keys() | fresh.keys() if here.get(f) != fresh.get(f))
