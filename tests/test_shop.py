@@ -88,8 +88,9 @@ def test_unknown_shops_have_no_files(shop):
 
 def test_shown_text_is_escaped():
     evil = '<img src=x onerror=alert(1)>"\'&'
-    job = SimpleNamespace(**dict.fromkeys('triggered_by started_at completed_at result payload details run_at'.split()), id='0', created_at='2026-01-01T00:00:00',
-        job_type=evil, status='running', retry_count=1, max_retries=3, attempt=1, progress_percent=5, progress_message=evil, error_message=evil, error_log=evil)
+    none = dict.fromkeys('triggered_by started_at completed_at result payload details run_at'.split())
+    job = SimpleNamespace(**none, id='0', created_at='2026-01-01T00:00:00', job_type=evil, status='running', retry_count=1, max_retries=3, attempt=1,
+        progress_percent=5, progress_message=evil, error_message=evil, error_log=evil)
     logs = [dict(at='', attempt=1, level='warning', message=evil, item=evil)]
     tries = [dict(number=1, started_at='', ended_at='', outcome=evil, error=evil)]
     html = pages.to_xml((pages.row('acme', job), pages.job_page('acme', job, tries, logs)))

@@ -39,6 +39,28 @@ def ok(results):
     if bad := [r for r in results if isinstance(r, Exception)]: raise bad[0]
     return results
 
+@pytest.fixture(scope='module', params=['sqlite', 'postgresql'])
+def one_store(request, tmp_path_factory):
+    "A new database is dear on a server: one for all tests, emptied in between"
+    if request.param == 'sqlite': url, drop = f"sqlite:///{tmp_path_factory.mktemp('store')/'one.db'}", None
+    else:
+        server, name = sa.make_url(request.getfixturevalue('pg_server')), f'fh_saas_test_{gen_id()[-12:]}'
+        eng = open_engine(server, isolation_level='AUTOCOMMIT')
+        def drop(sql):
+            with eng.connect() as conn: conn.exec_driver_sql(sql)
+        drop(f'CREATE DATABASE {name}')
+        url = server.set(database=name)
+    if not drop: sqlite3.connect(sa.make_url(url).database).close()
+    s = open_store(url)
+    yield s
+    s.close()
+    if drop: drop(f'DROP DATABASE {name} WITH (FORCE)'); eng.dispose()
+
+@pytest.fixture
+def store(one_store):
+    sql(one_store, 'DELETE FROM tenant_jobs')
+    return one_store
+
 # --- Rows
 
 def test_an_added_job_is_read_back_as_it_was_written(store):
@@ -320,8 +342,20 @@ def test_a_job_of_0_9_14_on_its_last_attempt_is_not_failed_by_the_rescue(store):
 
 def test_a_lease_further_ahead_than_any_can_be_has_expired(store):
     begun(store, 'a', max_lease + 60); begun(store, 'b', max_lease - 60)
-    assert store.next_due(('t',), ())[1] <= 0
     assert [r['id'] for r, _ in store.rescue()] == ['a'] and store.get('b')['status'] == 'running'
+
+def test_next_due_sees_a_lease_too_far_ahead_behind_a_live_one(store):
+    begun(store, 'a', max_lease + 60)
+    assert store.next_due(('t',), ())[1] <= 0
+    begun(store, 'b', 30)
+    assert store.next_due(('t',), ())[1] <= 0
+
+def test_what_is_due_is_due_whenever_it_was_created(store):
+    add_ids(store, 'a', 'b')
+    sql(store, 'UPDATE tenant_jobs SET run_at = NULL, created_at = :at', at=later(300))
+    assert store.next_due(('t',), ())[0] <= 0
+    sql(store, "UPDATE tenant_jobs SET status = 'running', task = NULL WHERE id = 'a'")
+    assert store.next_due(('t',), ())[1] <= 0
 
 def test_a_job_that_loses_its_worker_again_and_again_fails(store):
     add(store, id='a', max_retries=3)

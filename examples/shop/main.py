@@ -1,6 +1,6 @@
 "The demo shop: three tenants, five background jobs, and a page to watch them. Run it with `python examples/shop/main.py`."
-import secrets, socket
-from contextlib import contextmanager
+import os, secrets, socket
+from contextlib import contextmanager, suppress
 from functools import cache
 from urllib.parse import urlsplit
 import tasks, uvicorn
@@ -102,7 +102,7 @@ def listen():
     "The socket to serve, taken before any job runs: a second shop on the same port does nothing"
     if not (PORT.isascii() and PORT.isdecimal() and 0 < int(PORT) < 65536): raise SystemExit(f"PORT={PORT!r} is not a port: use a number from 1 to 65535")
     try: return socket.create_server(('127.0.0.1', int(PORT)))
-    except OSError as e: raise SystemExit(f"Port {PORT} cannot be used: {e.strerror}. Set PORT to another") from None
+    except OSError as e: raise SystemExit(f"Port {PORT} cannot be used: {os.strerror(e.errno)}. Set PORT to another") from None
 
 def main():
     with listen() as sock:
@@ -110,6 +110,6 @@ def main():
         except OSError as e: raise SystemExit(f"The data folder {DATA} cannot be used: {e.strerror}. Set FH_SAAS_DATA to another") from None
         Runner(host(), Settings(lease=10)).attach(app)
         print(f"The shop is at {URL}", flush=True)
-        uvicorn.Server(uvicorn.Config(app, log_level='warning', timeout_graceful_shutdown=3)).run(sockets=[sock])
+        with suppress(KeyboardInterrupt): uvicorn.Server(uvicorn.Config(app, log_level='warning', timeout_graceful_shutdown=3)).run(sockets=[sock])
 
 if __name__ == '__main__': main()

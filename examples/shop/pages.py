@@ -12,9 +12,11 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2rem } nav a { margin-right: 1rem }
 table { border-collapse: collapse; width: 100% } th { font-weight: 600 }
 th, td { text-align: left; vertical-align: top; padding: .5rem .75rem .5rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere }
-button { font: inherit; padding: .4rem .9rem } form.start { display: grid; grid-template-columns: max-content 1fr; gap: .5rem 1rem; align-items: center }
-pre { overflow: auto; padding: .75rem; border: 1px solid var(--line); border-radius: .4rem } progress { width: 8rem } small { color: var(--soft) }
-.completed { color: light-dark(#18703a, #6fcf97) } .completed_with_warnings { color: light-dark(#8a5a00, #f2c94c) } .failed { color: light-dark(#b3261e, #ff8a80) }''')
+button { font: inherit; padding: .4rem .9rem }
+form.start { display: grid; grid-template-columns: max-content 1fr; gap: .5rem 1rem; align-items: center }
+pre { overflow: auto; padding: .75rem; border: 1px solid var(--line); border-radius: .4rem }
+progress { width: 8rem } small { color: var(--soft) } .completed { color: light-dark(#18703a, #6fcf97) }
+.completed_with_warnings { color: light-dark(#8a5a00, #f2c94c) } .failed { color: light-dark(#b3261e, #ff8a80) }''')
 
 # Without the network there is no htmx; then the page loads itself again while a part of it would like to be replaced.
 reload = Script("setInterval(() => { if (!window.htmx && document.querySelector('[hx-trigger]')) location.reload() }, 3000)")

@@ -84,18 +84,18 @@ def settle(future, result=None, error=None):
     try: future.set_result(result) if error is None else future.set_exception(error)
     except InvalidStateError: return
 
-# %% ../../nbs/jobs/08_engine.ipynb #f60a6180
+# %% ../../nbs/jobs/08_engine.ipynb #0c8328bd
 class _Desk:
     "What the engine knows about one database"
     def __init__(self, store):
-        self.store, self.live, self.due, self.visiting, self.beating, self.beat_at, self.quiet, self.paused = store, {}, None, False, False, 0.0, 0.0, False
+        self.store, self.live, self.due, self.visiting, self.beating, self.beat_at, self.quiet, self.looked, self.more, self.paused = store, {}, None, False, False, 0.0, 0.0, 0.0, False, False
 
 class Engine:
     "Runs the jobs of any number of databases in this process"
     def __init__(self, settings:Settings=None, registry=process_registry):
         self.settings, self.registry, self.pid = settings or Settings.from_env(), registry, os.getpid()
         self.worker = f'{socket.gethostname()}:{self.pid}:{gen_id()[-8:]}'
-        self.jobs, self.house = Pool(self.settings.concurrency, 'fh_saas-job'), Pool(8, 'fh_saas-house')
+        self.jobs, self.house = Pool(self.settings.concurrency, 'fh_saas-job'), Pool(32, 'fh_saas-house')
         self.stale, self.stopping, self.closed = 0, False, False
         self._stores, self._desks, self._lock, self._wake = {}, {}, threading.RLock(), threading.Condition()
         self._gates, self._handles, self._hungry, self._asyncs, self._waiting, self._running, self._loop = {}, {}, [], set(), set(), False, None
@@ -118,7 +118,7 @@ class Engine:
                 with self._lock: self._stores[u, table], self._desks[store] = store, _Desk(store)
             return self._stores[u, table]
 
-# %% ../../nbs/jobs/08_engine.ipynb #dc4073d8
+# %% ../../nbs/jobs/08_engine.ipynb #e9a918aa
 @patch
 def _take(self:Engine, store, row, func=None) -> Attempt:
     "The attempt for a claimed row; from here on its lease is renewed"
@@ -129,6 +129,11 @@ def _take(self:Engine, store, row, func=None) -> Attempt:
     with self._lock: a.desk = self._desks[store]; a.desk.live[a.key] = a
     self._start()
     return a
+
+@patch
+def _claim(self:Engine, store, job_id, func) -> Attempt: # None if the job was not pending
+    row = store.claim_one(job_id, gen_id(), self.worker, self.settings.lease)
+    return row and self._take(store, row, func)
 
 @patch
 def _record(self:Engine, a:Attempt, o:Outcome) -> Outcome: # None if the claim was lost
@@ -143,24 +148,33 @@ def _record(self:Engine, a:Attempt, o:Outcome) -> Outcome: # None if the claim w
                 if self.closed or time.monotonic() > a.lease_until: break
                 time.sleep(wait)
                 wait = min(2.0, wait*2)
-    finally:
-        with self._lock: a.desk.live.pop(a.key, None)
+    finally: self._let_go(a, o, written)
+    return o if written else None
+
+@patch
+def _post(self:Engine, a:Attempt, o:Outcome):
+    "The same without waiting: the outcome goes to the disk with others', while this thread takes the next job"
+    note = a.ctx.note()
+    def then(written, error):
+        if error is None: self._let_go(a, o, written)
+        else: self.jobs.submit(self._record, a, o)
+    a.store.post(a.store.finishing(a.row, o, note and note[0]), then, self.house.submit)
+
+@patch
+def _let_go(self:Engine, a, o, written):
+    with self._lock: a.desk.live.pop(a.key, None)
     if not written:
         self.stale += 1
         log.warning('%s: its outcome %r was dropped: the job is not its own any more', a, o.kind)
-        return None
-    if o.status == 'pending': self.attend(a.store, o.delay)
-    else: self._handles.pop((a.store, a.row['id']), None)
-    return o
+    elif o.status == 'pending': self.attend(a.store, o.delay)
+    elif self._handles: self._handles.pop((a.store, a.row['id']), None)
 
 @patch
 def run_job(self:Engine, store:Store, job_id:str, func=None) -> Outcome: # None if the job was not pending
     "Claim one job, run one attempt and record it, in this thread"
     if self.closed: raise FhSaasError(f"{self} was stopped: job {job_id} stays in its database, another process will run it")
-    row = store.claim_one(job_id, gen_id(), self.worker, self.settings.lease)
-    if row is None: return None
-    a = self._take(store, row, func)
-    return self._record(a, _run_until_done(a.acall()) if is_async(a.func) else a.call())
+    a = self._claim(store, job_id, func)
+    return a and self._record(a, _run_until_done(a.acall()) if is_async(a.func) else a.call())
 
 def _run_until_done(coro):
     "The result of `coro`, also in a thread whose event loop is running"
@@ -170,7 +184,7 @@ def _run_until_done(coro):
     threading.Thread(target=lambda: settle(future, asyncio.run(coro)), daemon=True).start()
     return future.result()
 
-# %% ../../nbs/jobs/08_engine.ipynb #fd5c5492
+# %% ../../nbs/jobs/08_engine.ipynb #b0e795e9
 @patch
 def hold(self:Engine, store:Store, job_id:str, func):
     "Remember the very function of a job that was submitted here, for its retries in this process"
@@ -185,8 +199,10 @@ async def handle(self:Engine, store:Store, job_id:str, func):
         if not is_async(func): return await self._until_stop(self.jobs.submit(self._run_handle, store, job_id, func))
         self._asyncs.add(me := object())
         try:
-            claim = lambda: store.claim_one(job_id, gen_id(), self.worker, self.settings.lease)
-            if row := await self._until_stop(self.house.submit(claim)): await self._arun(self._take(store, row, func))
+            claim = self.house.submit(self._claim, store, job_id, func)
+            try: a = await self._until_stop(claim)
+            except asyncio.CancelledError: claim.add_done_callback(lambda f: f.result() and self._release(f.result())); raise
+            if a: await self._arun(a)
         finally: self._asyncs.discard(me); self._fed()
     except Exception: log.exception('tenant=%s job=%s: not run now; it stays in its database and will be', store.tenant, job_id)
 
@@ -199,7 +215,7 @@ def _run_handle(self:Engine, store, job_id, func):
 @patch
 async def _until_stop(self:Engine, future):
     self._waiting.add(future)
-    try: return await asyncio.wrap_future(future)
+    try: return await asyncio.shield(asyncio.wrap_future(future))
     finally: self._waiting.discard(future)
 
 @patch
@@ -208,6 +224,7 @@ async def _arun(self:Engine, a):
     o = await a.acall()
     a.ctx.async_task = None
     await asyncio.shield(asyncio.wrap_future(self.house.submit(self._record, a, o)))
+    if asyncio.current_task().cancelling(): raise asyncio.CancelledError
 
 # %% ../../nbs/jobs/08_engine.ipynb #ef89d2d2
 @patch
@@ -273,7 +290,7 @@ def _schedule(self:Engine):
             if watching: d.visiting, d.due = False, now + 1
             else: self.house.submit(self._visit, d)
 
-# %% ../../nbs/jobs/08_engine.ipynb #29ce2ce3
+# %% ../../nbs/jobs/08_engine.ipynb #fcc4e29f
 @patch
 def _visit(self:Engine, desk):
     "Rescue and claim what is due in one database, and say when to come again"
@@ -293,21 +310,27 @@ def _visit(self:Engine, desk):
 def _work_off(self:Engine, desk) -> float: # Seconds until the next visit
     store, names = desk.store, self.registry.names
     if self.stopping or desk.paused: return self.settings.poll
-    due, lapse = store.next_due(*names)
-    if lapse is not None and lapse <= 0:
-        for row, o in store.rescue():
-            log.warning('tenant=%s job=%s type=%s attempt=%s: taken back, %s', store.tenant, row['id'], row['job_type'], row['attempt'], o.kind)
-        return 0
-    if due is None or due > 0:
-        desk.quiet = min(30.0, desk.quiet*1.5 + 0.5)
-        return max(0.05, min(t for t in (due, lapse, max(self.settings.poll, desk.quiet)) if t is not None))
+    if not desk.more or time.monotonic() > desk.looked + self.settings.poll:
+        desk.looked = time.monotonic()
+        due, lapse = store.next_due(*names)
+        if lapse is not None and lapse <= 0: return self._rescue(store)
+        if due is None or due > 0:
+            desk.quiet = min(30.0, desk.quiet*1.5 + 0.5)
+            return max(0.05, min(t for t in (due, lapse, max(self.settings.poll, desk.quiet)) if t is not None))
     desk.quiet, free = 0.0, self.settings.concurrency - self.load
     if free <= 0:
         with self._lock: self._hungry.append(desk)
         return self.settings.poll
     rows = store.claim(*names, gen_id(), self.worker, self.settings.lease, free)
     for row in rows: self._run(self._take(store, row))
+    desk.more = len(rows) == free
     return 0.0 if rows else 0.2
+
+@patch
+def _rescue(self:Engine, store) -> float:
+    for row, o in store.rescue():
+        log.warning('tenant=%s job=%s type=%s attempt=%s: taken back, %s', store.tenant, row['id'], row['job_type'], row['attempt'], o.kind)
+    return 0.0
 
 @patch
 def _run(self:Engine, a:Attempt):
@@ -320,7 +343,7 @@ def _run(self:Engine, a:Attempt):
 
 @patch
 def _run_here(self:Engine, a:Attempt):
-    try: self._record(a, a.call())
+    try: self._post(a, a.call())
     finally: self._fed()
 
 @patch
