@@ -145,7 +145,7 @@ def _stored(self:BackgroundTaskManager, job):
     self.engine.attend(self.store, self.engine.settings.handoff)
     return job['id']
 
-# %% ../nbs/02_utils_bgtsk.ipynb #b2caafee
+# %% ../nbs/02_utils_bgtsk.ipynb #9c2af7c5
 @patch
 def get_job(self:BackgroundTaskManager, job_id:str) -> TenantJob:
     "The job with that id; `JobNotFound` if this database has none"
@@ -168,6 +168,9 @@ def attempts(self:BackgroundTaskManager, job_id:str) -> list[dict]:
     return self.store.attempts(job_id)
 
 @patch
-def logs(self:BackgroundTaskManager, job_id:str) -> list[dict]:
+def logs(self:BackgroundTaskManager,
+    job_id:str,
+    attempt:int=None, # Only what this attempt said; all attempts if left out
+) -> list[dict]:
     "What a job's task has logged and warned of"
-    return self.store.logs(job_id)
+    return [l for l in self.store.logs(job_id) if attempt in (None, l['attempt'])]

@@ -39,7 +39,7 @@ class JobContext:
 
     def stop(self): self._stop.set()
 
-# %% ../../nbs/jobs/05_context.ipynb #90b0c9a3
+# %% ../../nbs/jobs/05_context.ipynb #19863dd3
 max_lines = 1000
 
 @patch
@@ -77,7 +77,7 @@ def note(self:JobContext) -> tuple: # The operation for `Store.write`, and what 
     if not lines and progress == (None, None) and details == self._seen: return None
     def written():
         with self._lock:
-            del self._lines[:len(lines)]
+            self._lines = [l for l in self._lines if l not in lines]
             if self._progress == progress: self._progress = (None, None)
         self._seen = details
     return self.store.note(self.row, progress, details, lines), written

@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/engine.html.md"""
 # %% auto #0
 __all__ = ['log', 'tick', 'Settings', 'Pool', 'settle', 'Engine', 'supervising', 'default_engine', 'use_engine']
 
-# %% ../../nbs/jobs/08_engine.ipynb #942c7f71
+# %% ../../nbs/jobs/08_engine.ipynb #0ff5e512
 import asyncio, atexit, logging, os, queue, socket, sys, threading, time
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, fields
@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from ..db_connect import FhSaasError, check_url
 from ..db_host import gen_id
 from .attempt import Attempt
+from .payload import describe
 from .states import Outcome
 from .store import Store, max_lease, open_store
 from .tasks import Task, is_async, registry as process_registry
@@ -118,7 +119,7 @@ class Engine:
                 with self._lock: self._stores[u, table], self._desks[store] = store, _Desk(store)
             return self._stores[u, table]
 
-# %% ../../nbs/jobs/08_engine.ipynb #e9a918aa
+# %% ../../nbs/jobs/08_engine.ipynb #1d6f133c
 @patch
 def _take(self:Engine, store, row, func=None) -> Attempt:
     "The attempt for a claimed row; from here on its lease is renewed"
@@ -138,16 +139,20 @@ def _claim(self:Engine, store, job_id, func) -> Attempt: # None if the job was n
 @patch
 def _record(self:Engine, a:Attempt, o:Outcome) -> Outcome: # None if the claim was lost
     "Write an outcome, trying again for as long as the lease is held"
-    wait, written = 0.05, False
+    wait, written, refused = 0.05, False, False
     try:
         while not a.ctx.lost:
-            note = a.ctx.note()
+            note = None if refused else a.ctx.note()
             try: written = a.store.finish(a.row, o, note and note[0]); break
             except FhSaasError as e:
                 log.warning('%s: its outcome %r cannot be written yet: %s', a, o.kind, e)
                 if self.closed or time.monotonic() > a.lease_until: break
                 time.sleep(wait)
                 wait = min(2.0, wait*2)
+            except Exception as e:
+                log.exception('%s: its outcome %r cannot be recorded', a, o.kind)
+                if refused: break
+                refused, o = True, Outcome('failed', error=describe(RuntimeError(f'the outcome {o.kind!r} could not be recorded: {e}'))[0])
     finally: self._let_go(a, o, written)
     return o if written else None
 

@@ -8,12 +8,13 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/store.html.md"""
 __all__ = ['bind', 'log', 'PENDING', 'RUNNING', 'max_lease', 'Statement', 'JobNotFound', 'Store', 'SQLiteStore', 'PostgresStore',
            'open_store']
 
-# %% ../../nbs/jobs/04_store.ipynb #35283280
+# %% ../../nbs/jobs/04_store.ipynb #9f789f8e
 import logging, threading, time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
 from fastcore.basics import patch
 from fastsql.core import NotFoundError
@@ -44,7 +45,7 @@ def _rows(cur) -> list[dict]:
     names = [d[0] for d in cur.description]
     return [dict(zip(names, r)) for r in cur.fetchall()]
 
-# %% ../../nbs/jobs/04_store.ipynb #81ffdeaa
+# %% ../../nbs/jobs/04_store.ipynb #fb57b407
 class JobNotFound(FhSaasError, NotFoundError): "No job has that id."
 
 class Store:
@@ -88,11 +89,13 @@ class Store:
 
 class SQLiteStore(Store):
     "Writers wait for the lock before they begin; the process's clock is the clock"
+    insert = staticmethod(sqlite.insert)
     def begin(self, cur): cur.execute('BEGIN IMMEDIATE')
     def now(self, cur): return time.time()
 
 class PostgresStore(Store):
     "Claims skip rows that others hold; the server's clock is the clock"
+    insert = staticmethod(postgresql.insert)
     def begin(self, cur): pass # the driver begins with the first statement
     def now(self, cur): return float(cur.execute('SELECT extract(epoch FROM clock_timestamp())').fetchone()[0])
 
@@ -190,7 +193,7 @@ def _transact(self:Store, batch, again=True):
     self.engine.dispose()
     self._transact(batch, again=False)
 
-# %% ../../nbs/jobs/04_store.ipynb #fe90a76f
+# %% ../../nbs/jobs/04_store.ipynb #0034f15d
 _new = ('id', 'job_type', 'status', 'payload', 'max_retries', 'retry_count', 'created_at', 'task', 'triggered_by', 'queue', 'priority', 'run_at', 'timeout')
 
 @patch
@@ -208,11 +211,15 @@ def add(self:Store,
         return row
     return self.write(op)
 
+def _bound(v):
+    "A value from outside as both databases can compare it: what they cannot store is in no row"
+    return clean(str(v), 500)
+
 @patch
 def get(self:Store, job_id:str) -> dict:
     "The row of a job"
     stmt = self.statement('get', lambda: sa.select(self.t.jobs).where(self.t.jobs.c.id == bind('id')))
-    with self.cursor() as cur: rows = _rows(stmt(cur, id=str(job_id)))
+    with self.cursor() as cur: rows = _rows(stmt(cur, id=_bound(job_id)))
     if not rows: raise JobNotFound(f"no job {clean(str(job_id), 64)!r} in {self.t.jobs.name} of {self.tenant}")
     return rows[0]
 
@@ -223,12 +230,12 @@ def list(self:Store, limit:int=100, **equal) -> list[dict]:
     def build():
         q = sa.select(j).where(*(j.c[k] == bind(k) for k in equal)).order_by(j.c.created_at.desc(), j.c.id.desc())
         return q if limit is None else q.limit(bind('n', type_=sa.Integer))
-    with self.cursor() as cur: return _rows(self.statement(('list', limit is None, *equal), build)(cur, n=limit, **equal))
+    with self.cursor() as cur: return _rows(self.statement(('list', limit is None, *equal), build)(cur, n=limit, **{k: _bound(v) for k, v in equal.items()}))
 
 @patch
 def _part(self:Store, table, job_id):
     build = lambda: sa.select(table).where(table.c.job_id == bind('id')).order_by(*list(table.primary_key)[1:])
-    with self.cursor() as cur: return _rows(self.statement(table.name, build)(cur, id=str(job_id)))
+    with self.cursor() as cur: return _rows(self.statement(table.name, build)(cur, id=_bound(job_id)))
 
 @patch
 def attempts(self:Store, job_id:str) -> list: return self._part(self.t.attempts, job_id)
@@ -318,7 +325,7 @@ def finish(self:Store, job:dict, o:Outcome, note=None) -> bool: # False: the cla
     "Record the end of an attempt, if it still owns its job"
     return self.write(self.finishing(job, o, note))
 
-# %% ../../nbs/jobs/04_store.ipynb #356b7c96
+# %% ../../nbs/jobs/04_store.ipynb #3b5eddb4
 @patch
 def heartbeat(self:Store, worker:str, lease:float) -> dict: # Token of each job still owned, and whether it should give way
     "Renew all leases of a worker, in one statement"
@@ -340,7 +347,8 @@ def note(self:Store,
     keep = lambda c, typ=sa.String: sa.func.coalesce(bind(c, type_=typ), j.c[c])
     say = self.statement('note', lambda: j.update().where(j.c.id == bind('job'), j.c.claim_token == bind('token'), j.c.status == RUNNING).values(
         progress_percent=keep('progress_percent', sa.Integer), progress_message=keep('progress_message'), details=keep('details')))
-    line = self.statement('log', lambda: log.insert().values({c.name: bind(c.name) for c in log.c}))
+    # a note may be taken twice before it is known to be written: by the heartbeat, and with the outcome
+    line = self.statement('log', lambda: self.insert(log).values({c.name: bind(c.name) for c in log.c}).on_conflict_do_nothing())
     def op(cur, now):
         say(cur, job=job['id'], token=job['claim_token'], progress_percent=progress[0], progress_message=progress[1], details=details)
         if not cur.rowcount: return False
@@ -349,7 +357,7 @@ def note(self:Store,
         return True
     return op
 
-# %% ../../nbs/jobs/04_store.ipynb #94c20665
+# %% ../../nbs/jobs/04_store.ipynb #736c6d20
 max_lease = 600  # seconds; a lease that is further ahead was written by a clock that has gone back since
 
 @patch
@@ -377,11 +385,11 @@ def rescue(self:Store, n:int=100) -> list[tuple]: # `(row, outcome)` of each
 def next_due(self:Store, names:tuple, old_types:tuple) -> tuple: # Seconds from now, negative if past; None if there is nothing
     "When a job becomes due, and when a lease runs out"
     j = self.t.jobs
-    due = self.statement('next', lambda: sa.select(sa.func.min(sa.func.coalesce(j.c.run_at, j.c.created_at)))
-        .where(j.c.status == PENDING, self._known(names, old_types)), (names, old_types))
-    lease = self.statement('next lease', lambda: sa.select(sa.func.min(sa.func.coalesce(j.c.lease_until, j.c.created_at))).where(j.c.status == RUNNING))
+    at = lambda c: sa.func.coalesce(c, timestamp(0))  # none at all: long ago
+    due = self.statement('next', lambda: sa.select(sa.func.min(at(j.c.run_at))).where(j.c.status == PENDING, self._known(names, old_types)), (names, old_types))
+    lease = self.statement('next lease', lambda: sa.select(sa.func.min(at(j.c.lease_until)), sa.func.max(j.c.lease_until)).where(j.c.status == RUNNING))
     with self.cursor() as cur:
         now = self.now(cur)
-        first = [stmt(cur).fetchone()[0] for stmt in (due, lease)]
-    due_in, lease_in = (seconds(f) - now if f else None for f in first)
-    return due_in, -1.0 if lease_in and lease_in > max_lease else lease_in
+        first, (lapse, last) = due(cur).fetchone()[0], lease(cur).fetchone()
+    first, lapse, last = (seconds(t) - now if t else None for t in (first, lapse, last))
+    return first, -1.0 if last and last > max_lease else lapse

@@ -1,0 +1,28 @@
+"forks.py <url> <parent stays: 0 or 1>: a process whose default engine is at work forks; both submit and run jobs"
+import os, sys, time
+from fastsql import Database
+import tasks
+from fh_saas.jobs.engine import default_engine
+from fh_saas.utils_bgtsk import BackgroundTaskManager
+
+url, stays = sys.argv[1], sys.argv[2] == '1'
+manager = BackgroundTaskManager(Database(url))
+
+def run(who, n):
+    job_id, bg_task = manager.submit('echo', tasks.echo, n=n)
+    bg_task.func(*bg_task.args, **bg_task.kwargs)
+    sys.stdout.write(f'{who} {manager.get_job(job_id).status} {job_id} {default_engine().worker.split(":")[1]}\n')
+
+run('before', 0)
+if (child := os.fork()) == 0:
+    run('child', 1)
+    while not stays and os.getppid() == int(sys.argv[3]) if len(sys.argv) > 3 else False: time.sleep(0.02)
+    job_id, _ = manager.submit('echo', tasks.echo, n=2)  # by the engine's own threads
+    while manager.get_job(job_id).status != 'completed': time.sleep(0.02)
+    sys.stdout.write(f'last completed {job_id} {os.getpid()}\n')
+    os._exit(0)
+if stays:
+    os.waitpid(child, 0)
+    run('parent', 3)
+else:
+    time.sleep(0.5)

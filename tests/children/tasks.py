@@ -1,0 +1,41 @@
+"Tasks of the children, under fixed names: a test submits them, a child runs them"
+import asyncio, os, time
+from fh_saas.jobs.tasks import task
+
+
+@task('echo')
+def echo(n): return n
+
+@task('work')
+def work(seconds): time.sleep(seconds); return os.getpid()
+
+@task('awork')
+async def awork(seconds): await asyncio.sleep(seconds); return os.getpid()
+
+# how long these sleep is the process's business: 60 s in the one that is stopped, nothing in the next
+def seconds(): return float(os.environ.get('NAP', 0))
+
+@task('nap')
+def nap(): time.sleep(seconds()); return os.getpid()
+
+@task('anap')
+async def anap(): await asyncio.sleep(seconds()); return os.getpid()
+
+@task('anap_cleanup')
+async def anap_cleanup():
+    "Takes a moment to clean up after it was cancelled, as clients and pools do"
+    try: await asyncio.sleep(seconds())
+    finally: await asyncio.sleep(0.3)
+    return os.getpid()
+
+@task('anap_stubborn')
+async def anap_stubborn():
+    "Takes a cancellation for one more error"
+    until = time.monotonic() + seconds()
+    while time.monotonic() < until:
+        try: await asyncio.sleep(0.2)
+        except asyncio.CancelledError: continue
+    return os.getpid()
+
+@task('poison')
+def poison(): time.sleep(0.05); os._exit(66)
