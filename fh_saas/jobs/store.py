@@ -193,7 +193,7 @@ def _transact(self:Store, batch, again=True):
     self.engine.dispose()
     self._transact(batch, again=False)
 
-# %% ../../nbs/jobs/04_store.ipynb #0034f15d
+# %% ../../nbs/jobs/04_store.ipynb #26932374
 _new = ('id', 'job_type', 'status', 'payload', 'max_retries', 'retry_count', 'created_at', 'task', 'triggered_by', 'queue', 'priority', 'run_at', 'timeout')
 
 @patch
@@ -213,7 +213,7 @@ def add(self:Store,
 
 def _bound(v):
     "A value from outside as both databases can compare it: what they cannot store is in no row"
-    return clean(str(v), 500)
+    return clean(str(v), 1_000_000)
 
 @patch
 def get(self:Store, job_id:str) -> dict:

@@ -5,7 +5,7 @@ import tasks
 from fh_saas.jobs.engine import default_engine
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 
-url, stays = sys.argv[1], sys.argv[2] == '1'
+url, stays, me = sys.argv[1], sys.argv[2] == '1', os.getpid()
 manager = BackgroundTaskManager(Database(url))
 
 def run(who, n):
@@ -16,7 +16,7 @@ def run(who, n):
 run('before', 0)
 if (child := os.fork()) == 0:
     run('child', 1)
-    while not stays and os.getppid() == int(sys.argv[3]) if len(sys.argv) > 3 else False: time.sleep(0.02)
+    while not stays and os.getppid() == me: time.sleep(0.02)
     job_id, _ = manager.submit('echo', tasks.echo, n=2)  # by the engine's own threads
     while manager.get_job(job_id).status != 'completed': time.sleep(0.02)
     sys.stdout.write(f'last completed {job_id} {os.getpid()}\n')
