@@ -7,9 +7,10 @@ import argparse, json, sqlite3, statistics, tempfile, time
 from pathlib import Path
 from fastsql import Database
 from fh_saas.db_host import gen_id, timestamp
-from fh_saas.jobs.engine import Engine, Settings
+from fh_saas.jobs.engine import Engine
+from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.model import tables
-from fh_saas.jobs.store import open_store
+from fh_saas.jobs.store import Store
 from fh_saas.jobs.tasks import Registry
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 
@@ -20,7 +21,7 @@ def noop(n): return n
 def fresh(level):
     path = Path(tempfile.mkdtemp())/'bench.db'
     path.touch()
-    open_store(f'sqlite:///{path}').close()
+    Store(f'sqlite:///{path}').close()
     conn = sqlite3.connect(path, isolation_level=None)
     conn.execute(f'PRAGMA synchronous={level}')
     return path, conn

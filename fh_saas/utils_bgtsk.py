@@ -16,7 +16,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/utils_bgtsk.html.md"""
 # %% auto #0
 __all__ = ['TenantJob', 'BackgroundTaskManager', 'JobTask', 'InvalidJob']
 
-# %% ../nbs/02_utils_bgtsk.ipynb #829b97b9
+# %% ../nbs/02_utils_bgtsk.ipynb #bcdecfff
 import inspect, re
 from dataclasses import dataclass
 from datetime import datetime
@@ -32,7 +32,7 @@ from .jobs.engine import Engine, default_engine
 from .jobs.payload import clean, to_json
 from .jobs.states import Outcome
 from .jobs.store import JobNotFound
-from .jobs.tasks import BadPayload
+from .jobs.tasks import BadPayload, stands_for_itself
 
 # %% ../nbs/02_utils_bgtsk.ipynb #d07bd784
 @dataclass
@@ -88,7 +88,7 @@ def run_job(self:BackgroundTaskManager,
     "Run exactly one attempt, here and now, whatever its retry time"
     return self.engine.run_job(self.store, job_id, task_func)
 
-# %% ../nbs/02_utils_bgtsk.ipynb #77a66b17
+# %% ../nbs/02_utils_bgtsk.ipynb #9c2d0aa2
 class InvalidJob(FhSaasError, ValueError): "The job cannot be submitted like this."
 
 _options = ('payload', 'triggered_by', 'queue', 'priority', 'run_at')
@@ -132,7 +132,7 @@ def submit(self:BackgroundTaskManager,
     job = dict(id=gen_id(), job_type=_text('job_type', job_type, 200), payload=text, task=t.name, max_retries=_whole('max_retries', max_retries, 0, 1000),
         **{k: _checks[k](v) for k, v in options.items() if v is not None})
     registry.file_under(job_type, t.name)
-    if t.func is not task_func or getattr(task_func, '__closure__', None): self.engine.hold(self.store, job['id'], task_func)
+    if t.func is not task_func or stands_for_itself(task_func): self.engine.keep(self.store, job['id'], task_func)
     return self._stored(job), JobTask(self, job['id'], task_func)
 
 @patch

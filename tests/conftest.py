@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 from fastsql import Database
-from fh_saas.jobs.engine import Engine, Settings
+from fh_saas.jobs.engine import Engine
+from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.tasks import Registry
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 

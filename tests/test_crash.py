@@ -9,7 +9,7 @@ from conftest import wait_until
 from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import delete_tenant, get_or_create_tenant_db, open_tenant_db
 from fh_saas.jobs.states import final
-from fh_saas.jobs.store import open_store
+from fh_saas.jobs.store import Store
 
 concurrency = 16  # of the children: the default
 # the database itself notes every change to a job that had ended, whoever makes it
@@ -26,7 +26,7 @@ def four_tenants(new_url, tmp_path):
     names = [f'k{uuid.uuid4().hex[:8]}' for _ in range(4)]
     for n in names:
         with get_or_create_tenant_db(n, host=host) as db:
-            store = open_store(db.conn_str)  # makes the job tables
+            store = Store(db.conn_str)  # makes the job tables
             with store.engine.begin() as conn:
                 conn.exec_driver_sql('CREATE TABLE ran (job_id TEXT, attempt INTEGER)')
                 conn.exec_driver_sql('CREATE TABLE reopened (id TEXT)')
@@ -54,7 +54,9 @@ def torture(t, kills, jobs, seed):
         submitters[0].says(r'^\w+ \w{32}$')
         while left:
             wait_until(lambda: submitted() >= jobs * (kills-left) / kills or not submitters[-1].running, 30, 'enough jobs were not submitted')
-            time.sleep(rnd.uniform(0.05, 0.9))
+            said = submitted()
+            wait_until(lambda: submitted() > said or not submitters[-1].running, 30)  # a burst, of which some are due a handoff later
+            time.sleep(rnd.uniform(0.0, 0.6))
             if submitters[-1].running and left % 4 == 1: submitters[-1].kill(); submitters.append(submitter())
             else: runners[0].kill(); runners.append(runner()); runners[0].close(); runners.pop(0)
             left -= 1
@@ -86,7 +88,7 @@ def check(t, r, jobs):
         assert {id for id, _ in ran} == set(have)
         failed = Counter(id for id, _, o in attempts if o in ('retry', 'lost'))
         assert all(failed[id] == n for id, (*_, n) in have.items())
-        c.update(jobs=len(have), executions=len(ran), retries=sum(o == 'retry' for *_, o in attempts), worker_lost=sum(o == 'lost' for *_, o in attempts), most_lost=0)
+        c.update(jobs=len(have), executions=len(ran), retries=sum(o == 'retry' for *_, o in attempts), worker_lost=sum(o == 'lost' for *_, o in attempts))
         if t.url.startswith('sqlite'): assert rows(t, name, 'PRAGMA integrity_check') == [('ok',)]
     c['extra'] = c['executions'] - c['jobs'] - c['retries']
     # a submitter killed between its commit and its word leaves a job that nobody was told of: it runs too
@@ -96,7 +98,7 @@ def check(t, r, jobs):
     return dict(c) | dict(kills=r.kills, seconds=round(r.took, 1), healed_after=round(r.healed, 1))
 
 
-def test_kill_at_random_moments(four_tenants, record_property):
+def test_kill_at_random_moments(four_tenants):
     jobs = int(os.environ.get('FH_SAAS_CRASH_JOBS', 200))
     r = torture(four_tenants, int(os.environ.get('FH_SAAS_CRASH_KILLS', 10)), jobs, seed=time.time_ns())
-    record_property('figures', check(four_tenants, r, jobs))
+    check(four_tenants, r, jobs)

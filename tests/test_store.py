@@ -10,7 +10,7 @@ from fh_saas.db_host import gen_id, seconds, timestamp
 from fh_saas.jobs.model import ensure_tables
 from fh_saas.jobs.payload import describe
 from fh_saas.jobs.states import Outcome
-from fh_saas.jobs.store import JobNotFound, max_lease, open_store
+from fh_saas.jobs.store import JobNotFound, max_lease, Store
 from conftest import wait_until
 
 hostile = ["' OR '1'='1", "x'; DROP TABLE tenant_jobs; --", '%', '_', '\\', '"', ':a', '%s', '%(id)s', '?', '$1', '\x00', 'a\x00b', '\ud800', 'é\u202e日本', '', 'x'*10_000]
@@ -51,7 +51,7 @@ def one_store(request, tmp_path_factory):
         drop(f'CREATE DATABASE {name}')
         url = server.set(database=name)
     if not drop: sqlite3.connect(sa.make_url(url).database).close()
-    s = open_store(url)
+    s = Store(url)
     yield s
     s.close()
     if drop: drop(f'DROP DATABASE {name} WITH (FORCE)'); eng.dispose()
@@ -173,7 +173,7 @@ def test_each_job_is_claimed_exactly_once_by_many_threads(store):
     ids = [gen_id() for _ in range(200)]
     def many(cur, now): [cur.execute(f"INSERT INTO tenant_jobs (id, job_type, status, task, created_at) VALUES ('{i}', 't', 'pending', 't', '{timestamp(now)}')") for i in ids]
     store.write(many)
-    others = [open_store(store.url) for _ in range(3)]
+    others = [Store(store.url) for _ in range(3)]
     def work(i):
         mine, s = [], [store, *others][i%4]
         while rows := claim(s, 5, worker=f'w{i}'): mine += [(r['id'], f'w{i}') for r in rows]
@@ -377,7 +377,7 @@ def test_a_rescue_takes_at_most_n(store):
 
 def test_many_rescuers_rescue_each_job_once(store):
     for i in range(20): begun(store, f'{i:02}', -1)
-    other = open_store(store.url)
+    other = Store(store.url)
     got = sum(ok(together(8, lambda i: [store, other][i%2].rescue())), []) + store.rescue()
     other.close()
     assert sorted(r['id'] for r, _ in got) == [f'{i:02}' for i in range(20)]
@@ -460,7 +460,7 @@ def add_or_error(store, id):
     except Exception as e: return e
 
 def test_what_write_returns_is_committed(store):
-    other = open_store(store.url)
+    other = Store(store.url)
     for i in range(10):
         add(store, id=f'{i}')
         assert other.get(f'{i}')['status'] == 'pending'
@@ -479,7 +479,7 @@ def test_forty_threads_write_without_error(store):
     assert len(store.list(None, status='completed')) == 400
 
 def test_a_connection_that_died_is_replaced(new_pg):
-    store = open_store(new_pg())
+    store = Store(new_pg())
     add(store, id='a')
     pid = sql(store, 'SELECT pg_backend_pid()')[0][0]
     killer = open_engine(store.url)
@@ -492,7 +492,7 @@ def test_a_connection_that_died_is_replaced(new_pg):
 # --- The database as a whole
 
 def test_a_locked_database_ends_in_bounded_time(new_url):
-    store = open_store(url := new_url(), busy=0.3)
+    store = Store(url := new_url(), busy=0.3)
     other = open_engine(url)
     with writing(other) as conn:
         conn.exec_driver_sql('SELECT 1' if store.url.get_backend_name() == 'sqlite' else 'LOCK TABLE tenant_jobs IN ACCESS EXCLUSIVE MODE')
@@ -503,7 +503,7 @@ def test_a_locked_database_ends_in_bounded_time(new_url):
     for e in (store, other): getattr(e, 'dispose', None) and e.dispose() or getattr(e, 'close', lambda: None)()
 
 def test_many_writers_of_a_locked_database_all_end(new_sqlite):
-    store = open_store(url := new_sqlite(), busy=0.3)
+    store = Store(url := new_sqlite(), busy=0.3)
     other = open_engine(url)
     with writing(other):
         start = time.monotonic()
@@ -513,7 +513,7 @@ def test_many_writers_of_a_locked_database_all_end(new_sqlite):
     store.close(); other.dispose()
 
 def test_a_full_database_says_so_and_writes_nothing(new_sqlite):
-    store = open_store(new_sqlite())
+    store = Store(new_sqlite())
     sa.event.listen(store.engine, 'connect', lambda conn, _: conn.execute(f'PRAGMA max_page_count={conn.execute("PRAGMA page_count").fetchone()[0] + 2}'))
     store.engine.dispose()
     with pytest.raises(DatabaseFull, match='space'): add(store, id='a', payload='x'*200_000)
@@ -522,36 +522,36 @@ def test_a_full_database_says_so_and_writes_nothing(new_sqlite):
 
 def test_a_read_only_database_says_so(new_sqlite):
     url = new_sqlite()
-    store = open_store(url); add(store, id='a'); store.close()
+    store = Store(url); add(store, id='a'); store.close()
     path = sa.make_url(url).database
     con = sqlite3.connect(path); con.execute('PRAGMA wal_checkpoint(TRUNCATE)'); con.close()
-    store = open_store(f'sqlite:///file:{path}?mode=ro&uri=true')
+    store = Store(f'sqlite:///file:{path}?mode=ro&uri=true')
     assert store.get('a')['status'] == 'pending'
     with pytest.raises(DatabaseReadOnly, match='permission'): add(store, id='b')
     store.close()
 
 def test_a_file_that_is_no_database_says_so(tmp_path):
     (tmp_path/'bad.db').write_bytes(b'this is no database at all'*100)
-    with pytest.raises(DatabaseCorrupt): open_store(f"sqlite:///{tmp_path/'bad.db'}")
+    with pytest.raises(DatabaseCorrupt): Store(f"sqlite:///{tmp_path/'bad.db'}")
     assert (tmp_path/'bad.db').read_bytes() == b'this is no database at all'*100
 
 def test_a_missing_file_is_not_made(tmp_path):
-    with pytest.raises(DatabaseUnavailable): open_store(f"sqlite:///{tmp_path/'none.db'}")
-    with pytest.raises(DatabaseUnavailable): open_store(f"sqlite:///{tmp_path/'no'/'folder.db'}")
+    with pytest.raises(DatabaseUnavailable): Store(f"sqlite:///{tmp_path/'none.db'}")
+    with pytest.raises(DatabaseUnavailable): Store(f"sqlite:///{tmp_path/'no'/'folder.db'}")
     assert not list(tmp_path.iterdir())
 
 @pytest.mark.parametrize('url', ['sqlite://', 'sqlite:///:memory:', 'sqlite:///', 'sqlite:///file::memory:?uri=true', 'sqlite:///file:x?mode=memory&cache=shared&uri=true'])
 def test_a_database_in_memory_is_refused_with_the_reason(url):
-    with pytest.raises(UnsupportedDatabase, match='memory'): open_store(url)
+    with pytest.raises(UnsupportedDatabase, match='memory'): Store(url)
 
 @pytest.mark.parametrize('url', ['', 'nonsense', 'mysql://u@h/x', 'postgresql://u@h', 'postgresql://u@h:port/x', None, 7, b'sqlite:///x.db', 'sqlite'])
 def test_a_wrong_url_is_a_typed_error(url):
-    with pytest.raises(InvalidDatabaseURL): open_store(url)
+    with pytest.raises(InvalidDatabaseURL): Store(url)
 
 def test_a_server_that_is_not_there_is_a_typed_error(pg_server):
     from conftest import free_port
     for u in (sa.make_url(pg_server).set(port=free_port()), sa.make_url(pg_server).set(database='no_such_database')):
-        with pytest.raises(DatabaseUnavailable): open_store(u, busy=1)
+        with pytest.raises(DatabaseUnavailable): Store(u, busy=1)
 
 # --- The schema
 
@@ -567,7 +567,7 @@ def test_sixteen_threads_make_the_tables_at_once(url):
     ok(together(16, lambda i: ensure_tables(engines[i])))
     for e in engines: e.dispose()
     assert {'tenant_jobs', 'tenant_job_attempts', 'tenant_job_logs'} <= set(schema(url))
-    store = open_store(url)
+    store = Store(url)
     assert add(store) and claim(store)
     store.close()
 
@@ -576,11 +576,11 @@ def test_a_newer_database_is_refused_and_unchanged(url):
     with writing(eng) as conn: write_meta(conn, **{'schema:tenant_jobs': 99})
     eng.dispose()
     before = schema(url)
-    with pytest.raises(NewerDatabase, match='99.*upgrade'): open_store(url)
+    with pytest.raises(NewerDatabase, match='99.*upgrade'): Store(url)
     assert schema(url) == before and 'tenant_jobs' not in before
 
 def test_system_jobs_and_tenant_jobs_can_share_a_database(store):
-    other = open_store(store.url, 'sys_jobs')
+    other = Store(store.url, 'sys_jobs')
     add(store, id='a'); add(other, id='a')
     other.claim_one('a', 'tok', 'w', 30)
     assert store.get('a')['status'] == 'pending' and other.get('a')['status'] == 'running' and len(store.list()) == len(other.list()) == 1
@@ -591,7 +591,7 @@ def plan(store, key):
     with store.cursor() as cur: return ' | '.join(r[3] for r in cur.execute(f'EXPLAIN QUERY PLAN {s.sql}', [None]*len(s.order)).fetchall())
 
 def test_claim_and_rescue_use_the_partial_indexes(new_sqlite):
-    store = open_store(new_sqlite())
+    store = Store(new_sqlite())
     add(store); claim(store); store.rescue(); store.heartbeat('w', 5); store.next_due(('t',), ('t',))
     p = plan(store, 'claim')
     assert 'ix_tenant_jobs_due' in p and 'TEMP B-TREE' not in p
@@ -602,7 +602,7 @@ def test_claim_and_rescue_use_the_partial_indexes(new_sqlite):
     store.close()
 
 def test_one_claim_costs_the_same_however_many_jobs_have_ended(new_sqlite):
-    store = open_store(new_sqlite())
+    store = Store(new_sqlite())
     def fill(cur, now):
         at = timestamp(now)
         cur.executemany("INSERT INTO tenant_jobs (id, job_type, status, task, created_at, completed_at) VALUES (?, 't', 'completed', 't', ?, ?)", [(f'{i:06}', at, at) for i in range(20_000)])

@@ -11,7 +11,7 @@ __all__ = ['max_json', 'NotJson', 'TooLarge', 'to_json', 'from_json', 'clean', '
 import json, math, traceback
 from ..db_connect import FhSaasError
 
-# %% ../../nbs/jobs/02_payload.ipynb #f2d4751b
+# %% ../../nbs/jobs/02_payload.ipynb #53b188fc
 class NotJson(FhSaasError, TypeError): "The value is not JSON."
 class TooLarge(FhSaasError, ValueError): "The value is larger than its limit."
 
@@ -36,10 +36,13 @@ def to_json(
     limit:int=max_json, # Most bytes
 ) -> str:
     "`o` as JSON text"
-    try: problem = _problem(o, what)
+    text = None
+    try:
+        problem = _problem(o, what)
+        if not problem: text = json.dumps(o, separators=(',', ':'))
     except RecursionError: problem = f'{what} is nested too deeply, or contains itself'
+    except Exception as e: problem = f'{what} cannot be encoded ({type(e).__name__})'  # a subclass may do anything when it is read
     if problem: raise NotJson(f"{problem}: JSON carries None, bool, int, finite float, str, list, and dict with text keys; convert it first")
-    text = json.dumps(o, separators=(',', ':'))
     if len(text) > limit: raise TooLarge(f"{what} is {len(text):,} bytes of JSON, the limit is {limit:,}: store the data and pass a reference to it")
     return text
 

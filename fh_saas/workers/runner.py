@@ -9,14 +9,15 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/workers/runner.html.md"""
 # %% auto #0
 __all__ = ['log', 'Runner']
 
-# %% ../../nbs/workers/00_runner.ipynb #2f78df6b
+# %% ../../nbs/workers/00_runner.ipynb #8e967d5b
 import asyncio, logging, signal, threading
 from contextlib import asynccontextmanager
 from fastcore.basics import patch
 from ..db_connect import FhSaasError
 from ..db_host import HostDatabase
 from ..db_tenant import list_tenants
-from ..jobs.engine import Engine, Settings, use_engine
+from ..jobs.engine import Engine, use_engine
+from ..jobs.settings import Settings
 
 log = logging.getLogger('fh_saas.jobs')
 

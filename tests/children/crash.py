@@ -5,7 +5,8 @@ from tenacity import wait_fixed
 from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import open_tenant_db
 from fh_saas.jobs.context import JobContext
-from fh_saas.jobs.engine import Engine, Settings, use_engine
+from fh_saas.jobs.engine import Engine
+from fh_saas.jobs.settings import Settings, use_engine
 from fh_saas.jobs.tasks import task
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from fh_saas.workers.runner import Runner
@@ -19,17 +20,19 @@ def ran(job):
 def fail_once(n, job):
     if n % 10 == 0 and job.row['retry_count'] == 0: raise RuntimeError('the first time it always fails')
 
+def length(n): return 0.25 if n % 7 == 3 else 0.005  # some are long enough to be hit
+
 @task('sync_row', backoff=wait_fixed(0.1))
 def sync_row(n:int, job:JobContext):
     ran(job)
-    time.sleep(0.005)
+    time.sleep(length(n))
     fail_once(n, job)
     return n
 
 @task('async_row', backoff=wait_fixed(0.1))
 async def async_row(n:int, job:JobContext):
     await asyncio.to_thread(ran, job)
-    await asyncio.sleep(0.005)
+    await asyncio.sleep(length(n))
     fail_once(n, job)
     return n
 

@@ -1,0 +1,535 @@
+"Faults that are really injected: each ends in a typed error or a recorded outcome, and harms nobody else."
+import asyncio, ctypes, os, signal, subprocess, sqlite3, threading, time, uuid
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+import httpx2, psycopg, pytest
+import sqlalchemy as sa
+from fastsql import Database
+from children import tasks
+from children.launch import Child, here
+from conftest import absent, free_port, wait_until
+from fh_saas.db_connect import (DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, NewerDatabase, UnsupportedDatabase, writing)
+from fh_saas.db_host import HostDatabase
+from fh_saas.db_tenant import close_tenant_db, delete_tenant, get_or_create_tenant_db, open_tenant_db
+from fh_saas.utils_bgtsk import BackgroundTaskManager
+
+ended = ('completed', 'completed_with_warnings', 'failed', 'cancelled')
+
+
+@pytest.fixture
+def child():
+    "Start scripts of `tests/children`; killed afterwards"
+    with ExitStack() as stack:
+        def start(*args, **kw):
+            stack.callback((c := Child(*args, **kw)).close)
+            return c
+        yield start
+
+
+@pytest.fixture
+def open_manager(new_engine):
+    "Call it with a URL for a manager, by default on an engine of its own; with `runs=False` its engine leaves the jobs to others"
+    with ExitStack() as stack:
+        def make(url, engine=None, runs=True, **settings):
+            stack.callback(lambda db: (db.conn.close(), db.engine.dispose()), db := Database(str(url)))
+            m = BackgroundTaskManager(db, engine or new_engine(**settings))
+            if not runs: m.engine.pause(m.store)
+            return m
+        yield make
+
+
+class Gate:
+    "A task that waits where a test wants it to"
+    def __init__(self):
+        self.inside, self.go = threading.Event(), threading.Event()
+        def gated(n):
+            self.inside.set()
+            assert self.go.wait(60)
+            return n
+        self.task = gated
+
+    def submit(self, manager, **kw):
+        job_id, bg_task = manager.submit('gated', self.task, n=1, **kw)
+        threading.Thread(target=bg_task.func, args=bg_task.args, daemon=True).start()
+        assert self.inside.wait(10)
+        return job_id
+
+
+def echo(n): return n
+
+def execute(store, sql, **params):
+    with writing(store.engine) as conn: conn.execute(sa.text(sql), params)
+
+def end(manager, job_id, seconds=20, status=ended):
+    "The job once it has ended"
+    return wait_until(lambda: (j := manager.get_job(job_id)).status in status and j, seconds, f'{job_id}: no {status}')
+
+def outcomes(manager, job_id): return [a['outcome'] for a in manager.attempts(job_id)]
+
+def run(manager, n=1):
+    "Submit a job and run it here"
+    job_id, bg_task = manager.submit('echo', echo, n=n)
+    bg_task.func(*bg_task.args)
+    return manager.get_job(job_id)
+
+def by_engine(manager, seconds=5):
+    "Submit a job that the engine's own threads run; seconds until its end is seen"
+    start = time.monotonic()
+    job_id, _ = manager.submit('echo', echo, n=1)
+    end(manager, job_id, seconds, ['completed'])
+    return time.monotonic() - start
+
+def bounded(seconds, error, f, *args, **kw):
+    "`f` raises `error`, in time"
+    start = time.monotonic()
+    with pytest.raises(error) as e: f(*args, **kw)
+    assert time.monotonic() - start < seconds
+    return str(e.value)
+
+
+# --- Zombies and clocks
+
+def test_a_zombies_late_result_is_dropped(url, child, open_manager):
+    m = open_manager(url, runs=False, handoff=0)
+    zombie = child('worker.py', url, '{"lease": 1}')
+    zombie.says('ready')
+    job_id, _ = m.submit('work', tasks.work, seconds=0.6)
+    end(m, job_id, 10, ['running'])
+    zombie.send(signal.SIGSTOP)
+    heir = child('worker.py', url, '{"lease": 1}')
+    j = end(m, job_id)
+    assert (j.status, j.result, j.retry_count, outcomes(m, job_id)) == ('completed', str(heir.pid), 1, ['lost', 'completed'])
+    heir.kill()
+    zombie.send(signal.SIGCONT)
+    zombie.says('^stale 1$')
+    assert m.get_job(job_id) == j and outcomes(m, job_id) == ['lost', 'completed']
+    job_id, _ = m.submit('work', tasks.work, seconds=0)
+    assert end(m, job_id).result == str(zombie.pid)  # and it goes on as a good worker
+
+
+def _far_lease(m, at='2999-01-01T00:00:00.000000'):
+    "A job whose runner wrote its lease when the clock was wrong, and died"
+    job_id, _ = m.submit('echo', echo, n=1, run_at=at)
+    execute(m.store, "UPDATE tenant_jobs SET status='running', claim_token='t', worker='gone', attempt=1, started_at=created_at, lease_until=:at WHERE id=:id", at=at, id=job_id)
+    return job_id
+
+def test_a_lease_too_far_ahead_has_expired(url, open_manager):
+    m = open_manager(url, lease=1)
+    j = end(m, _far_lease(m), 5)
+    assert (j.status, j.retry_count, outcomes(m, j.id)) == ('completed', 1, ['lost', 'completed'])
+
+def test_a_lease_too_far_ahead_is_seen_beside_a_good_one(url, open_manager):
+    m, gate = open_manager(url, lease=1), Gate()
+    gate.submit(m)
+    assert end(m, _far_lease(m), 5).status == 'completed'
+    gate.go.set()
+
+
+# --- A lock that another process holds
+
+def test_a_foreign_write_lock(new_url, child, open_manager, new_engine):
+    locked, free = new_url(), new_url()
+    e, gate = new_engine(busy=0.4, lease=8, handoff=0), Gate()
+    m, other = open_manager(locked, e), open_manager(free, e)
+    job_id = gate.submit(m)
+    holder = child('lock.py', locked)
+    holder.says('locked')
+    assert locked.rpartition('/')[2] in bounded(3*0.4+1+1, DatabaseBusy, m.submit, 'echo', echo, n=1)
+    assert max(by_engine(other) for _ in range(5)) < 1
+    gate.go.set()  # the result is there, and can not be written
+    time.sleep(1.5)
+    assert m.get_job(job_id).status == 'running' and max(by_engine(other) for _ in range(5)) < 1
+    holder.kill()
+    j = end(m, job_id, 5)
+    assert (j.status, j.result, j.attempt, j.retry_count, e.stale) == ('completed', '1', 1, 0, 0)
+    assert by_engine(m) < 3 and len(m.list_jobs()) == 2  # nothing of the refused one was written
+
+def test_many_locked_tenants_keep_no_other_waiting(new_sqlite, child, open_manager, new_engine):
+    e, holders, gates = new_engine(busy=3, handoff=0, concurrency=32, lease=3), [], []
+    other = open_manager(new_sqlite(), e)
+    for url in (urls := [new_sqlite() for _ in range(10)]):
+        gates.append(gate := Gate())
+        gate.submit(open_manager(url, e))
+    for url in urls: holders.append(child('lock.py', url))
+    for h in holders: h.says('locked')
+    for gate in gates: gate.go.set()
+    waits, until = [], time.monotonic() + 4  # heartbeats and visits of the ten come and wait
+    while time.monotonic() < until: waits.append(by_engine(other, 10))
+    for h in holders: h.kill()
+    assert max(waits) < 1
+
+def test_locked_tenants_do_not_hold_up_the_end(new_sqlite, child, open_manager, new_engine):
+    e, holders = new_engine(busy=1, handoff=0, lease=30), []
+    for url in (urls := [new_sqlite() for _ in range(6)]): Gate().submit(open_manager(url, e))
+    for url in urls: holders.append(child('lock.py', url))
+    for h in holders: h.says('locked')
+    start = time.monotonic()
+    e.stop(0.5)
+    took = time.monotonic() - start
+    for h in holders: h.kill()
+    assert took < 0.5 + 1 + 1.5  # grace, and one wait for all locks
+
+
+# --- Full, read-only, gone, damaged
+
+@contextmanager
+def mounted(folder, *how):
+    "Something mounted at `folder`, if this machine lets us"
+    r = subprocess.run(['mount', *how, str(folder)], capture_output=True, text=True)
+    if r.returncode: absent('MOUNT', r.stderr.strip())
+    try: yield folder
+    finally: subprocess.run(['umount', '-l', str(folder)], check=True)
+
+def test_a_full_disk(tmp_path, new_sqlite, open_manager, new_engine):
+    (folder := tmp_path/'small').mkdir()
+    with mounted(folder, '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs'):
+        e, gate = new_engine(handoff=0, lease=20), Gate()
+        m, other = open_manager(f'sqlite:///{folder}/a.db', e), open_manager(new_sqlite(), e)
+        job_id, ids = gate.submit(m), []
+        with open(folder/'filler', 'wb', buffering=0) as f:
+            with pytest.raises(OSError, match='No space'):
+                while True: f.write(bytes(4096))
+        with pytest.raises(DatabaseFull, match='free some'):
+            for _ in range(200): ids.append(m.submit('echo', echo, n='x'*5000, run_at='2999-01-01T00:00:00')[0])
+        gate.go.set()
+        time.sleep(1)
+        assert m.get_job(job_id).status == 'running' and by_engine(other) < 1
+        (folder/'filler').unlink()
+        j = end(m, job_id, 5)
+        assert (j.status, j.attempt, j.retry_count, e.stale) == ('completed', 1, 0, 0)
+        assert {j.id for j in m.list_jobs(None, 'pending')} == set(ids) and by_engine(m) < 5
+        with m.store.cursor() as cur: assert cur.execute('PRAGMA integrity_check').fetchone() == ('ok',)
+        e.stop(0)
+        m.db.conn.close(); m.db.engine.dispose()
+
+def test_a_database_opened_read_only(new_sqlite, open_manager, new_engine):
+    url, e = new_sqlite(), new_engine(handoff=0)
+    run(open_manager(url, e))
+    m = open_manager(f"sqlite:///file:{url.removeprefix('sqlite:///')}?mode=ro&uri=true", e)
+    assert 'permission' in bounded(2, DatabaseReadOnly, m.submit, 'echo', echo, n=1)
+    assert len(m.list_jobs()) == 1
+
+def test_a_folder_mounted_read_only(tmp_path, new_sqlite, open_manager, new_engine):
+    (folder := tmp_path/'ro').mkdir()
+    url, e = f'sqlite:///{folder}/a.db', new_engine(handoff=0)
+    first = open_manager(url)
+    run(first)
+    first.engine.stop(0)
+    first.db.conn.close(); first.db.engine.dispose()
+    before = (folder/'a.db').read_bytes()
+    with mounted(folder, '--bind', str(folder)):
+        assert not subprocess.run(['mount', '-o', 'remount,ro,bind', str(folder)]).returncode
+        other = open_manager(new_sqlite(), e)
+        bounded(3, (DatabaseReadOnly, DatabaseUnavailable), lambda: e.store(url).add(dict(id='1', job_type='echo', max_retries=3)))
+        assert by_engine(other) < 1
+    assert (folder/'a.db').read_bytes() == before
+
+def remove(url):
+    path = Path(sa.make_url(str(url)).database)
+    for p in path.parent.glob(f'{path.name}*'): p.unlink()
+    return path
+
+def test_a_file_deleted_under_a_running_engine(new_sqlite, open_manager, new_engine):
+    url, e = new_sqlite(), new_engine(handoff=0)
+    m, other = open_manager(url, e), open_manager(new_sqlite(), e)
+    run(m)
+    path = remove(url)
+    bounded(3, (DatabaseUnavailable, DatabaseReadOnly), m.submit, 'echo', echo, n=2)
+    assert max(by_engine(other) for _ in range(5)) < 1
+    assert not path.exists()
+
+def test_a_file_deleted_while_its_connections_were_closed(tmp_path, new_engine):
+    e, host = new_engine(handoff=0), HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    db, db2 = (get_or_create_tenant_db(n, host=host) for n in ('acme', 'globex'))
+    m, other = BackgroundTaskManager(db, e), BackgroundTaskManager(db2, e)
+    run(m)
+    m.store.close(); db.close(); host.open_dbs.close(db.engine.url)
+    path = remove(m.store.url)
+    bounded(3, DatabaseUnavailable, m.submit, 'echo', echo, n=2)
+    bounded(3, DatabaseUnavailable, open_tenant_db, 'acme', host)
+    time.sleep(1.5)  # a visit or two
+    assert by_engine(other) < 1 and not path.exists()
+    db2.close(); host.close()
+
+def test_a_tenant_deleted_and_made_anew_has_a_database_of_its_own(tmp_path, new_engine):
+    e, host = new_engine(handoff=0), HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    with get_or_create_tenant_db('acme', host=host) as db: run(BackgroundTaskManager(db, e))
+    delete_tenant('acme', host)
+    with get_or_create_tenant_db('acme', host=host) as db:
+        m = BackgroundTaskManager(db, e)
+        job_id, _ = m.submit('echo', echo, n=2)
+        with sqlite3.connect(tmp_path/'acme_db.db') as conn: assert conn.execute('SELECT id FROM tenant_jobs').fetchall() == [(job_id,)]
+        assert end(m, job_id).status == 'completed'
+    host.close()
+
+def test_a_file_that_is_no_database(tmp_path, new_sqlite, open_manager, new_engine):
+    e, host = new_engine(handoff=0), HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    other = open_manager(new_sqlite(), e)
+    get_or_create_tenant_db('acme', host=host).close()
+    close_tenant_db('acme', host)
+    (bad := tmp_path/'acme_db.db').write_bytes(junk := b'hello, this is no database '*1000)
+    for f in (lambda: open_tenant_db('acme', host), lambda: get_or_create_tenant_db('acme', host=host), lambda: e.store(f'sqlite:///{bad}')):
+        with pytest.raises(DatabaseCorrupt, match='acme_db.db.*good copy'): f()
+    assert by_engine(other) < 1 and bad.read_bytes() == junk
+    host.close()
+
+def test_corrupt_pages(new_sqlite, open_manager, new_engine):
+    url, e = new_sqlite(), new_engine(handoff=0)
+    m, other = open_manager(url, e), open_manager(new_sqlite(), e)
+    for n in range(40): m.submit('echo', echo, n='x'*2000, run_at='2999-01-01T00:00:00')
+    with sqlite3.connect(path := Path(url.removeprefix('sqlite:///'))) as conn: assert conn.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchone()[0] == 0
+    m.store.close()
+    good = path.read_bytes()
+    path.write_bytes(good[:4096*3] + os.urandom(len(good) - 4096*3))
+    with pytest.raises(DatabaseCorrupt, match='good copy'):
+        m.list_jobs(limit=None)
+        for n in range(10): m.submit('echo', echo, n=n)
+    m.engine.attend(m.store)
+    assert max(by_engine(other) for _ in range(5)) < 1
+
+def test_a_newer_database(url, open_manager, new_engine):
+    m = open_manager(url)
+    j = run(m)
+    execute(m.store, "UPDATE fh_saas_meta SET value='99' WHERE key='schema:tenant_jobs'")
+    with pytest.raises(NewerDatabase, match='schema 99.*upgrade'): open_manager(url, new_engine())
+    assert m.get_job(j.id) == j
+
+@pytest.mark.parametrize('url', ['sqlite://', 'sqlite:///:memory:', 'sqlite:///file::memory:?cache=shared&uri=true', 'sqlite:///file:x?mode=memory&cache=shared&uri=true'])
+def test_memory_is_refused_with_the_reason(url, open_manager):
+    with pytest.raises(UnsupportedDatabase, match='one connection.*use a file'): open_manager(url)
+
+
+# --- PostgreSQL
+
+@pytest.fixture
+def server(pg_server):
+    with psycopg.connect(pg_server, autocommit=True) as conn: yield conn
+
+def terminate(server, url): return server.execute('SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = %s', [sa.make_url(url).database]).fetchone()[0]
+
+def test_backends_killed_while_idle(new_pg, server, open_manager):
+    m = open_manager(url := new_pg(), handoff=0)
+    for _ in range(3):
+        assert run(m).status == 'completed'
+        assert terminate(server, url)
+        assert by_engine(m) < 5
+        assert terminate(server, url)
+        m.list_jobs()
+
+def test_backends_killed_while_a_job_runs(new_pg, server, open_manager):
+    m, gate = open_manager(url := new_pg(), lease=2, handoff=0), Gate()
+    job_id = gate.submit(m)
+    for _ in range(6):  # through several heartbeats
+        terminate(server, url)
+        time.sleep(0.5)
+    terminate(server, url)
+    gate.go.set()
+    j = end(m, job_id)
+    assert (j.status, j.attempt, m.engine.stale) == ('completed', 1, 0)
+
+def test_a_database_dropped_under_a_running_engine(new_pg, server, open_manager, new_engine):
+    e, gate = new_engine(handoff=0, lease=2), Gate()
+    m, other = open_manager(url := new_pg(), e), open_manager(new_pg(), e)
+    gate.submit(m)
+    server.execute(f'DROP DATABASE {sa.make_url(url).database} WITH (FORCE)')
+    assert 'cannot be reached' in bounded(5, DatabaseUnavailable, m.submit, 'echo', echo, n=1)
+    gate.go.set()
+    bounded(5, DatabaseUnavailable, m.list_jobs)
+    assert max(by_engine(other) for _ in range(5)) < 1
+    wait_until(lambda: e.stale == 1, 10, 'the result that can not be written was not given up')
+
+def test_nothing_is_left_idle_in_transaction(new_pg, server, new_engine):
+    host = HostDatabase(new_pg())
+    e, name = new_engine(handoff=0), f'x{uuid.uuid4().hex[:8]}'
+    try:
+        with get_or_create_tenant_db(name, host=host) as db:
+            m, sys_m = BackgroundTaskManager(db, e), BackgroundTaskManager(host, e)
+            def fails(): raise ValueError
+            for x in (m, sys_m):
+                job_id = run(x).id
+                assert by_engine(x) < 5
+                bad, bg = x.submit('fails', fails, max_retries=1)
+                bg.func(*bg.args)
+                x.get_job(job_id), x.list_jobs(), x.attempts(job_id), x.logs(job_id)
+                with pytest.raises(FhSaasError): x.get_job('none')
+            host.tenants(), host.find(name), host.find('none')
+            names = [sa.make_url(str(u)).database for u in (host.url, db.engine.url)]
+            sql = "SELECT state, query FROM pg_stat_activity WHERE datname = ANY(%s) AND state LIKE 'idle in transaction%%' AND now() - state_change > interval '0.3 s'"
+            time.sleep(1)
+            assert server.execute("SELECT count(*) FROM pg_stat_activity WHERE datname = ANY(%s)", [names]).fetchone()[0] >= 3
+            assert server.execute(sql, [names]).fetchall() == []
+    finally:
+        e.stop(0)
+        delete_tenant(name, host, force=True)
+        host.close()
+
+def test_jobs_in_their_own_transactions_do_not_keep_heartbeats_out(new_pg, open_manager, new_engine):
+    "More jobs sit in `job.begin()` than a connection pool has by default, for longer than a lease"
+    url = new_pg()
+    m, heir = open_manager(url, lease=1, handoff=0, concurrency=20), open_manager(url, lease=1, handoff=0, runs=False)
+    def sits(job):
+        with job.begin() as conn: conn.execute(sa.text('SELECT pg_sleep(2.5)'))
+    ids = [m.submit('sits', sits)[0] for _ in range(20)]
+    wait_until(lambda: len(m.list_jobs(None, 'running')) >= 15)
+    heir.engine.pause(heir.store, False)  # another process that would take back what has no lease
+    start = time.monotonic()
+    m.list_jobs()
+    assert time.monotonic() - start < 1
+    assert [end(m, i).attempt for i in ids] == [1]*20
+
+
+# --- Processes that are told to end, or are ended
+
+def serve(child, *args, wait='/ok', **env):
+    port = free_port()
+    c = child(*args or ('-m', 'uvicorn', 'app:app', '--log-level', 'warning', '--port'), port, **env)
+    c.http = httpx2.Client(base_url=f'http://127.0.0.1:{port}', timeout=5)
+    def up():
+        assert c.running, c.text
+        try: return c.http.get(wait).status_code == 200
+        except httpx2.TransportError: return False
+    wait_until(up, 20, 'the server does not answer')
+    return c
+
+def started(server, m, name):
+    "Start a job through a route, whose answer does not wait for it; its id once it runs"
+    r = server.http.get(f'/start/{name}')
+    assert r.status_code == 200
+    j, = m.list_jobs()
+    assert j.id in r.text
+    return end(m, j.id, 5, ['running']).id
+
+@pytest.mark.parametrize('name', ['nap', 'anap', 'anap_cleanup', 'anap_stubborn'])
+def test_sigterm_releases_a_long_job(name, new_sqlite, child, open_manager):
+    m = open_manager(url := new_sqlite(), runs=False)
+    first = serve(child, DBURL=url, RUNNER=2, NAP=60)
+    job_id = started(first, m, name)
+    first.send(signal.SIGTERM)
+    assert 1.5 < first.ends(2+3)
+    j = m.get_job(job_id)
+    assert (j.status, j.retry_count, outcomes(m, job_id)) == ('pending', 0, ['release'])
+    second = serve(child, DBURL=url, RUNNER=2, NAP=0)
+    j = end(m, job_id, 10)
+    assert (j.status, j.retry_count, int(j.result)) == ('completed', 0, second.pid)
+
+@pytest.mark.parametrize('name', ['nap', 'anap'])
+def test_kill_9_of_a_bare_manager(name, new_sqlite, child, open_manager):
+    m, env = open_manager(url := new_sqlite(), runs=False), dict(FH_SAAS_LEASE=1, FH_SAAS_POLL=0.2)
+    first = serve(child, DBURL=url, NAP=60, **env)
+    job_id = started(first, m, name)
+    first.kill()
+    second = serve(child, DBURL=url, NAP=0, **env)
+    j = end(m, job_id, 10)
+    assert (j.status, j.retry_count, int(j.result), outcomes(m, job_id)) == ('completed', 1, second.pid, ['lost', 'completed'])
+
+@pytest.mark.parametrize('name', ['nap', 'anap'])
+def test_a_script_ends_though_a_job_runs(name, url, child, open_manager):
+    m = open_manager(url, runs=False)
+    c = child('leaves.py', url, name, NAP=60, FH_SAAS_GRACE=1, FH_SAAS_HANDOFF=0)
+    c.says('leaving')
+    c.ends(1+3)
+    j, = m.list_jobs()
+    assert (c.proc.returncode, j.status, j.retry_count, outcomes(m, j.id)) == (0, 'pending', 0, ['release'])
+
+def test_sleeping_jobs_do_not_slow_a_sync_route(new_sqlite, child, open_manager):
+    m = open_manager(url := new_sqlite(), runs=False)
+    c = serve(child, DBURL=url, RUNNER=1, NAP=60)
+    def p99():
+        took = []
+        for _ in range(200):
+            start = time.perf_counter()
+            assert c.http.get('/ok').status_code == 200
+            took.append(time.perf_counter() - start)
+        return sorted(took)[-3]
+    base = p99()
+    for _ in range(200): c.http.get('/start/nap')
+    assert len(m.list_jobs(None, 'running', None)) >= 16 and len(m.list_jobs(None, None, None)) == 200
+    assert p99() < max(0.1, 5*base)
+
+@pytest.mark.parametrize('form, handoff, soon', [('start', 60, True), ('json', 1, False)])
+def test_a_job_runs_after_its_response_whatever_became_of_its_task(form, handoff, soon, new_sqlite, child, open_manager):
+    m = open_manager(url := new_sqlite(), runs=False)
+    c = serve(child, DBURL=url, RUNNER=1, HANDOFF=handoff)
+    start = time.monotonic()
+    r = c.http.get(f'/{form}/nap')
+    j, = m.list_jobs()
+    assert j.id in r.text and j.status != 'failed'
+    assert int(end(m, j.id, 10).result) == c.pid
+    assert time.monotonic() - start < (2 if soon else 5)
+
+@pytest.mark.parametrize('how', [('-m', 'uvicorn', 'app:app', '--log-level', 'warning', '--reload', '--port'), (here/'serve.py',)], ids=['uvicorn', 'serve'])
+def test_a_reloader_runs_no_jobs(how, new_sqlite, child, open_manager, tmp_path):
+    m = open_manager(url := new_sqlite(), runs=False, handoff=0)
+    c = serve(child, *how, cwd=tmp_path, DBURL=url, FH_SAAS_POLL=0.2)
+    time.sleep(2)  # a manager made at import looks around after 1 s
+    ids = [m.submit('nap', tasks.nap)[0] for _ in range(20)]
+    pids = {int(j.worker.split(':')[1]) for j in (end(m, i, 15, ['completed']) for i in ids)}
+    assert len(pids) == 1 and c.pid not in pids
+
+
+# --- Tasks that mean harm
+
+def _poisoned(url, child, open_manager, neighbours, **settings):
+    m = open_manager(url, runs=False, handoff=0)
+    good = [m.submit('work', tasks.work, seconds=0.3)[0] for _ in range(neighbours)]
+    bad, _ = m.submit('poison', tasks.poison, max_retries=3)
+    deaths = 0
+    while m.get_job(bad).status not in ended:
+        c = child('worker.py', url, '{"lease": 1}')
+        wait_until(lambda: not c.running or m.get_job(bad).status in ended, 10, 'neither poisoned nor done')
+        if not c.running: assert c.proc.returncode == 66; deaths += 1
+    return m, bad, good, deaths
+
+def test_poison_is_set_aside(url, child, open_manager):
+    m, bad, _, deaths = _poisoned(url, child, open_manager, 0)
+    j = m.get_job(bad)
+    assert (j.status, j.retry_count, deaths, outcomes(m, bad)) == ('failed', 3, 3, ['lost', 'lost', 'failed']) and 'worker_lost' in j.error_message
+
+def test_poison_does_not_take_its_neighbours_along(new_sqlite, child, open_manager):
+    m, bad, good, _ = _poisoned(new_sqlite(), child, open_manager, 12)
+    assert 'worker_lost' in m.get_job(bad).error_message
+    assert {end(m, i, 10).status for i in good} == {'completed'}
+
+class Unprintable(Exception):
+    def __str__(self): raise RuntimeError('no words')
+
+@pytest.mark.parametrize('error', [SystemExit(3), KeyboardInterrupt(), MemoryError(), GeneratorExit(), asyncio.CancelledError(), Unprintable(), RecursionError('deep')], ids=lambda e: type(e).__name__)
+def test_what_a_task_raises_stays_in_its_job(error, new_sqlite, open_manager):
+    m = open_manager(new_sqlite(), handoff=0)
+    def bad(): raise error
+    async def abad(): raise error
+    async def awaited(): raise error
+    def gives_awaitable(): return awaited()
+    ids = [m.submit('bad', f, max_retries=1)[0] for f in (bad, abad, gives_awaitable)]  # by the engine's threads and loop
+    for f in (bad, abad, gives_awaitable):
+        job_id, bg = m.submit('bad', f, max_retries=1)
+        bg.func(*bg.args)  # and here
+        ids.append(job_id)
+    for i in ids:
+        j = end(m, i, 10)
+        assert j.status == 'failed' and type(error).__name__ in j.error_message and j.error_log, j
+    async def fine(): return 1
+    job_id, _ = m.submit('fine', fine)
+    assert end(m, job_id).status == 'completed' and by_engine(m) < 3
+
+
+# --- Forks
+
+def _forked(child, url, stays, words):
+    c = child('forks.py', url, stays, FH_SAAS_HANDOFF=0, FH_SAAS_GRACE=1)
+    said = lambda: {m[0]: m[1:] for line in c.text.splitlines() if (m := line.split()) and m[0] in words}
+    try: wait_until(lambda: set(said()) == words, 10)
+    finally: text = c.text
+    said = said()
+    assert {v[0] for v in said.values()} == {'completed'}, text
+    assert said['before'][2] == str(c.pid) != said['child'][2]
+    return {v[1] for v in said.values()}
+
+def test_a_fork_runs_jobs_beside_its_parent(url, child, open_manager):
+    ids = _forked(child, url, 1, {'before', 'child', 'last', 'parent'})
+    assert {j.id for j in open_manager(url, runs=False).list_jobs(None, 'completed')} == ids
+
+def test_a_fork_outlives_its_parent(url, child, open_manager):
+    "SQLite keeps its locks per process: a child on inherited ones would write into a file that its parent has removed"
+    ids = _forked(child, url, 0, {'before', 'child', 'last'})
+    assert {j.id for j in open_manager(url, runs=False).list_jobs(None, 'completed')} == ids

@@ -1,0 +1,534 @@
+"One database per tenant, on a SQLite and on a PostgreSQL host: names, the cache, states, identity, secrets."
+import gc, logging, multiprocessing, os, shutil, sqlite3, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import pytest
+import sqlalchemy as sa
+from fh_saas.db_connect import (DatabaseCorrupt, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, InvalidDatabaseURL, UnsupportedDatabase, open_engine, reading, writing)
+from fh_saas.db_host import HostDatabase, TenantCatalog, TenantNotFound, env_url, gen_id, shown, timestamp
+from fh_saas.db_tenant import (InvalidTenantId, OpenDatabases, TenantBusy, TenantDatabase, TenantMismatch, TenantSuspended, check_tenant_id, close_tenant_db,
+    delete_tenant, get_or_create_tenant_db, list_tenants, open_tenant_db, resume_tenant, suspend_tenant)
+from fh_saas.jobs.settings import Settings
+from fh_saas.jobs.store import Store
+from fh_saas.utils_bgtsk import BackgroundTaskManager
+from conftest import free_port, wait_until
+
+@pytest.fixture
+def new_host(tmp_path, request):
+    "Call it with a kind of database for a host; what its tenants have on a server is dropped afterwards"
+    hosts = []
+    def make(kind, folder='data', **kw):
+        h = HostDatabase(f"sqlite:///{tmp_path/folder/'host.db'}" if kind == 'sqlite' else request.getfixturevalue('new_pg')(), **kw)
+        hosts.append(h)
+        return h
+    yield make
+    for h in hosts:
+        for t in h.tenants() if h.url.get_backend_name() == 'postgresql' else []: delete_tenant(t.id, h, force=True)
+        h.close()
+
+@pytest.fixture(params=['sqlite', 'postgresql'])
+def host(request, new_host): return new_host(request.param)
+
+@pytest.fixture
+def lite(new_host): return new_host('sqlite')
+
+@pytest.fixture
+def prefix(): return f'x{gen_id()[-10:]}'
+
+def files(path): return sorted(str(p.relative_to(path)) for p in path.rglob('*') if p.is_file())
+
+def put(db, name):
+    db.conn.execute(sa.text('CREATE TABLE IF NOT EXISTS own (name VARCHAR)')); db.conn.execute(sa.text('INSERT INTO own VALUES (:n)'), dict(n=name)); db.conn.commit()
+
+def names(db):
+    got = [r[0] for r in db.conn.execute(sa.text('SELECT name FROM own'))]
+    db.conn.rollback()
+    return got
+
+# --- Helpers of every row
+
+def test_timestamps_are_utc_and_sort_as_text():
+    assert timestamp(0) == '1970-01-01T00:00:00.000000' and len(timestamp()) == 26 and timestamp(1e9) < timestamp(1e9 + 0.5) and shown(timestamp(0)).endswith('Z') and shown(None) is None
+
+def test_ids_grow_in_all_threads_and_are_never_the_same():
+    with ThreadPoolExecutor(8) as pool: got = list(pool.map(lambda _: [gen_id() for _ in range(2000)], range(8)))
+    assert all(g == sorted(g) for g in got) and len({i for g in got for i in g}) == 16_000 and all(len(g[0]) == 32 and int(g[0], 16) for g in got)
+    a = gen_id(); time.sleep(0.002)
+    assert a < gen_id()
+
+# --- Ids
+
+hostile = ['../x', 'a/b', 'host.db?x=', '', 'x'*300, 'con', 'аcme', 'ａcme', 'acmé', 'ACME', 'Con', 'nul', 'com1', 'lpt9', '.', '..', '.hidden', 'a.b', 'a b', ' a', 'a ', 'a\n', '\n', 'a\x00b', '\ud800', 'a\\b', 'C:\\x', '/etc/passwd',
+    '~', '$HOME', '%2e%2e%2f', "a'b", 'a"b', 'a;b', 'a--b;drop', '-a', '_a', 'a:b', 'a?mode=memory', 'file:x', ':memory:', 'host', 'system', 'postgres', 'template1', 'é', '١', '²', 'a\u200bb', 'a\u202eb', 'x'*49, None, 7, 1.5, b'acme', True, ['a'], ('a',)]
+
+@pytest.mark.parametrize('go', [get_or_create_tenant_db, lambda i, host: get_or_create_tenant_db(i, 'A name', host)], ids=['id', 'id and name'])
+def test_hostile_ids_are_refused_and_touch_nothing(lite, tmp_path, go):
+    before = files(tmp_path)
+    for bad in hostile:
+        with pytest.raises(InvalidTenantId) as e: go(bad, host=lite)
+        assert isinstance(e.value, (FhSaasError, ValueError)) and len(str(e.value)) < 300, bad
+    assert files(tmp_path) == before and lite.tenants() == []
+
+def test_hostile_ids_are_refused_on_postgresql(new_host, new_pg):
+    host = new_host('postgresql')
+    def databases():
+        with reading(host.engine) as conn: return {r[0] for r in conn.exec_driver_sql('SELECT datname FROM pg_database')}
+    for bad in hostile:
+        with pytest.raises(InvalidTenantId): get_or_create_tenant_db(bad, host=host)
+    assert not any(d.startswith('t_') and d.endswith('_db') and d[2:-3] in {h for h in hostile if isinstance(h, str)} for d in databases()) and host.tenants() == []
+
+def test_a_refusal_names_the_value_and_the_way_out():
+    with pytest.raises(InvalidTenantId, match=r"'\.\./x'.*use 1 to 48"): check_tenant_id('../x')
+    with pytest.raises(InvalidTenantId, match="'con'.*reserved.*another"): check_tenant_id('con')
+    with pytest.raises(InvalidTenantId, match='300'): check_tenant_id('x'*300)
+
+def test_two_long_ids_that_a_server_would_cut_to_one_are_refused(host):
+    for end in 'ab':
+        with pytest.raises(InvalidTenantId): get_or_create_tenant_db('x'*65 + end, host=host)
+    assert host.tenants() == []
+
+def test_the_longest_ids_are_two_tenants(host, prefix):
+    ids = [prefix + 'x'*(47 - len(prefix)) + end for end in 'ab']
+    for i in ids:
+        with get_or_create_tenant_db(i, host=host) as db: put(db, i)
+    for i in ids:
+        with open_tenant_db(i, host) as db: assert names(db) == [i]
+
+@pytest.mark.parametrize('id', ['a', '1', 'acme', 'a-b_c', '0'*48, 'console', 'select', 'acme--', 'tenant_jobs'])
+def test_good_ids_pass(id): assert check_tenant_id(id) == id
+
+def test_an_id_cannot_take_the_hosts_own_file(tmp_path):
+    host = HostDatabase(f"sqlite:///{tmp_path/'shop_db.db'}")
+    with pytest.raises(FhSaasError): get_or_create_tenant_db('shop', host=host)
+    assert host.tenants() == []
+    host.close()
+
+# --- Create, find, list
+
+def test_a_tenant_is_created_once_and_found_again(host, prefix):
+    with get_or_create_tenant_db(prefix, 'Acme GmbH', host) as db: assert isinstance(db, TenantDatabase); put(db, 'kept')
+    with get_or_create_tenant_db(prefix, 'Another name', host) as db: assert names(db) == ['kept'] and db.tenant_id == prefix
+    with open_tenant_db(prefix, host) as db: assert names(db) == ['kept']
+    (t,) = list_tenants(host)
+    assert (t.id, t.name, t.state, t.is_active, t.plan_tier, t.epoch) == (prefix, 'Acme GmbH', 'active', True, 'free', 1) and t.created_at
+
+def test_tenants_share_nothing(host, prefix):
+    with get_or_create_tenant_db(f'{prefix}a', host=host) as a, get_or_create_tenant_db(f'{prefix}b', host=host) as b:
+        put(a, 'a'); put(b, 'b')
+        assert (names(a), names(b)) == (['a'], ['b']) and len(list_tenants(host)) == 2
+
+def test_a_sqlite_tenant_is_one_file_in_the_hosts_folder(lite, tmp_path):
+    with get_or_create_tenant_db('acme', host=lite) as db: put(db, 'x')
+    close_tenant_db('acme', lite)
+    assert [f for f in files(tmp_path) if not f.endswith(('-wal', '-shm'))] == ['data/acme_db.db', 'data/host.db']
+
+def test_the_folder_may_be_moved(lite, tmp_path):
+    with get_or_create_tenant_db('acme', host=lite) as db: put(db, 'x')
+    close_tenant_db('acme', lite); lite.close()
+    shutil.move(tmp_path/'data', tmp_path/'moved')
+    host = HostDatabase(f"sqlite:///{tmp_path/'moved'/'host.db'}")
+    with open_tenant_db('acme', host) as db: assert names(db) == ['x']
+    close_tenant_db('acme', host); host.close()
+
+def test_an_unknown_tenant_is_not_found_and_not_made(host, prefix):
+    for f in (open_tenant_db, delete_tenant, suspend_tenant, resume_tenant):
+        with pytest.raises(TenantNotFound, match=prefix) as e: f(prefix, host)
+        assert isinstance(e.value, FhSaasError) and isinstance(e.value, KeyError)
+    assert host.tenants() == [] and host.find(prefix) is None
+
+@pytest.mark.parametrize('bad', ['../x', "' OR '1'='1", 'a\x00b', '\ud800', '', 'x'*300])
+def test_a_hostile_id_opens_and_deletes_nothing(host, bad):
+    for f in (open_tenant_db, delete_tenant, suspend_tenant, resume_tenant):
+        with pytest.raises((TenantNotFound, InvalidTenantId)): f(bad, host)
+    assert host.tenants() == []
+
+def test_two_hosts_in_one_process(new_host):
+    one, two = new_host('sqlite', 'one'), new_host('sqlite', 'two')
+    with get_or_create_tenant_db('acme', 'One', one) as a, get_or_create_tenant_db('acme', 'Two', two) as b:
+        put(a, 'one'); put(b, 'two')
+        assert (names(a), names(b)) == (['one'], ['two']) and (one.find('acme').name, two.find('acme').name) == ('One', 'Two')
+    delete_tenant('acme', one)
+    assert one.tenants() == [] and len(two.tenants()) == 1
+
+def _create(url, id, go, out):
+    host = HostDatabase(url)
+    go.wait(60)
+    try:
+        with get_or_create_tenant_db(id, 'Name', host) as db: out.put(db.engine.url.database)
+    except BaseException as e: out.put(repr(e)); raise
+    finally: host.close()
+
+@pytest.mark.parametrize('kind', ['sqlite', 'postgresql'])
+def test_sixteen_processes_create_the_same_tenant_at_once(new_host, kind, prefix):
+    host, n = new_host(kind), 16
+    ctx = multiprocessing.get_context('forkserver')
+    ctx.set_forkserver_preload(['fh_saas.utils_bgtsk', 'fh_saas.db_tenant', 'pytest', 'psycopg'])
+    go, out = ctx.Barrier(n), ctx.Queue()
+    ps = [ctx.Process(target=_create, args=(host.url.render_as_string(hide_password=False), prefix, go, out)) for _ in range(n)]
+    for p in ps: p.start()
+    got = [out.get(timeout=60) for _ in ps]
+    for p in ps: p.join(60)
+    assert len({*got}) == 1 and [p.exitcode for p in ps] == [0]*n and len(host.tenants()) == 1
+
+def test_sixteen_threads_create_the_same_tenant_at_once(host, prefix):
+    go = threading.Barrier(16)
+    def one(_):
+        go.wait()
+        with get_or_create_tenant_db(prefix, host=host) as db: return db.engine.url.database
+    with ThreadPoolExecutor(16) as pool: assert len({*pool.map(one, range(16))}) == 1
+    assert len(host.tenants()) == 1
+
+# --- The cache
+
+def many(host, n, prefix='t'):
+    ids = [f'{prefix}{i}' for i in range(n)]
+    for i in ids: get_or_create_tenant_db(i, host=host).close()
+    return ids
+
+def test_the_cache_is_bounded_and_closes_the_least_recently_used(lite):
+    lite.open_dbs.max_open = 3
+    ids = many(lite, 5)
+    assert len(lite.open_dbs) == 3
+    pool = {i: str(lite.url_of(lite.find(i))) for i in ids}
+    assert [k in lite.open_dbs._pools for k in pool.values()] == [False, False, True, True, True]
+    open_tenant_db(ids[2], lite).close()
+    open_tenant_db(ids[0], lite).close()
+    assert [k in lite.open_dbs._pools for k in pool.values()] == [True, False, True, False, True]
+
+def test_a_database_in_use_is_never_closed(lite):
+    lite.open_dbs.max_open = 2
+    ids = many(lite, 8)
+    held = [open_tenant_db(i, lite) for i in ids[:5]]
+    for i in ids[5:]: open_tenant_db(i, lite).close()
+    for h in held: put(h, h.tenant_id); assert names(h) == [h.tenant_id]
+    assert len(lite.open_dbs) >= 5
+    for h in held: h.close()
+    open_tenant_db(ids[7], lite).close()
+    assert len(lite.open_dbs) <= 2
+
+def test_closing_a_handle_twice_gives_it_back_once(lite):
+    many(lite, 1)
+    a, b = open_tenant_db('t0', lite), open_tenant_db('t0', lite)
+    a.close(); a.close()
+    assert lite.open_dbs.in_use(lite.url_of(lite.find('t0'))) == 1
+    put(b, 'x'); b.close()
+    assert lite.open_dbs.in_use(lite.url_of(lite.find('t0'))) == 0
+
+@pytest.mark.parametrize('kind,seconds', [('sqlite', 1.5), ('postgresql', 1.5)])
+def test_threads_hammering_a_small_cache_meet_no_error(new_host, kind, seconds, prefix):
+    host = new_host(kind)
+    host.open_dbs.max_open = 3
+    ids = many(host, 10 if kind == 'sqlite' else 5, prefix)
+    for i in ids:
+        with open_tenant_db(i, host) as db: put(db, i)
+    until = time.monotonic() + seconds
+    def one(n):
+        done = 0
+        while time.monotonic() < until:
+            with open_tenant_db(ids[(n*7 + done*3)%len(ids)], host) as db: assert names(db) == [db.tenant_id]
+            done += 1
+        return done
+    with ThreadPoolExecutor(12) as pool: assert all(pool.map(one, range(12)))
+    open_tenant_db(ids[0], host).close()
+    assert len(host.open_dbs) <= 3 and not host.open_dbs._users
+
+def test_a_handle_collected_without_close_is_given_back(lite):
+    many(lite, 1)
+    url = lite.url_of(lite.find('t0'))
+    db = open_tenant_db('t0', lite)
+    assert lite.open_dbs.in_use(url) == 1
+    del db
+    gc.collect()
+    assert lite.open_dbs.in_use(url) == 0
+    with open_tenant_db('t0', lite) as db: put(db, 'x')
+
+def test_what_a_lost_handle_did_not_commit_is_rolled_back(lite):
+    many(lite, 1)
+    with open_tenant_db('t0', lite) as db: put(db, 'kept')
+    db = open_tenant_db('t0', lite)
+    db.conn.execute(sa.text("INSERT INTO own VALUES ('lost')"))
+    del db
+    gc.collect()
+    with open_tenant_db('t0', lite) as db: assert names(db) == ['kept']; put(db, 'more')
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='counts open files in /proc')
+def test_open_files_are_bounded(lite):
+    lite.open_dbs.max_open = 3
+    ids = many(lite, 20)
+    gc.collect()
+    count = lambda: sum('_db.db' in os.readlink(f'/proc/self/fd/{f}') for f in os.listdir('/proc/self/fd') if os.path.islink(f'/proc/self/fd/{f}'))
+    for _ in range(3):
+        for i in ids:
+            with open_tenant_db(i, lite) as db: put(db, i)
+    assert 0 < count() <= 3*3*2
+    for i in ids: close_tenant_db(i, lite)
+    assert count() == 0
+
+def test_closing_the_pool_leaves_handles_in_use_alone(lite):
+    many(lite, 1)
+    db = open_tenant_db('t0', lite)
+    close_tenant_db('t0', lite)
+    put(db, 'x')
+    with open_tenant_db('t0', lite) as other: assert names(other) == ['x']
+    db.close()
+    close_tenant_db('nobody', lite)
+
+# --- States
+
+def test_a_suspended_tenant_is_not_opened_until_it_is_resumed(host, prefix):
+    with get_or_create_tenant_db(prefix, host=host) as db: put(db, 'x')
+    suspend_tenant(prefix, host)
+    for f in (open_tenant_db, get_or_create_tenant_db):
+        with pytest.raises(TenantSuspended, match='paused.*resume'): f(prefix, host=host)
+    assert [t.id for t in list_tenants(host, 'paused')] == [prefix] and list_tenants(host, 'active') == []
+    resume_tenant(prefix, host)
+    with open_tenant_db(prefix, host) as db: assert names(db) == ['x']
+
+def test_a_state_is_one_of_four(lite):
+    many(lite, 1)
+    with pytest.raises(ValueError, match='nonsense'): lite.set_state('t0', 'nonsense')
+    with pytest.raises(sa.exc.IntegrityError), writing(lite.engine) as conn: conn.exec_driver_sql("UPDATE core_tenants SET state = 'nonsense'")
+
+def test_a_deleted_tenant_is_gone_with_its_database(host, prefix, tmp_path):
+    with get_or_create_tenant_db(prefix, host=host) as db: put(db, 'old')
+    url = host.url_of(host.find(prefix))
+    delete_tenant(prefix, host)
+    assert host.tenants() == [] and not any(prefix in f for f in files(tmp_path))
+    with pytest.raises(DatabaseUnavailable): Store(url)
+    with pytest.raises(TenantNotFound): open_tenant_db(prefix, host)
+    with get_or_create_tenant_db(prefix, host=host) as db: assert 'own' not in sa.inspect(db.engine).get_table_names()
+
+def test_a_tenant_with_a_running_job_is_busy(host, prefix):
+    get_or_create_tenant_db(prefix, host=host).close()
+    s = Store(host.url_of(host.find(prefix)))
+    s.add(dict(id='a', job_type='t', task='t', max_retries=3)); row = s.claim_one('a', 'tok', 'w', 30)
+    with pytest.raises(TenantBusy, match='1 running'): delete_tenant(prefix, host)
+    assert host.find(prefix).state == 'deleting' and s.get('a')['status'] == 'running'
+    with pytest.raises(TenantSuspended): open_tenant_db(prefix, host)
+    from fh_saas.jobs.states import Outcome
+    assert s.finish(row, Outcome('completed'))
+    s.close()
+    delete_tenant(prefix, host)
+    assert host.tenants() == []
+
+def test_a_job_whose_worker_died_does_not_keep_a_tenant(host, prefix):
+    get_or_create_tenant_db(prefix, host=host).close()
+    s = Store(host.url_of(host.find(prefix)))
+    s.add(dict(id='a', job_type='t', task='t', max_retries=3)); s.claim_one('a', 'tok', 'w', -1); s.close()
+    delete_tenant(prefix, host)
+    assert host.tenants() == []
+
+def test_a_tenant_with_an_open_handle_is_busy(lite):
+    many(lite, 1)
+    with open_tenant_db('t0', lite) as db:
+        with pytest.raises(TenantBusy, match='1 open handle'): delete_tenant('t0', lite)
+        put(db, 'still there')
+    delete_tenant('t0', lite)
+    assert lite.tenants() == []
+
+def test_force_deletes_at_once(host, prefix):
+    get_or_create_tenant_db(prefix, host=host).close()
+    s = Store(host.url_of(host.find(prefix)))
+    s.add(dict(id='a', job_type='t', task='t', max_retries=3)); s.claim_one('a', 'tok', 'w', 30); s.close()
+    delete_tenant(prefix, host, force=True)
+    assert host.tenants() == []
+
+# --- Identity and damage
+
+def test_swapped_files_are_noticed(lite):
+    for i, db in ((i, get_or_create_tenant_db(i, host=lite)) for i in ('acme', 'globex')): put(db, i); db.close(); close_tenant_db(i, lite)
+    folder = Path(lite.url.database).parent
+    (folder/'acme_db.db').rename(folder/'x'); (folder/'globex_db.db').rename(folder/'acme_db.db'); (folder/'x').rename(folder/'globex_db.db')
+    for i, other in (('acme', 'globex'), ('globex', 'acme')):
+        for f in (open_tenant_db, get_or_create_tenant_db):
+            with pytest.raises(TenantMismatch, match=f"'{other}', not to '{i}'"): f(i, host=lite)
+
+def test_a_database_of_unknown_origin_is_not_taken_over(lite):
+    folder = Path(lite.url.database).parent
+    con = sqlite3.connect(folder/'acme_db.db'); con.execute('CREATE TABLE secret (x)'); con.commit(); con.close()
+    with pytest.raises(TenantMismatch, match='acme'): get_or_create_tenant_db('acme', host=lite)
+    assert lite.tenants() == []
+
+def test_a_lost_file_is_an_error_and_no_empty_database(lite):
+    many(lite, 2)
+    close_tenant_db('t0', lite)
+    path = Path(lite.url_of(lite.find('t0')).database)
+    for p in path.parent.glob('t0_db.db*'): p.unlink()
+    for f in (open_tenant_db, get_or_create_tenant_db):
+        with pytest.raises(DatabaseUnavailable): f('t0', host=lite)
+    assert not path.exists()
+    with open_tenant_db('t1', lite) as db: put(db, 'not affected')
+
+def test_a_damaged_file_harms_only_its_tenant(lite):
+    many(lite, 2)
+    for i in ('t0', 't1'): close_tenant_db(i, lite)
+    path = Path(lite.url_of(lite.find('t0')).database)
+    path.write_bytes(b'no database' * 1000)
+    with pytest.raises(DatabaseCorrupt, match='good copy'): open_tenant_db('t0', lite)
+    with open_tenant_db('t1', lite) as db: put(db, 'not affected')
+    with pytest.raises(FhSaasError): delete_tenant('t0', lite)
+    delete_tenant('t0', lite, force=True)
+    assert [t.id for t in lite.tenants()] == ['t1'] and not path.exists()
+
+def test_a_failed_open_leaves_nothing_in_the_cache(lite):
+    many(lite, 1)
+    close_tenant_db('t0', lite)
+    path = Path(lite.url_of(lite.find('t0')).database)
+    path.rename(path.with_suffix('.away'))
+    for _ in range(3):
+        with pytest.raises(DatabaseUnavailable): open_tenant_db('t0', lite)
+    assert len(lite.open_dbs) == 0 and not lite.open_dbs._users
+    path.with_suffix('.away').rename(path)
+    with open_tenant_db('t0', lite) as db: put(db, 'back')
+
+# --- Connections
+
+def pragmas(run): return {p: run(f'PRAGMA {p}') for p in ('journal_mode', 'synchronous', 'foreign_keys', 'busy_timeout')}
+
+@pytest.mark.parametrize('level,number', [('FULL', 2), ('NORMAL', 1), ('EXTRA', 3)])
+def test_every_connection_has_its_pragmas_set(new_host, level, number):
+    host = new_host('sqlite', level, synchronous=level)
+    handles = [get_or_create_tenant_db('acme', host=host) for _ in range(3)]
+    want = dict(journal_mode='wal', synchronous=number, foreign_keys=1, busy_timeout=5000)
+    for db in handles: assert pragmas(lambda p: db.conn.exec_driver_sql(p).scalar()) == want
+    with reading(host.engine) as conn: assert pragmas(lambda p: conn.exec_driver_sql(p).scalar()) == want
+    s = Store(host.url_of(host.find('acme')), synchronous=level)
+    for _ in range(2):
+        with s.cursor() as cur: assert pragmas(lambda p: cur.execute(p).fetchone()[0]) == want
+        s.engine.dispose()
+    s.close()
+    for db in handles: db.close()
+
+def test_the_engines_store_has_the_level_of_its_settings(lite, new_engine):
+    many(lite, 1)
+    s = new_engine(synchronous='NORMAL', busy=1.5).store(lite.url_of(lite.find('t0')))
+    with s.cursor() as cur: assert pragmas(lambda p: cur.execute(p).fetchone()[0]) == dict(journal_mode='wal', synchronous=1, foreign_keys=1, busy_timeout=1500)
+
+def test_the_default_level_is_full(lite, new_engine):
+    many(lite, 1)
+    assert Settings().synchronous == 'FULL'
+    with open_tenant_db('t0', lite) as db: assert db.conn.exec_driver_sql('PRAGMA synchronous').scalar() == 2
+
+@pytest.mark.parametrize('level', ['OFF', 'off', '', 'FULL; DROP TABLE x', None, 2])
+def test_another_level_is_refused(tmp_path, level):
+    with pytest.raises(ValueError, match='synchronous'): HostDatabase(f"sqlite:///{tmp_path/'host.db'}", synchronous=level)
+
+def test_jobs_of_a_tenant_run_through_its_handle(host, prefix, engine):
+    with get_or_create_tenant_db(prefix, host=host) as db:
+        m = BackgroundTaskManager(db, engine)
+        id, bg = m.submit('t', lambda job: job.tenant)
+        bg.func(*bg.args)
+        assert m.get_job(id).result == f'"{prefix}"' and m.tenant_jobs[id].status == 'completed'
+    with open_tenant_db(prefix, host) as db: assert db.q('SELECT status FROM tenant_jobs')[0]['status'] == 'completed'
+    engine.stop(0)
+
+# --- The environment
+
+env_names = ('DB_TYPE', 'DB_USER', 'DB_PASS', 'DB_HOST', 'DB_PORT', 'DB_NAME')
+
+@pytest.fixture
+def env(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for n in env_names: monkeypatch.delenv(n, raising=False)
+    return lambda **kw: [monkeypatch.setenv(k, v) for k, v in kw.items()]
+
+def test_without_environment_the_host_is_a_file_here(env, tmp_path):
+    h = HostDatabase()
+    assert h.url.get_backend_name() == 'sqlite' and h.tenants() == []
+    h.close()
+    assert any(f.endswith('.db') for f in files(tmp_path))
+
+def test_the_environment_names_a_file(env, tmp_path):
+    env(DB_TYPE='sqlite', DB_NAME='mine')
+    h = HostDatabase.from_env()
+    with get_or_create_tenant_db('acme', host=h) as db: put(db, 'x')
+    h.close()
+    assert {'mine.db', 'acme_db.db'} <= {*files(tmp_path)}
+
+def test_without_a_host_that_of_the_environment_is_meant(env, tmp_path):
+    env(DB_TYPE='SQLITE', DB_NAME=str(tmp_path/'envhost'))
+    with get_or_create_tenant_db('acme', 'Acme') as db: put(db, 'x')
+    with open_tenant_db('acme') as db: assert names(db) == ['x']
+    assert [t.name for t in list_tenants()] == ['Acme'] and (tmp_path/'acme_db.db').exists()
+    suspend_tenant('acme'); resume_tenant('acme'); close_tenant_db('acme'); delete_tenant('acme')
+    assert list_tenants() == []
+
+def test_another_environment_is_another_host(env, tmp_path):
+    for n in ('one', 'two'):
+        (tmp_path/n).mkdir()
+        env(DB_TYPE='SQLITE', DB_NAME=str(tmp_path/n/'host'))
+        get_or_create_tenant_db('acme', n).close()
+        assert [t.name for t in list_tenants()] == [n]
+
+def test_a_relative_host_of_the_environment_means_the_current_folder(env, tmp_path, monkeypatch):
+    for n in ('one', 'two'):
+        (tmp_path/n).mkdir()
+        monkeypatch.chdir(tmp_path/n)
+        get_or_create_tenant_db('acme', n).close()
+        assert [t.name for t in list_tenants()] == [n] and (tmp_path/n/'acme_db.db').exists()
+
+def test_the_environment_names_a_server(env, new_pg):
+    u = sa.make_url(new_pg())
+    env(DB_TYPE='POSTGRESQL', DB_USER=u.username, DB_PASS=u.password or 'any', DB_HOST=u.host, DB_PORT=str(u.port), DB_NAME=u.database)
+    h = HostDatabase()
+    assert (h.url.get_backend_name(), h.url.host, h.url.port, h.url.database, h.url.username) == ('postgresql', u.host, u.port, u.database, u.username) and h.tenants() == []
+    h.close()
+
+def test_odd_passwords_of_the_environment_survive(env):
+    env(DB_TYPE='POSTGRESQL', DB_PASS='p@ss/w:rd?#%20 é', DB_HOST='db.example.com')
+    u = sa.make_url(env_url())
+    assert (u.password, u.host, u.port) == ('p@ss/w:rd?#%20 é', 'db.example.com', 5432)
+
+@pytest.mark.parametrize('kw,word', [(dict(DB_TYPE='MYSQL'), 'MYSQL'), (dict(DB_TYPE='POSTGRESQL', DB_PORT='many'), 'many')])
+def test_a_wrong_environment_names_the_value(env, kw, word):
+    env(**kw)
+    with pytest.raises(InvalidDatabaseURL, match=word): HostDatabase()
+
+# --- Wrong hosts, and secrets
+
+@pytest.mark.parametrize('url,error', [('nonsense', InvalidDatabaseURL), ('mysql://u:p@h/x', InvalidDatabaseURL), ('postgresql://u:p@h', InvalidDatabaseURL), ('sqlite://', UnsupportedDatabase),
+    ('sqlite:///:memory:', UnsupportedDatabase), (7, InvalidDatabaseURL)])
+def test_a_wrong_url_is_a_typed_error(url, error):
+    with pytest.raises(error): HostDatabase(url)
+
+def test_a_host_that_is_no_database_is_a_typed_error(tmp_path):
+    (tmp_path/'host.db').write_bytes(b'no database'*1000)
+    with pytest.raises(DatabaseCorrupt): HostDatabase(f"sqlite:///{tmp_path/'host.db'}")
+
+def test_a_host_that_cannot_be_written_is_a_typed_error(lite):
+    many(lite, 1); lite.close()
+    con = sqlite3.connect(lite.url.database); con.execute('PRAGMA wal_checkpoint(TRUNCATE)'); con.close()
+    with pytest.raises(DatabaseReadOnly): HostDatabase(f'sqlite:///file:{lite.url.database}?mode=ro&uri=true').set_state('t0', 'paused')
+
+canary = 'kanarienvogel'
+
+def shown_everywhere(x): return f'{x} {x!r} {getattr(x, "args", "")} {x.__cause__!r} {x.__context__!r}' if isinstance(x, BaseException) else f'{x} {x!r}'
+
+def test_a_password_is_in_no_repr_error_or_log(pg_server, new_host, env, caplog, new_engine, prefix):
+    caplog.set_level(logging.DEBUG)
+    said, base = [], sa.make_url(pg_server).set(password=canary)
+    host = new_host('postgresql')
+    host.url = host.url.set(password=canary)
+    with get_or_create_tenant_db(prefix, host=host) as db:
+        engine = new_engine(busy=0.5)
+        m = BackgroundTaskManager(db, engine)
+        said += [host, db, host.find(prefix), host.url_of(host.find(prefix)), engine, m, m.store, m.store.url, list_tenants(host)]
+        for bad in ('no', None): 
+            try: m.get_job(bad)
+            except FhSaasError as e: said.append(e)
+    urls = [base.set(port=free_port()), base.set(database='no_such_database'), base.set(drivername='mysql'), base.set(database=None), base.set(username='no_such_role', database='no_such_database')]
+    for u in urls:
+        for f in (HostDatabase, Store):
+            try: f(u.render_as_string(hide_password=False))
+            except FhSaasError as e: said.append(e)
+            else: raise AssertionError(u)
+    try: BackgroundTaskManager(type('Db', (), dict(engine=type('E', (), dict(url=f'postgres:/u:{canary}@h/x')))))
+    except FhSaasError as e: said.append(e)
+    try: HostDatabase(f'postgresql://u:{canary}@h:port/x')
+    except FhSaasError as e: said.append(e)
+    env(DB_TYPE='POSTGRESQL', DB_PASS=canary, DB_HOST='127.0.0.1', DB_PORT=str(free_port()))
+    try: get_or_create_tenant_db('acme')
+    except FhSaasError as e: said.append(e)
+    assert len(said) > 20 and not [s for s in map(shown_everywhere, said) if canary in s] and canary not in caplog.text
+    with reading(host.engine) as conn: assert canary not in str(conn.exec_driver_sql('SELECT * FROM core_tenants').fetchall())
+    engine.stop(0)

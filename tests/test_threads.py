@@ -1,0 +1,76 @@
+"Many at once: threads on one database, processes on one new tenant."
+import threading, time, uuid
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+import pytest
+from fastsql import Database
+from children.launch import Child
+from fh_saas.db_host import HostDatabase
+from fh_saas.db_tenant import delete_tenant, open_tenant_db
+from fh_saas.utils_bgtsk import BackgroundTaskManager
+
+
+def forty_threads(manager, jobs):
+    "Submit and run `jobs` in 40 threads that start at one moment; whatever they raised"
+    ran, lock, errors, together = Counter(), threading.Lock(), [], threading.Barrier(40)
+    def count(n):
+        with lock: ran[n] += 1
+        return n
+    async def acount(n): return count(n)
+    def work(thread):
+        together.wait(30)
+        for n in range(thread, jobs, 40):
+            try:
+                job_id, bg_task = manager.submit('count', (count, acount)[n % 2], n=n)
+                bg_task.func(*bg_task.args, **bg_task.kwargs)
+                j = manager.get_job(job_id)
+                assert (j.status, j.result, j.attempt) == ('completed', str(n), 1), j
+            except Exception as e: errors.append(e)
+    with ThreadPoolExecutor(40) as pool:
+        for t in range(40): pool.submit(work, t)
+    return ran, errors
+
+
+def test_forty_threads_on_one_database(manager, url):
+    jobs = 2000 if url.startswith('sqlite') else 400
+    ran, errors = forty_threads(manager, jobs)
+    assert not errors, Counter(map(repr, errors)).most_common(5)
+    assert ran == dict.fromkeys(range(jobs), 1)
+    rows = manager.list_jobs(limit=None)
+    assert len(rows) == jobs and {j.status for j in rows} == {'completed'} and manager.engine.stale == 0
+
+
+def test_forty_threads_fail_and_run_again(new_engine, new_url):
+    "Each job fails twice, and is run three times by its thread: `failed` is never seen, and no attempt is lost or doubled"
+    url = new_url()
+    db = Database(url)
+    m, runs, errors = BackgroundTaskManager(db, new_engine(poll=60)), Counter(), []
+    def third_time(n):
+        runs[n] += 1
+        if runs[n] < 3: raise ValueError(n)
+    def work(thread):
+        for n in range(thread, 120, 40):
+            try:
+                job_id, bg_task = m.submit('third', third_time, n=n)
+                for _ in range(4): bg_task.func(*bg_task.args)
+                assert [a['outcome'] for a in m.attempts(job_id)] == ['retry', 'retry', 'completed']
+            except Exception as e: errors.append(e)
+    with ThreadPoolExecutor(40) as pool: list(pool.map(work, range(40)))
+    assert not errors and runs == dict.fromkeys(range(120), 3)
+    db.conn.close(); db.engine.dispose()
+
+
+@pytest.mark.parametrize('round', range(2))
+def test_sixteen_processes_open_the_same_new_tenant(round, new_url):
+    url, name = new_url(), f'n{uuid.uuid4().hex[:8]}'
+    host, at = HostDatabase(url), time.time() + 4
+    children = [Child('opens.py', url, name, at) for _ in range(16)]
+    try:
+        ids = {c.says(r'^done (\w+)$', 30)[1] for c in children}
+        for c in children: c.ends(10)
+        assert [c.proc.returncode for c in children] == [0]*16 and [t.id for t in host.tenants()] == [name]
+        with open_tenant_db(name, host) as db: assert {j.id for j in BackgroundTaskManager(db).list_jobs(None, 'completed')} == ids and len(ids) == 16
+    finally:
+        for c in children: c.close()
+        delete_tenant(name, host, force=True)
+        host.close()
