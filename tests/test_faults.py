@@ -158,6 +158,21 @@ def test_many_locked_tenants_keep_no_other_waiting(new_sqlite, child, open_manag
     for h in holders: h.kill()
     assert max(waits) < 1
 
+def test_results_of_a_locked_tenant_keep_no_threads(new_sqlite, child, open_manager, new_engine):
+    "Every thread for jobs has run a job of one tenant, whose results now wait for its lock"
+    e, inside, go = new_engine(busy=0.3, handoff=0, concurrency=4, lease=20), threading.Semaphore(0), threading.Event()
+    def gated(): inside.release(); assert go.wait(60)
+    m, other = open_manager(url := new_sqlite(), e), open_manager(new_sqlite(), e)
+    ids = [m.submit('gated', gated)[0] for _ in range(4)]
+    assert all(inside.acquire(timeout=10) for _ in ids)
+    holder = child('lock.py', url)
+    holder.says('locked')
+    go.set()
+    time.sleep(1)
+    took = max(by_engine(other, 15) for _ in range(5))
+    holder.kill()
+    assert [end(m, i).attempt for i in ids] == [1]*4 and took < 1
+
 def test_locked_tenants_do_not_hold_up_the_end(new_sqlite, child, open_manager, new_engine):
     e, holders = new_engine(busy=1, handoff=0, lease=30), []
     for url in (urls := [new_sqlite() for _ in range(6)]): Gate().submit(open_manager(url, e))

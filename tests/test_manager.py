@@ -912,7 +912,8 @@ child = '''
 import sys, time
 from fastsql import Database
 from fh_saas.jobs.engine import Engine
-from fh_saas.jobs.settings import Settings, use_engine
+from fh_saas.jobs.engine import use_engine
+from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.tasks import task
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 @task('slow')

@@ -240,7 +240,7 @@ def _schedule(self:Engine):
             if watching: d.visiting, d.due = False, now + 1
             else: self.house.submit(self._visit, d)
 
-# %% ../../nbs/jobs/12_engine.ipynb #76a3b1a8
+# %% ../../nbs/jobs/12_engine.ipynb #3cea192f
 @patch
 def _visit(self:Engine, desk):
     again, attempts = self.settings.poll, []
@@ -270,7 +270,8 @@ def _run(self:Engine, a:Attempt):
 
 @patch
 def _run_here(self:Engine, a:Attempt):
-    try: self._post(a, a.call())
+    o = a.call()
+    try: self._record(a, o) if self.stopping else self._post(a, o)
     finally: self._fed()
 
 @patch

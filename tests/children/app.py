@@ -3,7 +3,7 @@ import os, time
 from fasthtml.common import FastHTML, JSONResponse, P
 from fastsql import Database
 import tasks
-from fh_saas.jobs.engine import Settings
+from fh_saas.jobs.settings import Settings
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from fh_saas.workers.runner import Runner
 
