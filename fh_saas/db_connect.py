@@ -7,8 +7,8 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/db_connect.html.md"""
 # %% auto #0
 __all__ = ['levels', 'meta_table', 'FhSaasError', 'InvalidDatabaseURL', 'UnsupportedDatabase', 'DatabaseUnavailable',
            'DatabaseBusy', 'DatabaseFull', 'DatabaseReadOnly', 'DatabaseCorrupt', 'NewerDatabase', 'show_url',
-           'check_url', 'db_errors', 'reading', 'writing', 'open_engine', 'lock_schema', 'read_meta', 'add_columns',
-           'write_meta']
+           'check_url', 'db_errors', 'reading', 'writing', 'open_engine', 'lock_schema', 'read_meta', 'write_meta',
+           'add_columns']
 
 # %% ../nbs/00_db_connect.ipynb #8548caac
 import sqlite3, time
@@ -147,7 +147,7 @@ def open_engine(
     if u.get_backend_name() == 'sqlite': return _sqlite_engine(u, synchronous, busy, create, explicit, **kw)
     return _pg_engine(u, busy, **kw)
 
-# %% ../nbs/00_db_connect.ipynb #061781dc
+# %% ../nbs/00_db_connect.ipynb #7c1e0b54
 meta_table = sa.Table('fh_saas_meta', sa.MetaData(),
     sa.Column('key', sa.String, primary_key=True), sa.Column('value', sa.String, nullable=False))
 
@@ -161,6 +161,15 @@ def read_meta(conn) -> dict:
     if not sa.inspect(conn).has_table(meta_table.name): return {}
     return {k: v for k, v in conn.execute(sa.select(meta_table.c.key, meta_table.c.value))}
 
+def write_meta(conn, **notes):
+    "Add or change notes; call it in a transaction that holds `lock_schema`"
+    meta_table.create(conn, checkfirst=True)
+    old = read_meta(conn)
+    for k, v in notes.items():
+        if k in old: conn.execute(meta_table.update().where(meta_table.c.key == k).values(value=str(v)))
+        else: conn.execute(meta_table.insert().values(key=k, value=str(v)))
+
+# %% ../nbs/00_db_connect.ipynb #e77c4e2d
 def add_columns(conn, table:sa.Table):
     "Create `table`, or add the columns it lacks to an older one; what is there stays as it is"
     if not sa.inspect(conn).has_table(table.name): return table.create(conn)
@@ -179,11 +188,3 @@ def add_columns(conn, table:sa.Table):
                 for c in checks: conn.exec_driver_sql(f'{alter}CHECK ({c}) NOT VALID')
     finally:
         if sqlite: conn.exec_driver_sql('PRAGMA ignore_check_constraints=OFF')
-
-def write_meta(conn, **notes):
-    "Add or change notes; call it in a transaction that holds `lock_schema`"
-    meta_table.create(conn, checkfirst=True)
-    old = read_meta(conn)
-    for k, v in notes.items():
-        if k in old: conn.execute(meta_table.update().where(meta_table.c.key == k).values(value=str(v)))
-        else: conn.execute(meta_table.insert().values(key=k, value=str(v)))

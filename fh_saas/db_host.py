@@ -50,7 +50,7 @@ def gen_id() -> str: # 32 hexadecimal digits, a UUID of version 7
     with _id_lock: _id_last = now = max((ns // 1_000_000 << 12) | (ns % 1_000_000 * 4096 // 1_000_000), _id_last + 1)
     return f'{(now >> 12) << 80 | 7 << 76 | (now & 0xfff) << 64 | 2 << 62 | secrets.randbits(62):032x}'
 
-# %% ../nbs/00_db_host.ipynb #1cd6d065
+# %% ../nbs/00_db_host.ipynb #b554031b
 @dataclass
 class JobRecord:
     "One stored request to run a task"
@@ -85,6 +85,7 @@ class JobRecord:
     worker: str = None
     cancel_requested_at: str = None
 
+# %% ../nbs/00_db_host.ipynb #45a39662
 @dataclass
 class SystemJob(JobRecord): "A job of the host itself, in `sys_jobs`."
 
@@ -110,7 +111,7 @@ _catalog = sa.Table('core_tenants', sa.MetaData(), sa.Column('id', sa.String, pr
     sa.Column('state', sa.String, sa.CheckConstraint(f"state IN {tenant_states}"), nullable=False, server_default='active'),
     sa.Column('epoch', sa.Integer, nullable=False, server_default='1'))
 
-# %% ../nbs/00_db_host.ipynb #879985e2
+# %% ../nbs/00_db_host.ipynb #c1d2c09b
 def env_url() -> str:
     "The host database's URL from `DB_TYPE DB_USER DB_PASS DB_HOST DB_PORT DB_NAME`"
     env = os.environ.get
@@ -123,6 +124,7 @@ def env_url() -> str:
     return sa.URL.create('postgresql', env('DB_USER') or 'postgres', env('DB_PASS') or None, env('DB_HOST') or 'localhost',
         port, name).render_as_string(hide_password=False)
 
+# %% ../nbs/00_db_host.ipynb #38a29e49
 class HostDatabase:
     "The registry of tenants, in a SQLite file or a PostgreSQL database"
     job_table, job_class = 'sys_jobs', SystemJob
@@ -157,13 +159,14 @@ class HostDatabase:
         self._db = None
         self.engine.dispose()
 
+# %% ../nbs/00_db_host.ipynb #eb800fa0
 def _pause_inactive(conn):
     # 0.9.14 had a flag where there is a state now
     old = sa.table(_catalog.name, sa.column('is_active', sa.Boolean), sa.column('state'))
     if 'is_active' in {c['name'] for c in sa.inspect(conn).get_columns(_catalog.name)}:
         conn.execute(old.update().where(old.c.is_active == sa.false()).values(state='paused'))
 
-# %% ../nbs/00_db_host.ipynb #00206d3d
+# %% ../nbs/00_db_host.ipynb #d89415fe
 class TenantNotFound(FhSaasError, KeyError):
     "No tenant has that id."
     __str__ = Exception.__str__
@@ -182,6 +185,7 @@ def tenants(self:HostDatabase, state:str=None) -> list[TenantCatalog]:
     q = sa.select(_catalog).order_by(_catalog.c.id)
     with reading(self.engine) as conn: return [_row(r) for r in conn.execute(q if state is None else q.where(_catalog.c.state == state))]
 
+# %% ../nbs/00_db_host.ipynb #d03bf506
 @patch
 def register(self:HostDatabase, tenant:TenantCatalog) -> TenantCatalog: # The one that is registered: of two who race, both get the first
     "Add a tenant unless it is there"

@@ -55,7 +55,7 @@ def _give_back(conn, release):
     try: conn.close()
     finally: release()
 
-# %% ../nbs/01_db_tenant.ipynb #6d10f460
+# %% ../nbs/01_db_tenant.ipynb #728e17b4
 class OpenDatabases:
     "Connection pools of the tenants used last; the least recently used one is closed, one in use never"
     def __init__(self, max_open:int=64, **engine_kw):
@@ -91,12 +91,17 @@ class OpenDatabases:
             engines = [self._pools.pop(k) for k in spare]
         for e in engines: e.dispose()
 
-    def in_use(self, url) -> int: return self._users.get(str(url), 0)
+# %% ../nbs/01_db_tenant.ipynb #7aa0853c
+@patch
+def in_use(self:OpenDatabases, url) -> int:
+    "How many handles of a database are open"
+    return self._users.get(str(url), 0)
 
-    def close(self, url):
-        "Forget the pool of `url`; handles still in use keep their connection"
-        with self._lock: eng = self._pools.pop(str(url), None)
-        if eng is not None: eng.dispose()
+@patch
+def close(self:OpenDatabases, url):
+    "Forget the pool of `url`; handles still in use keep their connection"
+    with self._lock: eng = self._pools.pop(str(url), None)
+    if eng is not None: eng.dispose()
 
 @patch(as_prop=True)
 def open_dbs(self:HostDatabase) -> OpenDatabases:

@@ -88,7 +88,7 @@ def run_job(self:BackgroundTaskManager,
     "Run exactly one attempt, here and now, whatever its retry time"
     return self.engine.run_job(self.store, job_id, task_func)
 
-# %% ../nbs/02_utils_bgtsk.ipynb #9c2d0aa2
+# %% ../nbs/02_utils_bgtsk.ipynb #6e166e43
 class InvalidJob(FhSaasError, ValueError): "The job cannot be submitted like this."
 
 _options = ('payload', 'triggered_by', 'queue', 'priority', 'run_at')
@@ -112,6 +112,7 @@ def _moment(v):
 _checks = dict(triggered_by=lambda v: _text('triggered_by', v, 100), queue=lambda v: _text('queue', v, 64),
     priority=lambda v: _whole('priority', v, 1, 4), run_at=_moment)
 
+# %% ../nbs/02_utils_bgtsk.ipynb #84adde4c
 @patch
 def submit(self:BackgroundTaskManager,
     job_type:str, # What the job is filed under

@@ -9,16 +9,26 @@ from fh_saas.db_host import HostDatabase, TenantCatalog, TenantNotFound, env_url
 from fh_saas.db_tenant import (InvalidTenantId, OpenDatabases, TenantBusy, TenantDatabase, TenantMismatch, TenantSuspended, check_tenant_id, close_tenant_db,
     delete_tenant, get_or_create_tenant_db, list_tenants, open_tenant_db, resume_tenant, suspend_tenant)
 from fh_saas.jobs.settings import Settings
+from fh_saas.jobs.states import Outcome
 from fh_saas.jobs.store import Store
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from conftest import free_port, wait_until
+
+@pytest.fixture(scope='module')
+def pg_host(pg_server):
+    "URL of the database of a host on a server: one for all tests, for a new one is dear"
+    eng, name = open_engine(pg_server, isolation_level='AUTOCOMMIT'), f'fh_saas_test_{gen_id()[-12:]}'
+    with eng.connect() as conn: conn.exec_driver_sql(f'CREATE DATABASE {name}')
+    yield sa.make_url(pg_server).set(database=name).render_as_string(hide_password=False)
+    with eng.connect() as conn: conn.exec_driver_sql(f'DROP DATABASE {name} WITH (FORCE)')
+    eng.dispose()
 
 @pytest.fixture
 def new_host(tmp_path, request):
     "Call it with a kind of database for a host; what its tenants have on a server is dropped afterwards"
     hosts = []
     def make(kind, folder='data', **kw):
-        h = HostDatabase(f"sqlite:///{tmp_path/folder/'host.db'}" if kind == 'sqlite' else request.getfixturevalue('new_pg')(), **kw)
+        h = HostDatabase(f"sqlite:///{tmp_path/folder/'host.db'}" if kind == 'sqlite' else request.getfixturevalue('pg_host'), **kw)
         hosts.append(h)
         return h
     yield make
@@ -69,7 +79,7 @@ def test_hostile_ids_are_refused_and_touch_nothing(lite, tmp_path, go):
         assert isinstance(e.value, (FhSaasError, ValueError)) and len(str(e.value)) < 300, bad
     assert files(tmp_path) == before and lite.tenants() == []
 
-def test_hostile_ids_are_refused_on_postgresql(new_host, new_pg):
+def test_hostile_ids_are_refused_on_postgresql(new_host):
     host = new_host('postgresql')
     def databases():
         with reading(host.engine) as conn: return {r[0] for r in conn.exec_driver_sql('SELECT datname FROM pg_database')}
@@ -178,6 +188,13 @@ def test_sixteen_threads_create_the_same_tenant_at_once(host, prefix):
     with ThreadPoolExecutor(16) as pool: assert len({*pool.map(one, range(16))}) == 1
     assert len(host.tenants()) == 1
 
+def test_threads_create_tenants_of_their_own_at_once(host, prefix):
+    go = threading.Barrier(6)
+    def one(n):
+        go.wait()
+        with get_or_create_tenant_db(f'{prefix}{n}', host=host) as db: put(db, db.tenant_id); return names(db)
+    with ThreadPoolExecutor(6) as pool: assert [r[0] for r in pool.map(one, range(6))] == [t.id for t in host.tenants()]
+
 # --- The cache
 
 def many(host, n, prefix='t'):
@@ -214,7 +231,7 @@ def test_closing_a_handle_twice_gives_it_back_once(lite):
     put(b, 'x'); b.close()
     assert lite.open_dbs.in_use(lite.url_of(lite.find('t0'))) == 0
 
-@pytest.mark.parametrize('kind,seconds', [('sqlite', 1.5), ('postgresql', 1.5)])
+@pytest.mark.parametrize('kind,seconds', [('sqlite', 1), ('postgresql', 1)])
 def test_threads_hammering_a_small_cache_meet_no_error(new_host, kind, seconds, prefix):
     host = new_host(kind)
     host.open_dbs.max_open = 3
@@ -305,7 +322,6 @@ def test_a_tenant_with_a_running_job_is_busy(host, prefix):
     with pytest.raises(TenantBusy, match='1 running'): delete_tenant(prefix, host)
     assert host.find(prefix).state == 'deleting' and s.get('a')['status'] == 'running'
     with pytest.raises(TenantSuspended): open_tenant_db(prefix, host)
-    from fh_saas.jobs.states import Outcome
     assert s.finish(row, Outcome('completed'))
     s.close()
     delete_tenant(prefix, host)
@@ -513,10 +529,10 @@ def test_a_password_is_in_no_repr_error_or_log(pg_server, new_host, env, caplog,
         engine = new_engine(busy=0.5)
         m = BackgroundTaskManager(db, engine)
         said += [host, db, host.find(prefix), host.url_of(host.find(prefix)), engine, m, m.store, m.store.url, list_tenants(host)]
-        for bad in ('no', None): 
+        for bad in ('no', None):
             try: m.get_job(bad)
             except FhSaasError as e: said.append(e)
-    urls = [base.set(port=free_port()), base.set(database='no_such_database'), base.set(drivername='mysql'), base.set(database=None), base.set(username='no_such_role', database='no_such_database')]
+    urls = [base.set(port=free_port()), base.set(database='no_such_database'), base.set(drivername='mysql'), sa.URL.create('postgresql', base.username, canary, base.host, base.port), base.set(username='no_such_role', database='no_such_database')]
     for u in urls:
         for f in (HostDatabase, Store):
             try: f(u.render_as_string(hide_password=False))

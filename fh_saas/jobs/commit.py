@@ -125,7 +125,7 @@ def _work_off(self:Committer):
         self._turn.acquire()
         self._lead()
 
-# %% ../../nbs/jobs/04_commit.ipynb #6b2dfa57
+# %% ../../nbs/jobs/04_commit.ipynb #1a04f5bb
 @patch
 def _lead(self:Committer):
     "Commit what is in the queue; the caller has the turn, and loses it here"
@@ -150,6 +150,7 @@ def _commit(self:Committer, batch):
         for w in batch: w.error = FhSaasError(f"{show_url(self.url)}: the thread that committed was interrupted; nothing was written")
         raise
 
+# %% ../../nbs/jobs/04_commit.ipynb #1f4148a9
 @patch
 def _transact(self:Committer, batch, again=True):
     with self.cursor() as cur:

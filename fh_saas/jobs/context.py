@@ -39,7 +39,7 @@ class JobContext:
 
     def stop(self): self._stop.set()
 
-# %% ../../nbs/jobs/06_context.ipynb #19863dd3
+# %% ../../nbs/jobs/06_context.ipynb #7c9291e2
 max_lines = 1000
 
 @patch
@@ -68,6 +68,7 @@ def warn(self:JobContext, message:str, item=None):
     self.warnings += 1
     self.log(message, item, 'warning')
 
+# %% ../../nbs/jobs/06_context.ipynb #7ae5e474
 @patch
 def note(self:JobContext) -> tuple: # The operation for `Store.write`, and what to call once it is committed; None if there is nothing new
     "What has not been written yet"

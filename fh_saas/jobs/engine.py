@@ -81,7 +81,7 @@ def _run_until_done(coro):
     threading.Thread(target=lambda: settle(future, asyncio.run(coro)), daemon=True).start()
     return future.result()
 
-# %% ../../nbs/jobs/12_engine.ipynb #8e3e961e
+# %% ../../nbs/jobs/12_engine.ipynb #24521411
 @patch
 def _record(self:Engine, a:Attempt, o:Outcome) -> Outcome: # None if the claim was lost
     "Write an outcome, trying again for as long as the lease is held"
@@ -102,6 +102,7 @@ def _record(self:Engine, a:Attempt, o:Outcome) -> Outcome: # None if the claim w
     finally: self._let_go(a, o, written)
     return o if written else None
 
+# %% ../../nbs/jobs/12_engine.ipynb #63e8cfcc
 @patch
 def _post(self:Engine, a:Attempt, o:Outcome):
     "The same without waiting: the outcome goes to the disk with others', while this thread takes the next job"
@@ -240,7 +241,7 @@ def _schedule(self:Engine):
             if watching: d.visiting, d.due = False, now + 1
             else: self.house.submit(self._visit, d)
 
-# %% ../../nbs/jobs/12_engine.ipynb #3cea192f
+# %% ../../nbs/jobs/12_engine.ipynb #c3c54efc
 @patch
 def _visit(self:Engine, desk):
     again, attempts = self.settings.poll, []
@@ -259,6 +260,7 @@ def _visit(self:Engine, desk):
         if desk.due is None or at < desk.due: desk.due = at
         self._wake.notify()
 
+# %% ../../nbs/jobs/12_engine.ipynb #5e6e5571
 @patch
 def _run(self:Engine, a:Attempt):
     if not is_async(a.func): return self.jobs.submit(self._run_here, a)

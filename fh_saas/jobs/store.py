@@ -48,7 +48,7 @@ def _rows(cur) -> list[dict]:
     names = [d[0] for d in cur.description]
     return [dict(zip(names, r)) for r in cur.fetchall()]
 
-# %% ../../nbs/jobs/05_store.ipynb #26932374
+# %% ../../nbs/jobs/05_store.ipynb #8193baac
 _new = ('id', 'job_type', 'status', 'payload', 'max_retries', 'retry_count', 'created_at', 'task', 'triggered_by', 'queue', 'priority', 'run_at', 'timeout')
 
 @patch
@@ -66,6 +66,7 @@ def add(self:Store,
         return row
     return self.write(op)
 
+# %% ../../nbs/jobs/05_store.ipynb #d5461c73
 def _bound(v):
     "A value from outside as both databases can compare it: what they cannot store is in no row"
     return clean(str(v), 1_000_000)

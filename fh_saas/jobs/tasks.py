@@ -9,8 +9,9 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/tasks.html.md"""
 # %% auto #0
 __all__ = ['registry', 'BadPayload', 'is_async', 'stands_for_itself', 'Task', 'TaskNameTaken', 'NoTaskName', 'Registry', 'task']
 
-# %% ../../nbs/jobs/07_tasks.ipynb #3db72f06
+# %% ../../nbs/jobs/07_tasks.ipynb #2cb1b8ff
 import functools, inspect, os, threading
+from fastcore.basics import patch
 from tenacity.wait import wait_base
 from ..db_connect import FhSaasError
 from .context import JobContext
@@ -53,7 +54,7 @@ class Task:
             raise BadPayload(f"task {self.name!r}: {e}; it takes ({takes})") from None
         return {**payload, **extra}
 
-# %% ../../nbs/jobs/07_tasks.ipynb #c7e5f708
+# %% ../../nbs/jobs/07_tasks.ipynb #843e2475
 class TaskNameTaken(FhSaasError, ValueError): "Another function has that name."
 class NoTaskName(FhSaasError, ValueError): "The callable has no name of its own."
 
@@ -72,6 +73,7 @@ def _same(a, b) -> bool:
     # a cell of a notebook has no file, and a new name each time it is run
     return ca.co_filename == cb.co_filename or (a.__module__ == b.__module__ and not os.path.exists(cb.co_filename))
 
+# %% ../../nbs/jobs/07_tasks.ipynb #cc377f82
 class Registry:
     "What the names in rows mean in this process"
     def __init__(self): self._tasks, self._types, self._lock, self._names = {}, {}, threading.Lock(), ((), ())
@@ -100,13 +102,15 @@ class Registry:
 
     def _refresh(self): self._names = tuple(sorted(self._tasks)), tuple(sorted({*self._tasks, *(t for t, n in self._types.items() if n)}))
 
-    @property
-    def names(self) -> tuple: # Registered names, and job types that stand for one
-        return self._names
+# %% ../../nbs/jobs/07_tasks.ipynb #a6785391
+@patch(as_prop=True)
+def names(self:Registry) -> tuple: # Registered names, and job types that stand for one
+    return self._names
 
-    def find(self, task:str, job_type:str) -> Task: # None if it is not known here
-        "The task of a row"
-        return self._tasks.get(task) if task else self._tasks.get(job_type) or self._tasks.get(self._types.get(job_type))
+@patch
+def find(self:Registry, task:str, job_type:str) -> Task: # None if it is not known here
+    "The task of a row"
+    return self._tasks.get(task) if task else self._tasks.get(job_type) or self._tasks.get(self._types.get(job_type))
 
 registry = Registry()
 

@@ -78,7 +78,7 @@ def _pause(self:Runner, t):
     store = self._stores[t.id]
     if self.engine.is_paused(store) == t.is_active: self.engine.pause(store, not t.is_active)
 
-# %% ../../nbs/workers/00_runner.ipynb #9f7ade2d
+# %% ../../nbs/workers/00_runner.ipynb #544c9eb6
 @patch
 async def astart(self:Runner):
     "Start in the running event loop: async tasks run in it, and SIGTERM begins the drain at once"
@@ -102,6 +102,7 @@ def _listen(self:Runner):
     for sig in (signal.SIGTERM, signal.SIGINT):
         if callable(signal.getsignal(sig)): self._old_signals[sig] = signal.signal(sig, begin)
 
+# %% ../../nbs/workers/00_runner.ipynb #611ff303
 @patch
 def attach(self:Runner, app):
     "Start and stop with a FastHTML `app`"
