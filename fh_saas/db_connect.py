@@ -10,9 +10,10 @@ __all__ = ['levels', 'meta_table', 'FhSaasError', 'InvalidDatabaseURL', 'Unsuppo
            'check_url', 'db_errors', 'reading', 'writing', 'open_engine', 'lock_schema', 'read_meta', 'write_meta',
            'add_columns']
 
-# %% ../nbs/00_db_connect.ipynb #8548caac
+# %% ../nbs/00_db_connect.ipynb #f8af14e4
 import sqlite3, time
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import quote, urlencode
 import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, DBAPIError
@@ -28,14 +29,14 @@ class DatabaseReadOnly(FhSaasError): "The database cannot be written to."
 class DatabaseCorrupt(FhSaasError): "The file is damaged or no database at all."
 class NewerDatabase(FhSaasError): "The schema was written by a newer fh_saas."
 
-# %% ../nbs/00_db_connect.ipynb #cda40772
+# %% ../nbs/00_db_connect.ipynb #c3bb34d0
 def show_url(url) -> str:
     "`url` with its password hidden"
     return sa.make_url(url).render_as_string(hide_password=True)
 
 def check_url(
     url, # URL text or `sqlalchemy.URL`: `sqlite:///path` or `postgresql://user:password@host:port/name`
-) -> sa.URL: # With the driver that fh_saas uses
+) -> sa.URL: # With the driver that fh_saas uses, and a file's path in full
     "Refuse what is not the URL of a SQLite file or a PostgreSQL database"
     try: u = sa.make_url(url)
     except (ArgumentError, ValueError, TypeError):
@@ -44,7 +45,7 @@ def check_url(
     if name == 'sqlite':
         if u.database in (None, '', ':memory:') or u.query.get('mode') == 'memory' or 'mode=memory' in u.database or u.database.startswith('file::memory:'):
             raise UnsupportedDatabase(f"{u}: an in-memory database lives in one connection, and jobs need several (and must outlive the process); use a file, for example sqlite:///jobs.db")
-        return u.set(drivername='sqlite')
+        return u.set(drivername='sqlite', database=u.database if u.database.startswith('file:') else str(Path(u.database).resolve()))
     if name == 'postgresql':
         if not u.database: raise InvalidDatabaseURL(f"{show_url(u)} names no database; add it: postgresql://user:password@host:port/name")
         return u.set(drivername='postgresql+psycopg')

@@ -124,7 +124,7 @@ def env_url() -> str:
     return sa.URL.create('postgresql', env('DB_USER') or 'postgres', env('DB_PASS') or None, env('DB_HOST') or 'localhost',
         port, name).render_as_string(hide_password=False)
 
-# %% ../nbs/00_db_host.ipynb #38a29e49
+# %% ../nbs/00_db_host.ipynb #e4f2f7d1
 class HostDatabase:
     "The registry of tenants, in a SQLite file or a PostgreSQL database"
     job_table, job_class = 'sys_jobs', SystemJob
@@ -133,7 +133,7 @@ class HostDatabase:
         synchronous:str='FULL', # SQLite's synchronous level, for the host and its tenants: see `fh_saas.db_connect`
     ):
         self.url, self.synchronous, self._db = check_url(db_url or env_url()), synchronous, None
-        if self.url.get_backend_name() == 'sqlite': Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
+        if self.url.get_backend_name() == 'sqlite' and not self.url.database.startswith('file:'): Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
         self.engine = open_engine(self.url, synchronous, create=True)
         with writing(self.engine) as conn:
             lock_schema(conn)
@@ -166,16 +166,19 @@ def _pause_inactive(conn):
     if 'is_active' in {c['name'] for c in sa.inspect(conn).get_columns(_catalog.name)}:
         conn.execute(old.update().where(old.c.is_active == sa.false()).values(state='paused'))
 
-# %% ../nbs/00_db_host.ipynb #d89415fe
+# %% ../nbs/00_db_host.ipynb #41ccf419
 class TenantNotFound(FhSaasError, KeyError):
     "No tenant has that id."
     __str__ = Exception.__str__
+
+def _storable(text): return isinstance(text, str) and text.isprintable()
 
 def _row(r): return TenantCatalog(**{f.name: getattr(r, f.name) for f in fields(TenantCatalog)})
 
 @patch
 def find(self:HostDatabase, tenant_id:str) -> TenantCatalog: # None if there is none
     "The tenant with that id"
+    if not _storable(tenant_id): return None
     with reading(self.engine) as conn: r = conn.execute(sa.select(_catalog).where(_catalog.c.id == tenant_id)).first()
     return _row(r) if r else None
 
@@ -185,7 +188,7 @@ def tenants(self:HostDatabase, state:str=None) -> list[TenantCatalog]:
     q = sa.select(_catalog).order_by(_catalog.c.id)
     with reading(self.engine) as conn: return [_row(r) for r in conn.execute(q if state is None else q.where(_catalog.c.state == state))]
 
-# %% ../nbs/00_db_host.ipynb #d03bf506
+# %% ../nbs/00_db_host.ipynb #c296fff6
 @patch
 def register(self:HostDatabase, tenant:TenantCatalog) -> TenantCatalog: # The one that is registered: of two who race, both get the first
     "Add a tenant unless it is there"
@@ -200,8 +203,8 @@ def register(self:HostDatabase, tenant:TenantCatalog) -> TenantCatalog: # The on
 def set_state(self:HostDatabase, tenant_id:str, state:str):
     "Move a tenant to another state"
     if state not in tenant_states: raise ValueError(f"state {state!r} is none of {', '.join(tenant_states)}")
-    with writing(self.engine) as conn: n = conn.execute(_catalog.update().where(_catalog.c.id == tenant_id).values(state=state)).rowcount
-    if not n: raise TenantNotFound(f"no tenant {tenant_id!r}")
+    if self.find(tenant_id) is None: raise TenantNotFound(f"no tenant {tenant_id!r}")
+    with writing(self.engine) as conn: conn.execute(_catalog.update().where(_catalog.c.id == tenant_id).values(state=state))
 
 @patch
 def unregister(self:HostDatabase, tenant_id:str):

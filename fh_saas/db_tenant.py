@@ -108,16 +108,16 @@ def open_dbs(self:HostDatabase) -> OpenDatabases:
     "The open tenant databases of this host"
     return self.__dict__.setdefault('_open_dbs', OpenDatabases(synchronous=self.synchronous))
 
-# %% ../nbs/01_db_tenant.ipynb #81b92b58
+# %% ../nbs/01_db_tenant.ipynb #7145c03b
 class TenantMismatch(FhSaasError): "The database belongs to another tenant."
 class TenantSuspended(FhSaasError): "The tenant is not active."
 
 @patch
 def url_of(self:HostDatabase, tenant:TenantCatalog) -> sa.URL:
     "The URL of a tenant's database: files are relative to the host's folder, a server's password is the host's"
-    u = check_url(tenant.db_url)
-    if u.get_backend_name() == 'sqlite':
-        return u if u.database.startswith('file:') else u.set(database=str(Path(self.url.database).resolve().parent/u.database))
+    u = sa.make_url(tenant.db_url)
+    if u.get_backend_name() == 'sqlite' and not u.database.startswith('file:'): u = u.set(database=str(Path(self.url.database).parent/u.database))
+    u = check_url(u)
     return u if u.password or u.host != self.url.host else u.set(password=self.url.password)
 
 def _new_record(host, tenant_id, name):
@@ -127,7 +127,7 @@ def _new_record(host, tenant_id, name):
     else: url = f'sqlite:///{tenant_id}_db.db'
     return TenantCatalog(tenant_id, name or tenant_id, url)
 
-# %% ../nbs/01_db_tenant.ipynb #ebb6a568
+# %% ../nbs/01_db_tenant.ipynb #a4c3f2a8
 def _check_identity(tenant):
     def check(eng):
         with reading(eng) as conn: owner = read_meta(conn).get('tenant_id')
@@ -139,7 +139,7 @@ def _create(host, tenant):
     "Make the database of `tenant` if there is none, and write into it whose it is"
     url = host.url_of(tenant)
     if url.get_backend_name() == 'postgresql': _create_pg(host, url.database)
-    elif Path(url.database) == Path(host.url.database).resolve():
+    elif url.database == host.url.database:
         raise InvalidTenantId(f"tenant id {tenant.id!r} would use the host's own file {url.database}: choose another")
     eng = open_engine(url, host.synchronous, create=True)
     try:
@@ -153,19 +153,21 @@ def _create(host, tenant):
     finally: eng.dispose()
 
 def _create_pg(host, name):
-    with writing(host.engine) as lock:
-        lock_schema(lock)  # two at once would trip over the template database
-        with host.engine.connect().execution_options(isolation_level='AUTOCOMMIT') as conn:
-            if conn.execute(sa.text('SELECT 1 FROM pg_database WHERE datname = :name'), dict(name=name)).first(): return
-            conn.exec_driver_sql(f'CREATE DATABASE {conn.dialect.identifier_preparer.quote_identifier(name)}')
+    # CREATE DATABASE runs outside of a transaction, and two at once trip over the template database: a lock of the session's,
+    # on a connection that no pool has to spare. 7306 is an arbitrary number, the same in every version.
+    eng = open_engine(host.url, busy=60, poolclass=sa.NullPool, isolation_level='AUTOCOMMIT')
+    with reading(eng) as conn:
+        conn.exec_driver_sql('SELECT pg_advisory_lock(7306)')
+        if conn.execute(sa.text('SELECT 1 FROM pg_database WHERE datname = :name'), dict(name=name)).first(): return
+        conn.exec_driver_sql(f'CREATE DATABASE {conn.dialect.identifier_preparer.quote_identifier(name)}')
 
-# %% ../nbs/01_db_tenant.ipynb #7460cc67
+# %% ../nbs/01_db_tenant.ipynb #cbd112c3
 _env_hosts, _env_lock = {}, threading.Lock()
 
 def _host(host):
     if host is not None: return host
     with _env_lock:
-        if (url := env_url()) not in _env_hosts: _env_hosts[url] = HostDatabase(url)
+        if (url := check_url(env_url())) not in _env_hosts: _env_hosts[url] = HostDatabase(url)
         return _env_hosts[url]
 
 def open_tenant_db(

@@ -112,7 +112,7 @@ def _moment(v):
 _checks = dict(triggered_by=lambda v: _text('triggered_by', v, 100), queue=lambda v: _text('queue', v, 64),
     priority=lambda v: _whole('priority', v, 1, 4), run_at=_moment)
 
-# %% ../nbs/02_utils_bgtsk.ipynb #84adde4c
+# %% ../nbs/02_utils_bgtsk.ipynb #6b6bec2d
 @patch
 def submit(self:BackgroundTaskManager,
     job_type:str, # What the job is filed under
@@ -122,7 +122,7 @@ def submit(self:BackgroundTaskManager,
 ) -> tuple[str, BackgroundTask]: # The id of the committed job, and the task to return with the response
     "Store a job, and give what runs it"
     registry = self.engine.registry
-    t = registry.add(task_func)
+    t = registry.meet(task_func)
     options = {k: task_kwargs.pop(k) for k in _options if k in task_kwargs and k not in (t.params or ())}
     if (payload := options.pop('payload', None)) is not None:
         if task_kwargs: raise BadPayload(f"arguments of task {t.name!r} come in payload={{…}} or as keywords, not both (keywords: {', '.join(task_kwargs)})")
@@ -132,6 +132,7 @@ def submit(self:BackgroundTaskManager,
     t.arguments(task_kwargs)
     job = dict(id=gen_id(), job_type=_text('job_type', job_type, 200), payload=text, task=t.name, max_retries=_whole('max_retries', max_retries, 0, 1000),
         **{k: _checks[k](v) for k, v in options.items() if v is not None})
+    registry.add(task_func)
     registry.file_under(job_type, t.name)
     if t.func is not task_func or stands_for_itself(task_func): self.engine.keep(self.store, job['id'], task_func)
     return self._stored(job), JobTask(self, job['id'], task_func)
@@ -146,7 +147,7 @@ def _stored(self:BackgroundTaskManager, job):
     self.engine.attend(self.store, self.engine.settings.handoff)
     return job['id']
 
-# %% ../nbs/02_utils_bgtsk.ipynb #9c2af7c5
+# %% ../nbs/02_utils_bgtsk.ipynb #bc2205b9
 @patch
 def get_job(self:BackgroundTaskManager, job_id:str) -> TenantJob:
     "The job with that id; `JobNotFound` if this database has none"
@@ -166,7 +167,7 @@ def list_jobs(self:BackgroundTaskManager,
 @patch
 def attempts(self:BackgroundTaskManager, job_id:str) -> list[dict]:
     "The attempts of a job that have ended: number, start, end, outcome, error, worker, seconds waited in the queue"
-    return self.store.attempts(job_id)
+    return self.store.attempts(job_id) or self._none_of(job_id)
 
 @patch
 def logs(self:BackgroundTaskManager,
@@ -174,4 +175,9 @@ def logs(self:BackgroundTaskManager,
     attempt:int=None, # Only what this attempt said; all attempts if left out
 ) -> list[dict]:
     "What a job's task has logged and warned of"
-    return [l for l in self.store.logs(job_id) if attempt in (None, l['attempt'])]
+    return [l for l in self.store.logs(job_id) or self._none_of(job_id) if attempt in (None, l['attempt'])]
+
+@patch
+def _none_of(self:BackgroundTaskManager, job_id) -> list:
+    self.store.get(job_id)  # an unknown id is an error, a job that has none is not
+    return []

@@ -48,6 +48,12 @@ def torture(t, kills, jobs, seed):
     runner = lambda: Child('crash.py', 'run', t.url, ','.join(t.names))
     # a submitter that was killed leaves numbers behind; the next one begins after those it has said
     submitter = lambda: Child('crash.py', 'submit', t.url, ','.join(t.names), submitted(), jobs)
+    def aim():
+        "Put the runner first that has a job in hand"
+        busy = lambda: {int(w.split(':')[1]) for n in t.names for w, in rows(t, n, "SELECT worker FROM tenant_jobs WHERE status = 'running'")}
+        until = time.monotonic() + 1
+        while time.monotonic() < until and not (hit := [p for p in runners if p.pid in busy()]): time.sleep(0.005)
+        if hit: runners.remove(hit[0]); runners.insert(0, hit[0])
     runners, submitters = [runner(), runner()], []
     submitters.append(submitter())
     try:
@@ -57,7 +63,8 @@ def torture(t, kills, jobs, seed):
             said = submitted()
             wait_until(lambda: submitted() > said or not submitters[-1].running, 30)  # a burst, of which some are due a handoff later
             time.sleep(rnd.uniform(0.0, 0.6))
-            if submitters[-1].running and left % 4 == 1: submitters[-1].kill(); submitters.append(submitter())
+            if left % 2: aim()  # every other one waits for a job to be running
+            if submitters[-1].running and left % 4 == 2: submitters[-1].kill(); submitters.append(submitter())
             else: runners[0].kill(); runners.append(runner()); runners[0].close(); runners.pop(0)
             left -= 1
         submitters[-1].says('^all$', 60)
@@ -77,6 +84,8 @@ def check(t, r, jobs):
         have = {id: (status, done, failed) for id, status, done, failed in rows(t, name, 'SELECT id, status, completed_at, retry_count FROM tenant_jobs')}
         lost = [id for n, id in r.ids if n == name and id not in have]
         assert not lost, f'submit returned, and yet these are not there: {lost}'
+        bad = rows(t, name, "SELECT id, status, retry_count, error_message, worker FROM tenant_jobs WHERE status <> 'completed'")
+        assert not bad, [(j, rows(t, name, f"SELECT number, outcome, error, worker, started_at, ended_at FROM tenant_job_attempts WHERE job_id = '{j[0]}'")) for j in bad]
         assert {s for s, *_ in have.values()} == {'completed'} and all(done for _, done, _ in have.values())
         assert not rows(t, name, 'SELECT id FROM reopened'), 'a job that had ended was changed'
         attempts = rows(t, name, 'SELECT job_id, number, outcome FROM tenant_job_attempts')

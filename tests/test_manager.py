@@ -265,7 +265,7 @@ def test_a_callable_without_a_name_is_refused_with_the_way_out(lite):
         def __call__(self): return 1
     with pytest.raises(NoTaskName, match='task'): lite.submit('t', F())
     lite.engine.registry.add(f := F(), 'named')
-    assert lite.list_jobs() == []
+    assert lite.list_jobs() == [] and lite.engine.registry.find('named', 't').func is f
 
 @pytest.mark.parametrize('kw', [dict(max_retries=-1), dict(max_retries='3'), dict(max_retries=True), dict(max_retries=1.5), dict(max_retries=None), dict(max_retries=2**40), dict(job_type=''), dict(job_type=None),
     dict(job_type=7), dict(job_type='x'*300), dict(job_type='a\x00'), dict(job_type='\ud800'), dict(priority=0), dict(priority=5), dict(priority='high'), dict(queue=''), dict(queue=1), dict(run_at='soon'),
@@ -895,7 +895,7 @@ def test_what_does_not_end_in_time_is_released_and_its_late_result_dropped(new_m
     assert left.wait(10) and wait_until(lambda: m.engine.stale == 1, 2)
     assert m.get_job(id) == job and outcomes(m, id) == ['release']
     other = new_manager(url)
-    other.engine.registry.add(lambda: 'again', job.task)
+    other.engine.registry.add(lambda: 'again', job.task); other.engine.attend(other.store)
     assert ended(other, id).result == '"again"' and other.get_job(id).retry_count == 0
 
 def test_a_stopped_engine_starts_nothing(new_manager, url):
@@ -905,7 +905,7 @@ def test_a_stopped_engine_starts_nothing(new_manager, url):
     id, _ = m.submit('t', f)
     assert m.get_job(id).status == 'pending' and calls == []
     other = new_manager(url)
-    other.engine.registry.add(f, f.__qualname__)
+    other.engine.registry.add(f, f.__qualname__); other.engine.attend(other.store)
     assert ended(other, id).status == 'completed' and len(calls) == 1
 
 child = '''
@@ -1045,3 +1045,21 @@ def test_system_jobs_run_on_the_same_engine(host, engine):
     assert isinstance(job, SystemJob) and (job.status, job.retry_count, job.job_type, calls) == ('completed', 1, 'provision', [{'tenant': 'acme'}]*2)
     assert isinstance(m.list_jobs()[0], SystemJob) and m.tenant_jobs[id].status == 'completed' and [t.id for t in host.tenants()] == []
     with pytest.raises(JobNotFound, match='sys_jobs'): m.get_job('nope')
+
+# --- A loop that is gone
+
+def test_an_engine_stops_though_the_loop_of_a_task_was_closed(lite):
+    entered = []
+    async def f(): entered.append(1); await asyncio.sleep(60)
+    def g(): entered.append(2); time.sleep(1)
+    ids, loop = [], asyncio.new_event_loop()
+    async def main():
+        for x in (f, g):
+            id, bg = lite.submit('t', x)
+            ids.append(id); asyncio.ensure_future(bg())
+        while len(entered) < 2: await asyncio.sleep(0.01)
+    loop.run_until_complete(main())
+    pending = asyncio.all_tasks(loop)
+    loop.close()
+    lite.engine.stop(0.1)
+    assert [(lite.get_job(i).status, lite.get_job(i).retry_count) for i in ids] == [('pending', 0)]*2 and pending

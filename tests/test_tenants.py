@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 from fh_saas.db_connect import (DatabaseCorrupt, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, InvalidDatabaseURL, UnsupportedDatabase, open_engine, reading, writing)
-from fh_saas.db_host import HostDatabase, TenantCatalog, TenantNotFound, env_url, gen_id, shown, timestamp
-from fh_saas.db_tenant import (InvalidTenantId, OpenDatabases, TenantBusy, TenantDatabase, TenantMismatch, TenantSuspended, check_tenant_id, close_tenant_db,
+from fh_saas.db_host import HostDatabase, TenantNotFound, env_url, gen_id, shown, timestamp
+from fh_saas.db_tenant import (InvalidTenantId, TenantBusy, TenantDatabase, TenantMismatch, TenantSuspended, check_tenant_id, close_tenant_db,
     delete_tenant, get_or_create_tenant_db, list_tenants, open_tenant_db, resume_tenant, suspend_tenant)
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.states import Outcome
 from fh_saas.jobs.store import Store
 from fh_saas.utils_bgtsk import BackgroundTaskManager
-from conftest import free_port, wait_until
+from conftest import free_port
 
 @pytest.fixture(scope='module')
 def pg_host(pg_server):

@@ -1,11 +1,11 @@
 "A database written by fh-saas 0.9.14 opens, keeps every row, and its unfinished jobs go on."
-import json, multiprocessing, shutil, sqlite3
+import json, multiprocessing, shutil
 from dataclasses import fields
 from pathlib import Path
 import pytest
 import sqlalchemy as sa
 from fastsql import Database
-from fh_saas.db_connect import NewerDatabase, open_engine, reading, writing
+from fh_saas.db_connect import open_engine, reading, writing
 from fh_saas.db_host import HostDatabase, JobRecord, SystemJob
 from fh_saas.db_tenant import TenantSuspended, open_tenant_db
 from fh_saas.jobs.store import Store
@@ -91,6 +91,7 @@ def test_the_rules_hold_for_new_writes(old_db, change):
 def test_an_engine_that_knows_no_tasks_runs_nothing(opened):
     m, engine, was = opened
     ids = left_open(was)
+    engine.attend(m.store)
     wait_until(lambda: not m.list_jobs(status='running'))
     id, bg = m.submit('another', print)
     bg.func(*bg.args)
@@ -128,7 +129,7 @@ def test_a_submit_under_the_old_type_brings_the_task(opened):
     ran = []
     def quite_another_name(account_id, days=0): ran.append(account_id); return account_id
     id, bg = m.submit('transaction_sync', quite_another_name, account_id='new')
-    bg.func(*bg.args)
+    bg.func(*bg.args); engine.attend(m.store)
     ids = [i for i in left_open(was) if was[i]['job_type'] == 'transaction_sync']
     all_ended(m, ids)
     assert {m.get_job(i).status for i in [id, *ids]} == {'completed'} and sorted(ran) == ['acc-3', 'acc-4', 'new']

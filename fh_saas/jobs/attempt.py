@@ -19,7 +19,7 @@ from .tasks import BadPayload, Task
 
 log = logging.getLogger('fh_saas.jobs')
 
-# %% ../../nbs/jobs/08_attempt.ipynb #e8393f87
+# %% ../../nbs/jobs/08_attempt.ipynb #0979c4ba
 class Attempt:
     "One execution of a job that was claimed"
     def __init__(self,
@@ -30,7 +30,8 @@ class Attempt:
     ):
         self.store, self.row, self.task, self.func = store, row, task, func or task.func
         self.ctx, self.key = JobContext(store, row), (row['id'], row['claim_token'])
-        self.desk = self.loop = self.async_task = None
+        self.desk = self.loop = self.async_task = self.outcome = None
+        self.refused = False  # the database would not take its outcome as it was
 
     def __str__(self): return f"tenant={self.store.tenant} job={self.row['id']} type={self.row['job_type']} attempt={self.row['attempt']}"
 

@@ -104,7 +104,7 @@ def write(self:Committer,
     if w.error is not None: raise w.error
     return w.result
 
-# %% ../../nbs/jobs/04_commit.ipynb #585137dc
+# %% ../../nbs/jobs/04_commit.ipynb #3eb36354
 @patch
 def post(self:Committer,
     op, # As for `write`
@@ -119,11 +119,16 @@ def post(self:Committer,
 
 @patch
 def _work_off(self:Committer):
-    while True:
-        with self._queue_lock:
-            if not self._queue: self._posted = False; return
+    while self._more():
         self._turn.acquire()
-        self._lead()
+        try: self._lead()
+        except BaseException: self._posted = False; raise
+
+@patch
+def _more(self:Committer):
+    with self._queue_lock:
+        if not self._queue: self._posted = False
+        return self._posted
 
 # %% ../../nbs/jobs/04_commit.ipynb #1a04f5bb
 @patch

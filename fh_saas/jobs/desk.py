@@ -18,13 +18,14 @@ from .tasks import Registry, Task
 
 log = logging.getLogger('fh_saas.jobs')
 
-# %% ../../nbs/jobs/11_desk.ipynb #b1e4f26c
+# %% ../../nbs/jobs/11_desk.ipynb #6bdf3a8b
 class Desk:
     "The jobs of one database, as one process looks after them"
     def __init__(self, store:Store, registry:Registry, settings:Settings, worker:str):
         self.store, self.registry, self.settings, self.worker = store, registry, settings, worker
         self.live, self.functions, self.paused = {}, {}, False
         self.due, self.visiting, self.beating = None, False, False  # the engine's schedule
+        self.unwritten, self.retry_at, self.pause = [], 0.0, 0.0  # outcomes the database did not take yet
         self.quiet, self._looked, self._beat, self._more = 0.0, 0.0, 0.0, False
         self._lock = threading.Lock()
 
@@ -44,7 +45,7 @@ class Desk:
     def _take(self, row, func=None):
         func = func or self.functions.get(row['id'])
         a = Attempt(self.store, row, self.registry.find(row['task'], row['job_type']) or Task(func, row['task']), func)
-        a.desk, a.lease_until = self, time.monotonic() + self.settings.lease
+        a.desk = self
         with self._lock: self.live[a.key] = a
         return a
 
@@ -54,7 +55,7 @@ class Desk:
             self.live.pop(a.key, None)
             if ended: self.functions.pop(a.row['id'], None)
 
-# %% ../../nbs/jobs/11_desk.ipynb #f9dd2a72
+# %% ../../nbs/jobs/11_desk.ipynb #e876e529
 @patch
 def visit(self:Desk,
     free:int, # How many jobs could start now
@@ -75,6 +76,7 @@ def visit(self:Desk,
 
 @patch
 def _rescue(self:Desk):
+    if self.live: self.renew()  # what runs here is alive, however long the database was out of reach
     for row, o in self.store.rescue():
         log.warning('tenant=%s job=%s type=%s attempt=%s: taken back, %s', self.store.tenant, row['id'], row['job_type'], row['attempt'], o.kind)
     return [], 0.0
@@ -84,7 +86,7 @@ def _rest(self:Desk, *moments) -> float:
     self.quiet = min(30.0, self.quiet*1.5 + 0.5)
     return max(0.05, min(m for m in (*moments, max(self.settings.poll, self.quiet)) if m is not None))
 
-# %% ../../nbs/jobs/11_desk.ipynb #c1c3b3c0
+# %% ../../nbs/jobs/11_desk.ipynb #901d0144
 @patch
 def beat(self:Desk):
     "Write what running jobs say about themselves; renew their leases when it is time"
@@ -92,11 +94,14 @@ def beat(self:Desk):
     if notes := [n for a in live.values() if (n := a.ctx.note())]:
         self.store.write(lambda cur, now: [op(cur, now) for op, _ in notes])
         for _, written in notes: written()
-    asked = time.monotonic()
-    if asked < self._beat + self.settings.lease/3: return
+    if time.monotonic() > self._beat + self.settings.lease/3: self.renew()
+
+@patch
+def renew(self:Desk):
+    "Renew the leases of what runs here"
+    with self._lock: live = dict(self.live)
     owned = self.store.heartbeat(self.worker, self.settings.lease)
-    self._beat = asked
+    self._beat = time.monotonic()
     for key, a in live.items():
-        if key in owned: a.lease_until = asked + self.settings.lease
-        elif key in self.live: a.ctx.lost = True
+        if key not in owned and key in self.live: a.ctx.lost = True
         if owned.get(key) or a.ctx.lost: a.ctx.stop()

@@ -9,10 +9,9 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/engine.html.md"""
 # %% auto #0
 __all__ = ['log', 'tick', 'Engine', 'supervising', 'default_engine', 'use_engine']
 
-# %% ../../nbs/jobs/12_engine.ipynb #b71e2d2f
+# %% ../../nbs/jobs/12_engine.ipynb #08e60500
 import asyncio, atexit, logging, os, socket, sys, threading, time
 from concurrent.futures import Future
-from pathlib import Path
 from fastcore.basics import patch
 from ..db_connect import FhSaasError, check_url
 from ..db_host import gen_id
@@ -27,7 +26,7 @@ from .tasks import is_async, registry as process_registry
 
 log = logging.getLogger('fh_saas.jobs')
 
-# %% ../../nbs/jobs/12_engine.ipynb #e29dea88
+# %% ../../nbs/jobs/12_engine.ipynb #544b14f5
 class Engine:
     "Runs the jobs of any number of databases in this process"
     def __init__(self, settings:Settings=None, registry=process_registry):
@@ -49,7 +48,6 @@ class Engine:
     def store(self, url, table:str='tenant_jobs', tenant:str=None) -> Store:
         "The store of a database, opened once"
         u = check_url(url)
-        if u.get_backend_name() == 'sqlite' and not u.database.startswith('file:'): u = u.set(database=str(Path(u.database).resolve()))
         with self._lock: gate = self._gates.setdefault((u, table), threading.Lock())
         with gate:  # one gate per database: opening one that is locked keeps nobody else waiting
             if (u, table) not in self._stores:
@@ -59,13 +57,15 @@ class Engine:
 
     def keep(self, store:Store, job_id:str, func): self._desks[store].keep(job_id, func)
 
-# %% ../../nbs/jobs/12_engine.ipynb #e5dffcc4
+# %% ../../nbs/jobs/12_engine.ipynb #97b4b901
 @patch
 def run_job(self:Engine, store:Store, job_id:str, func=None) -> Outcome: # None if the job was not pending
     "Claim one job, run one attempt and record it, in this thread"
     if self.closed: raise FhSaasError(f"{self} was stopped: job {job_id} stays in its database, another process will run it")
     a = self._claim(store, job_id, func)
-    return a and self._record(a, _run_until_done(a.acall()) if is_async(a.func) else a.call())
+    if a is None: return None
+    self._record(a, _run_until_done(a.acall()) if is_async(a.func) else a.call(), done := Future())
+    return done.result()
 
 @patch
 def _claim(self:Engine, store, job_id, func) -> Attempt:
@@ -81,60 +81,77 @@ def _run_until_done(coro):
     threading.Thread(target=lambda: settle(future, asyncio.run(coro)), daemon=True).start()
     return future.result()
 
-# %% ../../nbs/jobs/12_engine.ipynb #24521411
+# %% ../../nbs/jobs/12_engine.ipynb #5cdbffb1
 @patch
-def _record(self:Engine, a:Attempt, o:Outcome) -> Outcome: # None if the claim was lost
-    "Write an outcome, trying again for as long as the lease is held"
-    wait, written, refused = 0.05, False, False
-    try:
-        while not a.ctx.lost:
-            note = None if refused else a.ctx.note()
-            try: written = a.store.finish(a.row, o, note and note[0]); break
-            except FhSaasError as e:
-                log.warning('%s: its outcome %r cannot be written yet: %s', a, o.kind, e)
-                if self.closed or time.monotonic() > a.lease_until: break
-                time.sleep(wait)
-                wait = min(2.0, wait*2)
-            except Exception as e:
-                log.exception('%s: its outcome %r cannot be recorded', a, o.kind)
-                if refused: break
-                refused, o = True, Outcome('failed', error=describe(RuntimeError(f'the outcome {o.kind!r} could not be recorded: {e}'))[0])
-    finally: self._let_go(a, o, written)
-    return o if written else None
-
-# %% ../../nbs/jobs/12_engine.ipynb #63e8cfcc
-@patch
-def _post(self:Engine, a:Attempt, o:Outcome):
-    "The same without waiting: the outcome goes to the disk with others', while this thread takes the next job"
-    note = a.ctx.note()
+def _record(self:Engine,
+    a:Attempt,
+    o:Outcome, # What it came to
+    done:Future=None, # Settled with the outcome, or with None if the claim was lost
+):
+    "Send an outcome to the disk, together with others; nobody waits for it here"
+    a.outcome, note = o, None if a.refused else a.ctx.note()
     def then(written, error):
-        if error is None: self._let_go(a, o, written)
-        else: self.jobs.submit(self._record, a, o)
+        if error is None: self._let_go(a, written, done)
+        elif isinstance(error, FhSaasError): self._unwritten(a, error, done)
+        else: self._refused(a, error, done)
     a.store.post(a.store.finishing(a.row, o, note and note[0]), then, self.house.submit)
 
 @patch
-def _let_go(self:Engine, a, o, written):
-    a.desk.let_go(a, ended=written and o.status != 'pending')
+def _let_go(self:Engine, a, written, done):
+    a.desk.let_go(a, ended=written and a.outcome.status != 'pending')
     if not written:
         self.stale += 1
-        log.warning('%s: its outcome %r was dropped: the job is not its own any more', a, o.kind)
-    elif o.status == 'pending': self.attend(a.store, o.delay)
+        log.warning('%s: its outcome %r was dropped: the job is not its own any more', a, a.outcome.kind)
+    elif a.outcome.status == 'pending': self.attend(a.store, a.outcome.delay)
+    if done: settle(done, a.outcome if written else None)
 
-# %% ../../nbs/jobs/12_engine.ipynb #877da623
+# %% ../../nbs/jobs/12_engine.ipynb #a99101c2
+@patch
+def _unwritten(self:Engine, a, error, done):
+    log.warning('%s: its outcome %r cannot be written yet: %s', a, a.outcome.kind, error)
+    if self.closed: self._let_go(a, False, done)
+    else: a.desk.unwritten.append((a, done))
+
+@patch
+def _try_again(self:Engine, desk):
+    "Once more for outcomes that could not be written, after a growing pause"
+    if not desk.unwritten: desk.pause = 0.0
+    elif time.monotonic() > desk.retry_at:
+        desk.pause = min(30.0, max(tick, desk.pause*2))
+        desk.retry_at = time.monotonic() + desk.pause
+        items, desk.unwritten = desk.unwritten, []
+        for a, done in items: self._let_go(a, False, done) if a.ctx.lost else self._record(a, a.outcome, done)
+
+@patch
+def _refused(self:Engine, a, error, done):
+    log.error('%s: its outcome %r cannot be recorded', a, a.outcome.kind, exc_info=error)
+    if a.refused: return self._let_go(a, False, done)
+    a.refused = True
+    self._record(a, Outcome('failed', error=describe(RuntimeError(f'the outcome {a.outcome.kind!r} could not be recorded: {error}'))[0]), done)
+
+# %% ../../nbs/jobs/12_engine.ipynb #dff3e89d
 @patch
 async def handle(self:Engine, store:Store, job_id:str, func):
     "Run one attempt of a job for a response that was sent; never raises, never waits for a retry time"
     if self.stopping: return
     try:
         if is_async(func): await self._handle_async(store, job_id, func)
-        else: await self._until_stop(self.jobs.submit(self._run_handle, store, job_id, func))
+        else: await self._handle_sync(store, job_id, func)
     except Exception: log.exception('tenant=%s job=%s: not run now; it stays in its database and will be', store.tenant, job_id)
 
 @patch
-def _run_handle(self:Engine, store, job_id, func):
-    try:
-        if not self.stopping: self.run_job(store, job_id, func)
-    finally: self._fed()
+async def _handle_sync(self:Engine, store, job_id, func):
+    recorded = Future()
+    def run():
+        a = None
+        try:
+            if not self.stopping and (a := self._claim(store, job_id, func)): self._record(a, a.call(), recorded)
+        except Exception as e: settle(recorded, error=e)
+        finally:
+            if a is None: settle(recorded)
+            self._fed()
+    self.jobs.submit(run)
+    await self._until_stop(recorded)
 
 @patch
 async def _handle_async(self:Engine, store, job_id, func):
@@ -153,13 +170,14 @@ async def _until_stop(self:Engine, future):
     try: return await asyncio.shield(asyncio.wrap_future(future))
     finally: self._waiting.discard(future)
 
-# %% ../../nbs/jobs/12_engine.ipynb #318150a0
+# %% ../../nbs/jobs/12_engine.ipynb #40282f68
 @patch
 async def _arun(self:Engine, a):
     a.loop, a.async_task = asyncio.get_running_loop(), asyncio.current_task()
     o = await a.acall()
     a.async_task = None
-    await asyncio.shield(asyncio.wrap_future(self.house.submit(self._record, a, o)))
+    self._record(a, o, done := Future())
+    await self._until_stop(done)
     if asyncio.current_task().cancelling(): raise asyncio.CancelledError
 
 @patch
@@ -260,7 +278,7 @@ def _visit(self:Engine, desk):
         if desk.due is None or at < desk.due: desk.due = at
         self._wake.notify()
 
-# %% ../../nbs/jobs/12_engine.ipynb #5e6e5571
+# %% ../../nbs/jobs/12_engine.ipynb #4c61d2fb
 @patch
 def _run(self:Engine, a:Attempt):
     if not is_async(a.func): return self.jobs.submit(self._run_here, a)
@@ -272,8 +290,7 @@ def _run(self:Engine, a:Attempt):
 
 @patch
 def _run_here(self:Engine, a:Attempt):
-    o = a.call()
-    try: self._record(a, o) if self.stopping else self._post(a, o)
+    try: self._record(a, a.call())
     finally: self._fed()
 
 @patch
@@ -282,7 +299,7 @@ def _fed(self:Engine):
     with self._lock: hungry, self._hungry = self._hungry, []
     for d in hungry: self.attend(d.store)
 
-# %% ../../nbs/jobs/12_engine.ipynb #ab0f5854
+# %% ../../nbs/jobs/12_engine.ipynb #0ecb6776
 tick = 0.5
 
 @patch
@@ -297,9 +314,9 @@ def _beat(self:Engine, desk):
     try: desk.beat()
     except FhSaasError as e: log.warning('tenant=%s: heartbeat not written: %s', desk.store.tenant, e)
     except Exception: log.exception('tenant=%s: heartbeat failed', desk.store.tenant)
-    finally: desk.beating = False
+    finally: self._try_again(desk); desk.beating = False
 
-# %% ../../nbs/jobs/12_engine.ipynb #86df033f
+# %% ../../nbs/jobs/12_engine.ipynb #980df51b
 @patch
 def stop(self:Engine, grace:float=None):
     "Claim nothing more, let running jobs end, release the rest; can be called from any thread, more than once"
@@ -319,10 +336,11 @@ def _live(self:Engine): return [a for d in list(self._desks.values()) for a in l
 
 @patch
 def _release(self:Engine, a):
-    if a.async_task: a.loop.call_soon_threadsafe(a.async_task.cancel)
     try:
-        if a.store.finish(a.row, Outcome('release', error='released while the process was shutting down')): log.warning('%s: released at shutdown', a)
-    except FhSaasError as e: log.error('%s: could not be released at shutdown, its lease will run out: %s', a, e)
+        if a.async_task and not a.loop.is_closed(): a.loop.call_soon_threadsafe(a.async_task.cancel)
+        o = a.outcome or Outcome('release', error='released while the process was shutting down')
+        if a.store.finish(a.row, o): log.warning('%s: %s at shutdown', a, 'released' if o.kind == 'release' else f'outcome {o.kind!r} written')
+    except Exception as e: log.error('%s: could not be released at shutdown, its lease will run out: %s', a, e)
     a.desk.let_go(a, ended=False)
 
 # %% ../../nbs/jobs/12_engine.ipynb #5e62e6b7

@@ -73,24 +73,30 @@ def _same(a, b) -> bool:
     # a cell of a notebook has no file, and a new name each time it is run
     return ca.co_filename == cb.co_filename or (a.__module__ == b.__module__ and not os.path.exists(cb.co_filename))
 
-# %% ../../nbs/jobs/07_tasks.ipynb #cc377f82
+# %% ../../nbs/jobs/07_tasks.ipynb #ffbedc36
 class Registry:
     "What the names in rows mean in this process"
     def __init__(self): self._tasks, self._types, self._lock, self._names = {}, {}, threading.Lock(), ((), ())
 
-    def add(self, func, name:str=None, **options) -> Task:
-        "Register `func` under `name`, else under its qualified name"
+    def meet(self, func, name:str=None, **options) -> Task:
+        "The task of `func` under `name`, else under its qualified name; an error if another function has that name"
         if not callable(func): raise TypeError(f"{func!r} is not callable: a task is a function")
         name = name or getattr(func, '__task_name__', None) or getattr(_bare(func), '__qualname__', None)
         if not name: raise NoTaskName(f"a {type(func).__name__} object has no name of its own: register it with task('a_name')(…)")
+        old = self._tasks.get(name)
+        if old is None: return Task(func, name, **options)
+        if not _same(old.func, func):
+            raise TaskNameTaken(f"task name {name!r} belongs to the function at {':'.join(map(str, _where(old.func)))}; give the one at "
+                f"{':'.join(map(str, _where(func)))} a name of its own: @task('…'), or task('…')(function) for a lambda")
+        return old if old.func is func and not options else Task(func, name, **dict(backoff=old.backoff) | options)
+
+    def add(self, func, name:str=None, **options) -> Task:
+        "Register `func`"
         with self._lock:
-            old = self._tasks.get(name)
-            if old and not _same(old.func, func):
-                raise TaskNameTaken(f"task name {name!r} belongs to the function at {':'.join(map(str, _where(old.func)))}; "
-                    f"give the one at {':'.join(map(str, _where(func)))} a name of its own: @task('…')")
-            if old and (old.func is func or not options): options = options or dict(backoff=old.backoff)
-            t = self._tasks[name] = old if old and old.func is func and old.backoff is options['backoff'] else Task(func, name, **options)
-            if not old: self._refresh()
+            t = self.meet(func, name, **options)
+            new = t.name not in self._tasks
+            self._tasks[t.name] = t
+            if new: self._refresh()
         return t
 
     def file_under(self, job_type:str, name:str):
