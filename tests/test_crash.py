@@ -98,6 +98,7 @@ def check(t, r, jobs):
         failed = Counter(id for id, _, o in attempts if o in ('retry', 'lost'))
         assert all(failed[id] == n for id, (*_, n) in have.items())
         c.update(jobs=len(have), executions=len(ran), retries=sum(o == 'retry' for *_, o in attempts), worker_lost=sum(o == 'lost' for *_, o in attempts))
+        c['most_lost'] = max([c['most_lost'], *Counter(id for id, _, o in attempts if o == 'lost').values()])
         if t.url.startswith('sqlite'): assert rows(t, name, 'PRAGMA integrity_check') == [('ok',)]
     c['extra'] = c['executions'] - c['jobs'] - c['retries']
     # a submitter killed between its commit and its word leaves a job that nobody was told of: it runs too

@@ -11,7 +11,7 @@ __all__ = ['settle', 'Pool']
 import queue, threading
 from concurrent.futures import Future, InvalidStateError
 
-# %% ../../nbs/jobs/10_pool.ipynb #6c759a5d
+# %% ../../nbs/jobs/10_pool.ipynb #4f1001c6
 def settle(future:Future, result=None, error=None):
     "Give a future its end, unless it has one"
     try: future.set_result(result) if error is None else future.set_exception(error)
@@ -44,5 +44,6 @@ class Pool:
             del item, future, f, args, result, error  # an idle thread keeps nothing alive
 
     def close(self):
-        "Let the threads end when the queue is empty"
-        for _ in range(self._threads): self._queue.put(None)
+        "Let the threads end when the queue is empty; what comes later still finds one"
+        with self._lock: n, self._threads = self._threads, 0
+        for _ in range(n): self._queue.put(None)
