@@ -50,7 +50,7 @@ def gen_id() -> str: # 32 hexadecimal digits, a UUID of version 7
     with _id_lock: _id_last = now = max((ns // 1_000_000 << 12) | (ns % 1_000_000 * 4096 // 1_000_000), _id_last + 1)
     return f'{(now >> 12) << 80 | 7 << 76 | (now & 0xfff) << 64 | 2 << 62 | secrets.randbits(62):032x}'
 
-# %% ../nbs/00_db_host.ipynb #b554031b
+# %% ../nbs/00_db_host.ipynb #675c3ba8
 @dataclass
 class JobRecord:
     "One stored request to run a task"
@@ -80,6 +80,7 @@ class JobRecord:
     details: str = None
     celery_task_id: str = None
     attempt: int = 0
+    lost: int = 0
     claim_token: str = None
     lease_until: str = None
     worker: str = None

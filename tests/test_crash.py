@@ -63,7 +63,7 @@ def torture(t, kills, jobs, seed):
             said = submitted()
             wait_until(lambda: submitted() > said or not submitters[-1].running, 30)  # a burst, of which some are due a handoff later
             time.sleep(rnd.uniform(0.0, 0.6))
-            if left % 2: aim()  # every other one waits for a job to be running
+            if kills - left in (1, 3, 5): aim()  # a few wait for a job to be running; if all did, one job would be hit ten times
             if submitters[-1].running and left % 4 == 2: submitters[-1].kill(); submitters.append(submitter())
             else: runners[0].kill(); runners.append(runner()); runners[0].close(); runners.pop(0)
             left -= 1

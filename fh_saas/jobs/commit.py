@@ -7,13 +7,13 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/commit.html.md"""
 # %% auto #0
 __all__ = ['log', 'Statement', 'SQLite', 'PostgreSQL', 'Committer']
 
-# %% ../../nbs/jobs/04_commit.ipynb #1744f300
-import logging, threading, time
+# %% ../../nbs/jobs/04_commit.ipynb #215a1c50
+import logging, os, threading, time
 from contextlib import contextmanager
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from fastcore.basics import patch
-from ..db_connect import DatabaseBusy, FhSaasError, check_url, db_errors, open_engine, show_url
+from ..db_connect import DatabaseBusy, DatabaseUnavailable, FhSaasError, check_url, db_errors, open_engine, show_url
 
 log = logging.getLogger('fh_saas.jobs')
 
@@ -29,20 +29,25 @@ class Statement:
         cur.execute(self.sql, [params[n] for n in self.order] if self.order is not None else params)
         return cur
 
-# %% ../../nbs/jobs/04_commit.ipynb #0db798e8
+# %% ../../nbs/jobs/04_commit.ipynb #78dfd21f
 class SQLite:
     "Writers wait for the lock before they begin; the process's clock is the clock"
     insert = staticmethod(sqlite.insert)
+    def file(self, url):
+        try: st = os.stat(url.database.removeprefix('file:'))
+        except OSError: return None
+        return st.st_dev, st.st_ino
     def begin(self, cur): cur.execute('BEGIN IMMEDIATE')
     def now(self, cur): return time.time()
 
 class PostgreSQL:
     "Rows that others hold are skipped; the server's clock is the clock"
     insert = staticmethod(postgresql.insert)
+    def file(self, url): return None
     def begin(self, cur): pass # the driver begins with the first statement
     def now(self, cur): return float(cur.execute('SELECT extract(epoch FROM clock_timestamp())').fetchone()[0])
 
-# %% ../../nbs/jobs/04_commit.ipynb #053c84dc
+# %% ../../nbs/jobs/04_commit.ipynb #5590eeeb
 class Committer:
     "One database, written to in short transactions on connections of our own"
     def __init__(self,
@@ -54,9 +59,10 @@ class Committer:
         self.kind = SQLite() if self.url.get_backend_name() == 'sqlite' else PostgreSQL()
         self.engine = open_engine(self.url, synchronous, busy)
         self._queue, self._queue_lock, self._turn, self._posted = [], threading.Lock(), threading.Lock(), False
-        self._statements = {}
+        self._statements, self._file = {}, self.kind.file(self.url)
 
     def close(self): self.engine.dispose()
+    def opened(self): "Called when another database was found in place of the one before"
 
     def statement(self,
         key, # Its name here
@@ -71,11 +77,22 @@ class Committer:
     @contextmanager
     def cursor(self):
         "A driver's cursor on a connection of our own"
+        if self.kind.file(self.url) != self._file: self._reopen()
         with db_errors(self.url):
             conn = self.engine.raw_connection()
             try: yield conn.cursor()
             except BaseException: conn.rollback(); raise
             finally: conn.close()
+
+# %% ../../nbs/jobs/04_commit.ipynb #12fc46a6
+@patch
+def _reopen(self:Committer):
+    "The file was removed, or another put in its place: what is still open would write into the void"
+    self.engine.dispose()
+    file = self.kind.file(self.url)
+    if file is None: raise DatabaseUnavailable(f"{show_url(self.url)}: the file is gone; put it back, or delete the tenant")
+    self.opened()
+    self._file = file
 
 # %% ../../nbs/jobs/04_commit.ipynb #1c27d6b9
 class _Write:

@@ -18,7 +18,7 @@ from .tasks import Registry, Task
 
 log = logging.getLogger('fh_saas.jobs')
 
-# %% ../../nbs/jobs/11_desk.ipynb #6bdf3a8b
+# %% ../../nbs/jobs/11_desk.ipynb #1eafc696
 class Desk:
     "The jobs of one database, as one process looks after them"
     def __init__(self, store:Store, registry:Registry, settings:Settings, worker:str):
@@ -45,7 +45,7 @@ class Desk:
     def _take(self, row, func=None):
         func = func or self.functions.get(row['id'])
         a = Attempt(self.store, row, self.registry.find(row['task'], row['job_type']) or Task(func, row['task']), func)
-        a.desk = self
+        a.desk, a.lease_until = self, time.monotonic() + self.settings.lease
         with self._lock: self.live[a.key] = a
         return a
 
@@ -55,23 +55,26 @@ class Desk:
             self.live.pop(a.key, None)
             if ended: self.functions.pop(a.row['id'], None)
 
-# %% ../../nbs/jobs/11_desk.ipynb #e876e529
+# %% ../../nbs/jobs/11_desk.ipynb #227a0bc4
 @patch
 def visit(self:Desk,
     free:int, # How many jobs could start now
+    suspects:bool=True, # May one of them be a job that was lost with its process before?
 ) -> tuple: # Attempts to run now, and seconds until the next visit; None: when there is room
     "Rescue and claim what is due, and say when to come again"
     if self.paused: return [], self.settings.poll
     names = self.registry.names
     if not self._more or time.monotonic() > self._looked + self.settings.poll:
         self._looked = time.monotonic()
-        due, lapse = self.store.next_due(*names)
+        due, lapse = self.store.next_due(*names, suspects)
         if lapse is not None and lapse <= 0: return self._rescue()
         if due is None or due > 0: return [], self._rest(due, lapse)
     self.quiet = 0.0
     if free <= 0: return [], None
-    rows = self.store.claim(*names, gen_id(), self.worker, self.settings.lease, free)
+    claim = lambda n, suspects: self.store.claim(*names, gen_id(), self.worker, self.settings.lease, n, suspects)
+    rows = claim(free, False)
     self._more = len(rows) == free
+    if suspects and not self._more: rows += claim(1, True)
     return [self._take(r) for r in rows], 0.0 if rows else 0.2
 
 @patch
@@ -86,7 +89,7 @@ def _rest(self:Desk, *moments) -> float:
     self.quiet = min(30.0, self.quiet*1.5 + 0.5)
     return max(0.05, min(m for m in (*moments, max(self.settings.poll, self.quiet)) if m is not None))
 
-# %% ../../nbs/jobs/11_desk.ipynb #901d0144
+# %% ../../nbs/jobs/11_desk.ipynb #3bd74fd3
 @patch
 def beat(self:Desk):
     "Write what running jobs say about themselves; renew their leases when it is time"
@@ -103,5 +106,6 @@ def renew(self:Desk):
     owned = self.store.heartbeat(self.worker, self.settings.lease)
     self._beat = time.monotonic()
     for key, a in live.items():
-        if key not in owned and key in self.live: a.ctx.lost = True
+        if key in owned: a.lease_until = self._beat + self.settings.lease
+        elif key in self.live: a.ctx.lost = True
         if owned.get(key) or a.ctx.lost: a.ctx.stop()

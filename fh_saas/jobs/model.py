@@ -16,13 +16,13 @@ from ..db_connect import NewerDatabase, add_columns, lock_schema, read_meta, rea
 from ..db_host import JobRecord
 from .states import Status, final
 
-# %% ../../nbs/jobs/03_model.ipynb #4d66ebf9
+# %% ../../nbs/jobs/03_model.ipynb #4cabbb3b
 # These checks hang on columns that 0.9.14 did not have, so that one definition serves CREATE TABLE and ADD COLUMN alike
 _checks = dict(
     progress_percent=['progress_percent BETWEEN 0 AND 100'],
     claim_token=[f"status IN {tuple(map(str, Status))}", f"(status IN {tuple(map(str, final))}) = (completed_at IS NOT NULL)"],
     priority=['priority BETWEEN 1 AND 4'])
-_required = ('job_type', 'status', 'queue', 'priority', 'attempt')
+_required = ('job_type', 'status', 'queue', 'priority', 'attempt', 'lost')
 
 def _column(f):
     typ = sa.Integer if f.type in (int, 'int') else sa.String

@@ -24,7 +24,7 @@ bind = partial(sa.bindparam, required=False)
 # spelled out in the SQL, because a database uses a partial index only for a condition it can see
 PENDING, RUNNING = sa.literal_column("'pending'"), sa.literal_column("'running'")
 
-# %% ../../nbs/jobs/05_store.ipynb #289c869e
+# %% ../../nbs/jobs/05_store.ipynb #13ed2e10
 class JobNotFound(FhSaasError, NotFoundError): "No job has that id."
 
 class Store(Committer):
@@ -38,9 +38,11 @@ class Store(Committer):
     ):
         super().__init__(url, synchronous, busy)
         self.t, self.tenant = tables(table), tenant or Path(self.url.database).stem
-        try:
-            with db_errors(self.url): ensure_tables(self.engine, table)
+        try: self.opened()
         except BaseException: self.close(); raise
+
+    def opened(self):
+        with db_errors(self.url): ensure_tables(self.engine, self.t.jobs.name)
 
     def __repr__(self): return f'Store({show_url(self.url)}, {self.t.jobs.name})'
 
@@ -120,7 +122,7 @@ def claim_one(self:Store, job_id:str, token:str, worker:str, lease:float) -> dic
     op = lambda cur, now: _rows(stmt(cur, job=job_id, token=token, worker=worker, lease=timestamp(now+lease), now=timestamp(now)))
     return next(iter(self.write(op)), None)
 
-# %% ../../nbs/jobs/05_store.ipynb #f7113ac0
+# %% ../../nbs/jobs/05_store.ipynb #b47e6ec5
 @patch
 def _known(self:Store, names, old_types):
     j = self.t.jobs
@@ -133,21 +135,22 @@ def claim(self:Store,
     token:str, worker:str,
     lease:float, # Seconds the claim holds without a heartbeat
     n:int, # At most so many
+    suspects:bool=False, # Those that were lost with a process before, or those that were not?
 ) -> list[dict]:
     "Move due jobs to running, the most urgent first"
     j = self.t.jobs
-    due = lambda: [sa.or_(j.c.run_at.is_(None), j.c.run_at <= bind('now')), self._known(names, old_types)]
-    stmt = self._claim('claim', due, (names, old_types))
+    due = lambda: [sa.or_(j.c.run_at.is_(None), j.c.run_at <= bind('now')), j.c.lost > 0 if suspects else j.c.lost == 0, self._known(names, old_types)]
+    stmt = self._claim(('claim', suspects), due, (names, old_types))
     rows = self.write(lambda cur, now: _rows(stmt(cur, n=n, token=token, worker=worker, lease=timestamp(now+lease), now=timestamp(now))))
     return sorted(rows, key=lambda r: (-r['priority'], r['run_at'] or '', r['id']))
 
-# %% ../../nbs/jobs/05_store.ipynb #5e2cfa12
+# %% ../../nbs/jobs/05_store.ipynb #1e9809da
 @patch
 def _finish_sql(self:Store):
     j, a = self.t.jobs, self.t.attempts
     keep = lambda c: sa.func.coalesce(bind(c, type_=sa.String), j.c[c])
     done = self.statement('finish', lambda: j.update().where(j.c.id == bind('job'), j.c.claim_token == bind('token'), j.c.status == RUNNING).values(
-        status=bind('new_status'), retry_count=bind('failed'), error_message=bind('error'), error_log=keep('error_log'), result=keep('result'),
+        status=bind('new_status'), retry_count=bind('failed'), lost=bind('losses'), error_message=bind('error'), error_log=keep('error_log'), result=keep('result'),
         run_at=keep('run_at'), completed_at=bind('ended'), claim_token=sa.null(), lease_until=sa.null(), cancel_requested_at=sa.null()))
     cols = ('job_id', 'number', 'started_at', 'ended_at', 'outcome', 'error', 'worker', 'waited')
     return done, self.statement('attempt', lambda: a.insert().values({c: bind(c) for c in cols}))
@@ -155,7 +158,7 @@ def _finish_sql(self:Store):
 def _finish(done, attempt, cur, now, job, token, o:Outcome) -> bool:
     failed = (job['retry_count'] or 0) + o.counts
     ended = None if o.status == Status.pending else timestamp(now)
-    done(cur, job=job['id'], token=token, new_status=str(o.status), failed=failed, error=o.error, error_log=o.log, result=o.result,
+    done(cur, job=job['id'], token=token, new_status=str(o.status), failed=failed, losses=job['lost'] + (o.kind == 'lost'), error=o.error, error_log=o.log, result=o.result,
         run_at=None if ended else timestamp(now+o.delay), ended=ended)
     if not cur.rowcount: return False
     start, due = job['started_at'], job['run_at'] or job['created_at']
@@ -240,13 +243,14 @@ def rescue(self:Store, n:int=100) -> list[tuple]: # `(row, outcome)` of each
         return saved
     return self.write(op)
 
-# %% ../../nbs/jobs/05_store.ipynb #fedab350
+# %% ../../nbs/jobs/05_store.ipynb #1e1214d1
 @patch
-def next_due(self:Store, names:tuple, old_types:tuple) -> tuple: # Seconds from now, negative if past; None if there is nothing
+def next_due(self:Store, names:tuple, old_types:tuple, suspects:bool=True) -> tuple: # Seconds from now, negative if past; None if there is nothing
     "When a job becomes due, and when a lease runs out"
     j = self.t.jobs
     at = lambda c: sa.func.coalesce(c, timestamp(0))  # none at all: long ago
-    due = self.statement('next', lambda: sa.select(sa.func.min(at(j.c.run_at))).where(j.c.status == PENDING, self._known(names, old_types)), (names, old_types))
+    which = [] if suspects else [j.c.lost == 0]
+    due = self.statement(('next', suspects), lambda: sa.select(sa.func.min(at(j.c.run_at))).where(j.c.status == PENDING, *which, self._known(names, old_types)), (names, old_types))
     lease = self.statement('next lease', lambda: sa.select(sa.func.min(at(j.c.lease_until)), sa.func.max(j.c.lease_until)).where(j.c.status == RUNNING))
     with self.cursor() as cur:
         now = self.kind.now(cur)

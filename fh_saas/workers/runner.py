@@ -9,14 +9,14 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/workers/runner.html.md"""
 # %% auto #0
 __all__ = ['log', 'Runner']
 
-# %% ../../nbs/workers/00_runner.ipynb #8e967d5b
+# %% ../../nbs/workers/00_runner.ipynb #40b2f450
 import asyncio, logging, signal, threading
 from contextlib import asynccontextmanager
 from fastcore.basics import patch
 from ..db_connect import FhSaasError
 from ..db_host import HostDatabase
 from ..db_tenant import list_tenants
-from ..jobs.engine import Engine, use_engine
+from ..jobs.engine import Engine, end_process, use_engine
 from ..jobs.settings import Settings
 
 log = logging.getLogger('fh_saas.jobs')
@@ -78,7 +78,7 @@ def _pause(self:Runner, t):
     store = self._stores[t.id]
     if self.engine.is_paused(store) == t.is_active: self.engine.pause(store, not t.is_active)
 
-# %% ../../nbs/workers/00_runner.ipynb #544c9eb6
+# %% ../../nbs/workers/00_runner.ipynb #3876ea7c
 @patch
 async def astart(self:Runner):
     "Start in the running event loop: async tasks run in it, and SIGTERM begins the drain at once"
@@ -97,6 +97,7 @@ async def astop(self:Runner):
 def _listen(self:Runner):
     # a server waits for the tasks of its responses before it ends the lifespan, so the lifespan's end is too late to begin
     def begin(sig, frame):
+        end_process()
         threading.Thread(target=self.stop, daemon=True).start()
         if callable(old := self._old_signals.get(sig)): old(sig, frame)
     for sig in (signal.SIGTERM, signal.SIGINT):
