@@ -10,8 +10,8 @@ __all__ = ['levels', 'meta_table', 'FhSaasError', 'InvalidDatabaseURL', 'Unsuppo
            'check_url', 'db_errors', 'reading', 'writing', 'open_engine', 'lock_schema', 'read_meta', 'write_meta',
            'add_columns']
 
-# %% ../nbs/00_db_connect.ipynb #f8af14e4
-import sqlite3, time
+# %% ../nbs/00_db_connect.ipynb #9143cdcc
+import os, sqlite3, time, weakref
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote, urlencode
@@ -98,8 +98,11 @@ def writing(eng:sa.Engine):
     "A short transaction that holds the write lock from its start; committed at the end, rolled back on an error"
     with db_errors(eng.url), eng.begin() as conn: yield conn
 
-# %% ../nbs/00_db_connect.ipynb #79e15b96
+# %% ../nbs/00_db_connect.ipynb #587c1e80
 levels = ('FULL', 'NORMAL', 'EXTRA')
+_engines = weakref.WeakSet()
+# SQLite's locks belong to the process: a child that inherits an open connection believes that it holds them, and loses its writes
+os.register_at_fork(before=lambda: [eng.dispose() for eng in list(_engines)])
 
 def _wal(conn, busy):
     "Switch `conn` to WAL, waiting for others who are switching: SQLite does not always wait by itself here"
@@ -124,6 +127,7 @@ def _sqlite_engine(u, synchronous, busy, create, explicit, **kw):
         except BaseException: conn.close(); raise
         return conn
     eng = sa.create_engine(u, creator=connect, **kw)
+    _engines.add(eng)
     # the driver's own transactions are off: a SQLAlchemy transaction takes the write lock when it begins, so it never fails half-way
     if explicit: sa.event.listen(eng, 'begin', lambda conn: conn.exec_driver_sql('BEGIN' if conn.get_execution_options().get('reading') else 'BEGIN IMMEDIATE'))
     return eng

@@ -47,7 +47,7 @@ class PostgreSQL:
     def begin(self, cur): pass # the driver begins with the first statement
     def now(self, cur): return float(cur.execute('SELECT extract(epoch FROM clock_timestamp())').fetchone()[0])
 
-# %% ../../nbs/jobs/04_commit.ipynb #5590eeeb
+# %% ../../nbs/jobs/04_commit.ipynb #3a772567
 class Committer:
     "One database, written to in short transactions on connections of our own"
     def __init__(self,
@@ -57,7 +57,7 @@ class Committer:
     ):
         self.url, self.busy = check_url(url), busy
         self.kind = SQLite() if self.url.get_backend_name() == 'sqlite' else PostgreSQL()
-        self.engine = open_engine(self.url, synchronous, busy)
+        self.engine = open_engine(self.url, synchronous, busy, pool_size=2, max_overflow=-1)  # a task in its own transaction must not keep a heartbeat waiting
         self._queue, self._queue_lock, self._turn, self._posted = [], threading.Lock(), threading.Lock(), False
         self._statements, self._file = {}, self.kind.file(self.url)
 

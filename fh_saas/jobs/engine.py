@@ -105,7 +105,7 @@ def _let_go(self:Engine, a, written, done):
     elif a.outcome.status == 'pending': self.attend(a.store, a.outcome.delay)
     if done: settle(done, a.outcome if written else None)
 
-# %% ../../nbs/jobs/12_engine.ipynb #7a78c52d
+# %% ../../nbs/jobs/12_engine.ipynb #2564c788
 @patch
 def _unwritten(self:Engine, a, error, done):
     log.warning('%s: its outcome %r cannot be written yet: %s', a, a.outcome.kind, error)
@@ -117,7 +117,7 @@ def _try_again(self:Engine, desk):
     "Once more for outcomes that could not be written, after a growing pause"
     if not desk.unwritten: desk.pause = 0.0
     elif time.monotonic() > desk.retry_at:
-        desk.pause = min(30.0, max(tick, desk.pause*2))
+        desk.pause = min(2.0, max(tick, desk.pause*2))
         desk.retry_at = time.monotonic() + desk.pause
         items, desk.unwritten = desk.unwritten, []
         for a, done in items: self._let_go(a, False, done) if a.ctx.lost or time.monotonic() > a.lease_until else self._record(a, a.outcome, done)

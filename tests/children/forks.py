@@ -6,7 +6,9 @@ from fh_saas.jobs.engine import default_engine
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 
 url, stays, me = sys.argv[1], sys.argv[2] == '1', os.getpid()
-manager = BackgroundTaskManager(Database(url))
+db = Database(url)
+manager = BackgroundTaskManager(db)
+db.conn.close(); db.engine.dispose()  # the app's own connection is the app's to close before it forks
 
 def run(who, n):
     job_id, bg_task = manager.submit('echo', tasks.echo, n=n)
