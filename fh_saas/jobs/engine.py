@@ -26,7 +26,7 @@ from .tasks import is_async, registry as process_registry
 
 log = logging.getLogger('fh_saas.jobs')
 
-# %% ../../nbs/jobs/12_engine.ipynb #544b14f5
+# %% ../../nbs/jobs/12_engine.ipynb #8ddcfd21
 class Engine:
     "Runs the jobs of any number of databases in this process"
     def __init__(self, settings:Settings=None, registry=process_registry):
@@ -35,7 +35,7 @@ class Engine:
         self.jobs, self.house = Pool(self.settings.concurrency, 'fh_saas-job'), Pool(32, 'fh_saas-house')
         self.stale, self.stopping, self.closed = 0, False, False
         self._stores, self._gates, self._desks, self._hungry = {}, {}, {}, []
-        self._asyncs, self._waiting, self._running, self._loop = set(), set(), False, None
+        self._asyncs, self._waiting, self._claims, self._running, self._loop = set(), set(), set(), False, None
         self._lock, self._wake = threading.RLock(), threading.Condition()
 
     def __repr__(self): return f'Engine({self.worker}, {len(self._desks)} databases, {self.load} jobs in hand)'
@@ -57,7 +57,7 @@ class Engine:
 
     def keep(self, store:Store, job_id:str, func): self._desks[store].keep(job_id, func)
 
-# %% ../../nbs/jobs/12_engine.ipynb #97b4b901
+# %% ../../nbs/jobs/12_engine.ipynb #f7896be4
 @patch
 def run_job(self:Engine, store:Store, job_id:str, func=None) -> Outcome: # None if the job was not pending
     "Claim one job, run one attempt and record it, in this thread"
@@ -69,9 +69,12 @@ def run_job(self:Engine, store:Store, job_id:str, func=None) -> Outcome: # None 
 
 @patch
 def _claim(self:Engine, store, job_id, func) -> Attempt:
-    a = self._desks[store].claim(job_id, func)
+    self._claims.add(me := object())
+    try: a = self._desks[store].claim(job_id, func)
+    finally: self._claims.discard(me)
     if a: self._start()  # from here on the lease must be renewed
-    return a
+    if not a or not self.stopping: return a
+    self._release([a])
 
 def _run_until_done(coro):
     "The result of `coro`, also in a thread whose event loop is running"
@@ -265,7 +268,7 @@ def _schedule(self:Engine):
             if watching: d.visiting, d.due = False, now + 1
             else: self.house.submit(self._visit, d)
 
-# %% ../../nbs/jobs/12_engine.ipynb #8bc789ef
+# %% ../../nbs/jobs/12_engine.ipynb #4548552a
 @patch
 def _visit(self:Engine, desk):
     again, attempts = self.settings.poll, []
@@ -278,7 +281,9 @@ def _visit(self:Engine, desk):
         desk.quiet = again = min(60.0, max(1.0, desk.quiet*2))
         log.warning('tenant=%s: cannot be looked after, next try in %g s: %s', desk.store.tenant, again, e)
     except Exception: log.exception('tenant=%s: cannot be looked after', desk.store.tenant)
-    for a in attempts: self._run(a)
+    if self.stopping and attempts: self._release(attempts)
+    else:
+        for a in attempts: self._run(a)
     with self._wake:
         desk.visiting, at = False, time.monotonic() + again
         if desk.due is None or at < desk.due: desk.due = at
@@ -322,14 +327,16 @@ def _beat(self:Engine, desk):
     except Exception: log.exception('tenant=%s: heartbeat failed', desk.store.tenant)
     finally: self._try_again(desk); desk.beating = False
 
-# %% ../../nbs/jobs/12_engine.ipynb #5d321bbe
+# %% ../../nbs/jobs/12_engine.ipynb #2229eb70
 @patch
 def stop(self:Engine, grace:float=None):
     "Claim nothing more, let running jobs end, release the rest; can be called from any thread, more than once"
     with self._wake: first, self.stopping = not self.stopping, True; self._wake.notify_all()
     until = time.monotonic() + (self.settings.grace if grace is None else grace)
     for a in self._live(): a.ctx.stop()
-    while self._live() and time.monotonic() < until: time.sleep(0.02)
+    while (self._live() or self._landing()) and time.monotonic() < until: time.sleep(0.02)
+    until = time.monotonic() + 2*self.settings.busy + 2
+    while self._landing() and time.monotonic() < until: time.sleep(0.02)
     abandoned = [(a.loop, a.async_task) for a in self._live() if a.async_task]
     releases = [self.house.submit(self._release, list(d.live.values())) for d in list(self._desks.values()) if d.live]
     wait(releases, timeout=2*self.settings.busy + 2)
@@ -349,6 +356,11 @@ def _leave(self:Engine, tasks):
         while not t.done() and not loop.is_closed() and time.monotonic() < until: time.sleep(0.02)
         # asyncio.run waits without limit for every task it knows of
         if not t.done() and not loop.is_closed(): loop.call_soon_threadsafe(asyncio._unregister_task, t)
+
+@patch
+def _landing(self:Engine) -> bool:
+    "Is a claim on its way, whose job is not yet known here?"
+    return bool(self._claims) or any(d.visiting for d in list(self._desks.values()))
 
 @patch
 def _live(self:Engine): return [a for d in list(self._desks.values()) for a in list(d.live.values())]

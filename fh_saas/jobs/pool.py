@@ -11,7 +11,7 @@ __all__ = ['settle', 'Pool']
 import queue, threading
 from concurrent.futures import Future, InvalidStateError
 
-# %% ../../nbs/jobs/10_pool.ipynb #4f1001c6
+# %% ../../nbs/jobs/10_pool.ipynb #b895c118
 def settle(future:Future, result=None, error=None):
     "Give a future its end, unless it has one"
     try: future.set_result(result) if error is None else future.set_exception(error)
@@ -31,8 +31,15 @@ class Pool:
             grow = self.busy > self._threads < self.size
             if grow: self._threads += 1
         self._queue.put((future, f, args))
-        if grow: threading.Thread(target=self._work, name=self.name, daemon=True).start()
+        if grow: self._grow()
         return future
+
+    def _grow(self):
+        try: threading.Thread(target=self._work, name=self.name, daemon=True).start()
+        except RuntimeError:  # the interpreter is ending and starts no thread any more: the work is done here
+            with self._lock: self._threads -= 1
+            self._queue.put(None)
+            self._work()
 
     def _work(self):
         while (item := self._queue.get()) is not None:
