@@ -17,7 +17,7 @@ hostile = ["' OR '1'='1", "x'; DROP TABLE tenant_jobs; --", '%', '_', '\\', '"',
 
 def add(store, delay=0, **job): return store.add(dict(id=gen_id(), job_type='t', task='t', max_retries=3) | job, delay)
 def add_ids(store, *ids, **job): return [add(store, id=i, **job) for i in ids]
-def claim(store, n=10, names=('t',), old=('t',), worker='w', lease=30, token=None): return store.claim(names, old, token or gen_id(), worker, lease, n)
+def claim(store, n=10, names=('t',), old=('t',), worker='w', lease=30, token=None, suspects=False): return store.claim(names, old, token or gen_id(), worker, lease, n, suspects)
 def claimed(store, *args, **kw): return [r['id'] for r in claim(store, *args, **kw)]
 def later(s): return timestamp(time.time() + s)
 
