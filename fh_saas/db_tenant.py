@@ -161,11 +161,12 @@ def _create_pg(host, name):
         if conn.execute(sa.text('SELECT 1 FROM pg_database WHERE datname = :name'), dict(name=name)).first(): return
         conn.exec_driver_sql(f'CREATE DATABASE {conn.dialect.identifier_preparer.quote_identifier(name)}')
 
-# %% ../nbs/01_db_tenant.ipynb #cbd112c3
+# %% ../nbs/01_db_tenant.ipynb #6539c663
 _env_hosts, _env_lock = {}, threading.Lock()
 
 def _host(host):
-    if host is not None: return host
+    if isinstance(host, HostDatabase): return host
+    if host is not None: raise TypeError(f"host is a {type(host).__name__}: pass a HostDatabase, for example HostDatabase('sqlite:///host.db')")
     with _env_lock:
         if (url := check_url(env_url())) not in _env_hosts: _env_hosts[url] = HostDatabase(url)
         return _env_hosts[url]

@@ -4,7 +4,7 @@ A route that imports a product file should answer at once and do the work behind
 
 ```python
 job_id, bg_task = BackgroundTaskManager(tenant_db).submit("product_import", product_import, path="a.csv")
-return response, bg_task
+return P("The import has started"), bg_task
 ```
 
 and from then on the job is a row in the tenant's own database. Starlette runs it after the response; it is repeated with growing waits if it fails; if the process is killed, it is taken up again.
@@ -16,7 +16,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/utils_bgtsk.html.md"""
 # %% auto #0
 __all__ = ['TenantJob', 'BackgroundTaskManager', 'JobTask', 'InvalidJob']
 
-# %% ../nbs/02_utils_bgtsk.ipynb #bcdecfff
+# %% ../nbs/02_utils_bgtsk.ipynb #244224d0
 import inspect, re
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,7 +30,7 @@ from .db_connect import DatabaseBusy, FhSaasError, check_url
 from .db_host import JobRecord, gen_id, timestamp
 from .jobs.engine import Engine, default_engine
 from .jobs.payload import clean, to_json
-from .jobs.states import Outcome
+from .jobs.states import Outcome, shown_state
 from .jobs.store import JobNotFound
 from .jobs.tasks import BadPayload, stands_for_itself
 
@@ -88,14 +88,18 @@ def run_job(self:BackgroundTaskManager,
     "Run exactly one attempt, here and now, whatever its retry time"
     return self.engine.run_job(self.store, job_id, task_func)
 
-# %% ../nbs/02_utils_bgtsk.ipynb #6e166e43
+# %% ../nbs/02_utils_bgtsk.ipynb #42c473a7
 class InvalidJob(FhSaasError, ValueError): "The job cannot be submitted like this."
 
 _options = ('payload', 'triggered_by', 'queue', 'priority', 'run_at')
 
 def _whole(name, v, low, high):
-    if isinstance(v, bool) or not isinstance(v, int) or not low <= v <= high: raise InvalidJob(f"{name}={v!r}: use a whole number from {low} to {high}")
+    if isinstance(v, bool) or not isinstance(v, int) or not low <= v <= high: raise InvalidJob(f"{name}={clean(repr(v), 80)}: use a whole number from {low} to {high}")
     return v
+
+def _attempts(v):
+    try: return _whole('max_retries', v, 0, 1000)
+    except InvalidJob as e: raise InvalidJob(f"{e}; the task's own arguments go by keyword") from None
 
 def _text(name, v, limit):
     if not isinstance(v, str) or not v.strip() or len(v) > limit or clean(v, limit) != v: raise InvalidJob(f"{name}={clean(repr(v), 80)}: use text of 1 to {limit} characters")
@@ -112,7 +116,7 @@ def _moment(v):
 _checks = dict(triggered_by=lambda v: _text('triggered_by', v, 100), queue=lambda v: _text('queue', v, 64),
     priority=lambda v: _whole('priority', v, 1, 4), run_at=_moment)
 
-# %% ../nbs/02_utils_bgtsk.ipynb #6b6bec2d
+# %% ../nbs/02_utils_bgtsk.ipynb #3fea3d9c
 @patch
 def submit(self:BackgroundTaskManager,
     job_type:str, # What the job is filed under
@@ -121,7 +125,7 @@ def submit(self:BackgroundTaskManager,
     **task_kwargs, # Arguments of the function, as JSON can carry them; and options, see below
 ) -> tuple[str, BackgroundTask]: # The id of the committed job, and the task to return with the response
     "Store a job, and give what runs it"
-    registry = self.engine.registry
+    registry, max_retries = self.engine.registry, _attempts(max_retries)
     t = registry.meet(task_func)
     options = {k: task_kwargs.pop(k) for k in _options if k in task_kwargs and k not in (t.params or ())}
     if (payload := options.pop('payload', None)) is not None:
@@ -130,7 +134,7 @@ def submit(self:BackgroundTaskManager,
         task_kwargs = payload
     text = to_json(task_kwargs, 'payload')
     t.arguments(task_kwargs)
-    job = dict(id=gen_id(), job_type=_text('job_type', job_type, 200), payload=text, task=t.name, max_retries=_whole('max_retries', max_retries, 0, 1000),
+    job = dict(id=gen_id(), job_type=_text('job_type', job_type, 200), payload=text, task=t.name, max_retries=max_retries,
         **{k: _checks[k](v) for k, v in options.items() if v is not None})
     registry.add(task_func)
     registry.file_under(job_type, t.name)
@@ -147,7 +151,7 @@ def _stored(self:BackgroundTaskManager, job):
     self.engine.attend(self.store, self.engine.settings.handoff)
     return job['id']
 
-# %% ../nbs/02_utils_bgtsk.ipynb #bc2205b9
+# %% ../nbs/02_utils_bgtsk.ipynb #a8a2e038
 @patch
 def get_job(self:BackgroundTaskManager, job_id:str) -> TenantJob:
     "The job with that id; `JobNotFound` if this database has none"
@@ -164,6 +168,12 @@ def list_jobs(self:BackgroundTaskManager,
     only = {k: str(v) for k, v in dict(job_type=job_type, status=status).items() if v}
     return [(self.db.job_class if self._host else TenantJob)(**r) for r in self.store.list(limit, **only)]
 
+@patch
+def state(self:BackgroundTaskManager, job:TenantJob) -> str:
+    "The job's state in words: its status, or `waiting` (for a task nobody here has registered), `scheduled`, `retrying`, `snoozed`, `cancelling`"
+    return shown_state(job, timestamp(), self.engine.registry.names[1])
+
+# %% ../nbs/02_utils_bgtsk.ipynb #885bcfeb
 @patch
 def attempts(self:BackgroundTaskManager, job_id:str) -> list[dict]:
     "The attempts of a job that have ended: number, start, end, outcome, error, worker, seconds waited in the queue"

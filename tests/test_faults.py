@@ -514,6 +514,13 @@ def test_poison_does_not_take_its_neighbours_along(new_sqlite, child, open_manag
     assert 'worker_lost' in m.get_job(bad).error_message
     assert {end(m, i, 10).status for i in good} == {'completed'}
 
+def test_poison_in_one_tenant_fails_no_job_of_another(tmp_path, child):
+    for n in range(4):
+        c = child('killer.py', tmp_path, int(n == 0))
+        c.proc.wait(40)
+        if c.proc.returncode == 0: break
+    assert n == 3 and "[('innocent', 'completed'), ('killer', 'failed')]" in c.text
+
 class Unprintable(Exception):
     def __str__(self): raise RuntimeError('no words')
 

@@ -911,13 +911,12 @@ def test_a_stopped_engine_starts_nothing(new_manager, url):
 child = '''
 import sys, time
 from fastsql import Database
-from fh_saas.jobs.engine import Engine
-from fh_saas.jobs.engine import use_engine
+from fh_saas.jobs.engine import Engine, use_engine
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.tasks import task
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 @task('slow')
-def slow(n): print('running', flush=True); time.sleep(60)
+def slow(n): sys.stdout.write('running\\n'); sys.stdout.flush(); time.sleep(60)
 use_engine(Engine(Settings(lease=1, handoff=0, poll=0.2)))
 m = BackgroundTaskManager(Database(sys.argv[1]))
 for n in range(3): m.submit('t', slow, n=n)

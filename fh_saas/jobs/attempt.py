@@ -19,7 +19,7 @@ from .tasks import BadPayload, Task
 
 log = logging.getLogger('fh_saas.jobs')
 
-# %% ../../nbs/jobs/08_attempt.ipynb #0979c4ba
+# %% ../../nbs/jobs/08_attempt.ipynb #6d3d4d7b
 class Attempt:
     "One execution of a job that was claimed"
     def __init__(self,
@@ -31,6 +31,7 @@ class Attempt:
         self.store, self.row, self.task, self.func = store, row, task, func or task.func
         self.ctx, self.key = JobContext(store, row), (row['id'], row['claim_token'])
         self.desk = self.loop = self.async_task = self.outcome = None
+        self.suspect = False  # holds the slot of a job that was lost with its process before
         self.refused = False  # the database would not take its outcome as it was
 
     def __str__(self): return f"tenant={self.store.tenant} job={self.row['id']} type={self.row['job_type']} attempt={self.row['attempt']}"

@@ -9,16 +9,17 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/context.html.md"""
 # %% auto #0
 __all__ = ['max_lines', 'JobContext']
 
-# %% ../../nbs/jobs/06_context.ipynb #526d3bd3
+# %% ../../nbs/jobs/06_context.ipynb #b92ece68
 import json, math, threading
 from contextlib import contextmanager
 from fastcore.basics import patch
 from ..db_connect import writing
 from ..db_host import timestamp
 from .payload import NotJson, TooLarge, clean, to_json
+from .retries import Snooze
 from .store import Store
 
-# %% ../../nbs/jobs/06_context.ipynb #335abbe7
+# %% ../../nbs/jobs/06_context.ipynb #d5804c98
 class JobContext:
     "One attempt of one job, as its task sees it"
     def __init__(self, store:Store, row:dict):
@@ -38,6 +39,10 @@ class JobContext:
         return self._stop.is_set()
 
     def stop(self): self._stop.set()
+
+    def give_way(self):
+        "Leave the task here if it should give way: the job is snoozed, and the attempt given back"
+        if self.should_stop: raise Snooze(0, 'gave way to a shutdown')
 
 # %% ../../nbs/jobs/06_context.ipynb #7c9291e2
 max_lines = 1000

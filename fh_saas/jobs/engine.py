@@ -9,14 +9,14 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/engine.html.md"""
 # %% auto #0
 __all__ = ['log', 'tick', 'Engine', 'supervising', 'default_engine', 'end_process', 'use_engine']
 
-# %% ../../nbs/jobs/12_engine.ipynb #56bff74b
+# %% ../../nbs/jobs/12_engine.ipynb #1a8d6ea8
 import asyncio, atexit, logging, os, socket, sys, threading, time
 from concurrent.futures import Future, wait
 from fastcore.basics import patch
 from ..db_connect import FhSaasError, check_url
 from ..db_host import gen_id
 from .attempt import Attempt
-from .desk import Desk
+from .desk import Desk, Slot
 from .payload import describe
 from .pool import Pool, settle
 from .settings import Settings
@@ -26,14 +26,14 @@ from .tasks import is_async, registry as process_registry
 
 log = logging.getLogger('fh_saas.jobs')
 
-# %% ../../nbs/jobs/12_engine.ipynb #8ddcfd21
+# %% ../../nbs/jobs/12_engine.ipynb #12e17ba2
 class Engine:
     "Runs the jobs of any number of databases in this process"
     def __init__(self, settings:Settings=None, registry=process_registry):
         self.settings, self.registry, self.pid = settings or Settings.from_env(), registry, os.getpid()
         self.worker = f'{socket.gethostname()}:{self.pid}:{gen_id()[-8:]}'
         self.jobs, self.house = Pool(self.settings.concurrency, 'fh_saas-job'), Pool(32, 'fh_saas-house')
-        self.stale, self.stopping, self.closed = 0, False, False
+        self.slot, self.stale, self.stopping, self.closed = Slot(), 0, False, False
         self._stores, self._gates, self._desks, self._hungry = {}, {}, {}, []
         self._asyncs, self._waiting, self._claims, self._running, self._loop = set(), set(), set(), False, None
         self._lock, self._wake = threading.RLock(), threading.Condition()
@@ -84,7 +84,7 @@ def _run_until_done(coro):
     threading.Thread(target=lambda: settle(future, asyncio.run(coro)), daemon=True).start()
     return future.result()
 
-# %% ../../nbs/jobs/12_engine.ipynb #5cdbffb1
+# %% ../../nbs/jobs/12_engine.ipynb #a428fe8a
 @patch
 def _record(self:Engine,
     a:Attempt,
@@ -102,10 +102,11 @@ def _record(self:Engine,
 @patch
 def _let_go(self:Engine, a, written, done):
     a.desk.let_go(a, ended=written and a.outcome.status != 'pending')
-    if not written:
+    if a.suspect: self._visit_soon(self.slot.give())
+    if not written and a.outcome.kind != 'release':
         self.stale += 1
         log.warning('%s: its outcome %r was dropped: the job is not its own any more', a, a.outcome.kind)
-    elif a.outcome.status == 'pending': self.attend(a.store, a.outcome.delay)
+    elif written and a.outcome.status == 'pending': self.attend(a.store, a.outcome.delay)
     if done: settle(done, a.outcome if written else None)
 
 # %% ../../nbs/jobs/12_engine.ipynb #2564c788
@@ -268,12 +269,12 @@ def _schedule(self:Engine):
             if watching: d.visiting, d.due = False, now + 1
             else: self.house.submit(self._visit, d)
 
-# %% ../../nbs/jobs/12_engine.ipynb #4548552a
+# %% ../../nbs/jobs/12_engine.ipynb #a136de68
 @patch
 def _visit(self:Engine, desk):
     again, attempts = self.settings.poll, []
     try:
-        if not self.stopping: attempts, again = desk.visit(self.settings.concurrency - self.load, not any(a.row['lost'] for a in self._live()))
+        if not self.stopping: attempts, again = desk.visit(self.settings.concurrency - self.load, self.slot)
         if again is None:
             with self._lock: self._hungry.append(desk)
             again = self.settings.poll
@@ -281,6 +282,7 @@ def _visit(self:Engine, desk):
         desk.quiet = again = min(60.0, max(1.0, desk.quiet*2))
         log.warning('tenant=%s: cannot be looked after, next try in %g s: %s', desk.store.tenant, again, e)
     except Exception: log.exception('tenant=%s: cannot be looked after', desk.store.tenant)
+    self._visit_soon(desk.freed)
     if self.stopping and attempts: self._release(attempts)
     else:
         for a in attempts: self._run(a)
@@ -289,7 +291,7 @@ def _visit(self:Engine, desk):
         if desk.due is None or at < desk.due: desk.due = at
         self._wake.notify()
 
-# %% ../../nbs/jobs/12_engine.ipynb #4c61d2fb
+# %% ../../nbs/jobs/12_engine.ipynb #c7f33a69
 @patch
 def _run(self:Engine, a:Attempt):
     if not is_async(a.func): return self.jobs.submit(self._run_here, a)
@@ -308,7 +310,11 @@ def _run_here(self:Engine, a:Attempt):
 def _fed(self:Engine):
     "A slot is free: visit those who waited for one"
     with self._lock: hungry, self._hungry = self._hungry, []
-    for d in hungry: self.attend(d.store)
+    self._visit_soon(hungry)
+
+@patch
+def _visit_soon(self:Engine, desks):
+    for d in desks: self.attend(d.store)
 
 # %% ../../nbs/jobs/12_engine.ipynb #2436ef47
 tick = 0.5

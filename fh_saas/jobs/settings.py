@@ -7,12 +7,13 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/settings.html.md"""
 # %% auto #0
 __all__ = ['Settings']
 
-# %% ../../nbs/jobs/09_settings.ipynb #629a8ddf
+# %% ../../nbs/jobs/09_settings.ipynb #766eecc9
 import os
 from dataclasses import dataclass, fields
+from ..db_connect import levels
 from .store import max_lease
 
-# %% ../../nbs/jobs/09_settings.ipynb #8b7d7f09
+# %% ../../nbs/jobs/09_settings.ipynb #fe5ad9a6
 @dataclass(frozen=True)
 class Settings:
     "How an engine works; times are in seconds"
@@ -28,6 +29,7 @@ class Settings:
         for name, low, high in (('concurrency', 1, 1000), ('lease', 1, max_lease), ('handoff', 0, 3600), ('poll', 0.05, 3600), ('grace', 0, 3600), ('busy', 0.05, 60)):
             v = getattr(self, name)
             if not isinstance(v, (int, float)) or not low <= v <= high: raise ValueError(f"{name}={v!r}: use a number from {low} to {high}")
+        if self.synchronous not in levels: raise ValueError(f"synchronous={self.synchronous!r}: use one of {', '.join(levels)}")
 
     @classmethod
     def from_env(cls, **given):

@@ -243,14 +243,13 @@ def rescue(self:Store, n:int=100) -> list[tuple]: # `(row, outcome)` of each
         return saved
     return self.write(op)
 
-# %% ../../nbs/jobs/05_store.ipynb #1e1214d1
+# %% ../../nbs/jobs/05_store.ipynb #fedab350
 @patch
-def next_due(self:Store, names:tuple, old_types:tuple, suspects:bool=True) -> tuple: # Seconds from now, negative if past; None if there is nothing
+def next_due(self:Store, names:tuple, old_types:tuple) -> tuple: # Seconds from now, negative if past; None if there is nothing
     "When a job becomes due, and when a lease runs out"
     j = self.t.jobs
     at = lambda c: sa.func.coalesce(c, timestamp(0))  # none at all: long ago
-    which = [] if suspects else [j.c.lost == 0]
-    due = self.statement(('next', suspects), lambda: sa.select(sa.func.min(at(j.c.run_at))).where(j.c.status == PENDING, *which, self._known(names, old_types)), (names, old_types))
+    due = self.statement('next', lambda: sa.select(sa.func.min(at(j.c.run_at))).where(j.c.status == PENDING, self._known(names, old_types)), (names, old_types))
     lease = self.statement('next lease', lambda: sa.select(sa.func.min(at(j.c.lease_until)), sa.func.max(j.c.lease_until)).where(j.c.status == RUNNING))
     with self.cursor() as cur:
         now = self.kind.now(cur)

@@ -21,7 +21,7 @@ from ..jobs.settings import Settings
 
 log = logging.getLogger('fh_saas.jobs')
 
-# %% ../../nbs/workers/00_runner.ipynb #019ad511
+# %% ../../nbs/workers/00_runner.ipynb #02ee6bef
 class Runner:
     "Runs the jobs of a host's tenants, and of the host itself, inside a web process"
     def __init__(self,
@@ -29,6 +29,7 @@ class Runner:
         settings:Settings=None, # From the environment if left out
         sweep:float=10, # Seconds between looks at the host's list of tenants
     ):
+        if host is not None and not isinstance(host, HostDatabase): raise TypeError(f"host is a {type(host).__name__}: pass a HostDatabase")
         self.host, self.settings, self.sweep, self.engine = host, settings, sweep, None
         self._stores, self._stopped, self._old_signals = {}, threading.Event(), {}
 
