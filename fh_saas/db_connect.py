@@ -29,10 +29,11 @@ class DatabaseReadOnly(FhSaasError): "The database cannot be written to."
 class DatabaseCorrupt(FhSaasError): "The file is damaged or no database at all."
 class NewerDatabase(FhSaasError): "The schema was written by a newer fh_saas."
 
-# %% ../nbs/00_db_connect.ipynb #c3bb34d0
+# %% ../nbs/00_db_connect.ipynb #88a88bc4
 def show_url(url) -> str:
     "`url` with its password hidden"
-    return sa.make_url(url).render_as_string(hide_password=True)
+    u = sa.make_url(url)
+    return u.set(query={k: '***' if 'pass' in k.lower() else v for k, v in u.query.items()}).render_as_string(hide_password=True)
 
 def check_url(
     url, # URL text or `sqlalchemy.URL`: `sqlite:///path` or `postgresql://user:password@host:port/name`

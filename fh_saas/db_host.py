@@ -125,7 +125,7 @@ def env_url() -> str:
     return sa.URL.create('postgresql', env('DB_USER') or 'postgres', env('DB_PASS') or None, env('DB_HOST') or 'localhost',
         port, name).render_as_string(hide_password=False)
 
-# %% ../nbs/00_db_host.ipynb #e4f2f7d1
+# %% ../nbs/00_db_host.ipynb #5d7130f1
 class HostDatabase:
     "The registry of tenants, in a SQLite file or a PostgreSQL database"
     job_table, job_class = 'sys_jobs', SystemJob
@@ -141,7 +141,8 @@ class HostDatabase:
             legacy = sa.inspect(conn).has_table(_catalog.name) and not read_meta(conn).get('host_schema')
             add_columns(conn, _catalog)
             if legacy: _pause_inactive(conn)
-            if read_meta(conn).get('host_schema') != '1': write_meta(conn, host_schema=1)
+            if read_meta(conn).get('host_schema') != '1': write_meta(conn, host_schema=1, host_id=gen_id())
+            self.id = read_meta(conn)['host_id']
 
     def __repr__(self): return f'HostDatabase({show_url(self.url)})'
 

@@ -11,14 +11,14 @@ __all__ = ['InvalidTenantId', 'check_tenant_id', 'TenantDatabase', 'OpenDatabase
            'open_tenant_db', 'get_or_create_tenant_db', 'TenantBusy', 'list_tenants', 'close_tenant_db',
            'suspend_tenant', 'resume_tenant', 'delete_tenant']
 
-# %% ../nbs/01_db_tenant.ipynb #f3f84eea
+# %% ../nbs/01_db_tenant.ipynb #9fc6330c
 import re, sqlite3, threading, weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from pathlib import Path
 import sqlalchemy as sa
 from fastcore.basics import patch
 from fastsql import Database
-from .db_connect import (FhSaasError, check_url, lock_schema, open_engine, read_meta, reading, show_url, write_meta, writing)
+from .db_connect import (DatabaseCorrupt, DatabaseUnavailable, FhSaasError, check_url, lock_schema, open_engine, read_meta, reading, show_url, write_meta, writing)
 from .db_host import HostDatabase, TenantCatalog, TenantNotFound, env_url, timestamp
 
 # %% ../nbs/01_db_tenant.ipynb #a08e43f4
@@ -35,37 +35,39 @@ def check_tenant_id(tenant_id:str) -> str: # The same id
     if tenant_id in _reserved: raise InvalidTenantId(f"{shown_id} is a reserved name: choose another tenant id")
     return tenant_id
 
-# %% ../nbs/01_db_tenant.ipynb #201f856d
+# %% ../nbs/01_db_tenant.ipynb #5c07db0a
 class TenantDatabase(Database):
     "A fastsql `Database` with a connection of its own; close it when done, or use it in a `with`"
-    def __init__(self, tenant_id, engine, release):
+    def __init__(self, tenant_id, engine, owner, key):
         self.tenant_id, self.engine = tenant_id, engine
         self.conn_str = engine.url.render_as_string(hide_password=False)
         self.meta = sa.MetaData()
         self.conn = engine.connect()
         self.meta.bind, self.meta.conn, self._tables = engine, self.conn, {}
-        self._done = weakref.finalize(self, _give_back, self.conn, release)
+        # the collector may call this at any moment, also while this thread holds a lock: so it only leaves a note
+        self._owner, self._done = owner, weakref.finalize(self, owner.returned.append, (self.conn, key))
 
-    def close(self): self._done()
+    def close(self):
+        "Give the connection back; what was not committed is rolled back"
+        self._done()
+        self._owner.drain()
+
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
     def __repr__(self): return f'TenantDatabase({self.tenant_id!r}, {show_url(self.engine.url)})'
 
-def _give_back(conn, release):
-    try: conn.close()
-    finally: release()
-
-# %% ../nbs/01_db_tenant.ipynb #728e17b4
+# %% ../nbs/01_db_tenant.ipynb #bd215669
 class OpenDatabases:
     "Connection pools of the tenants used last; the least recently used one is closed, one in use never"
     def __init__(self, max_open:int=64, **engine_kw):
         self.max_open, self.engine_kw = max_open, engine_kw
-        self._lock, self._pools, self._users = threading.Lock(), OrderedDict(), {}
+        self._lock, self._pools, self._users, self.returned = threading.Lock(), OrderedDict(), {}, deque()
 
     def __len__(self): return len(self._pools)
 
     def open(self, tenant_id:str, url, check=lambda engine: None) -> TenantDatabase:
         "A new handle; `check` looks at a database that was not open yet"
+        self.drain()
         key = str(url)
         with self._lock:
             eng = self._pools.get(key)
@@ -74,9 +76,17 @@ class OpenDatabases:
             self._users[key] = self._users.get(key, 0) + 1
         try:
             if fresh: check(eng)
-            with reading(eng): return TenantDatabase(tenant_id, eng, lambda: self._release(key))
+            with reading(eng): return TenantDatabase(tenant_id, eng, self, key)
         except BaseException: self._release(key, drop=fresh); raise
         finally: self._trim()
+
+    def drain(self):
+        "Take back what handles have left"
+        while self.returned:
+            try: conn, key = self.returned.popleft()
+            except IndexError: return
+            try: conn.close()
+            finally: self._release(key)
 
     def _release(self, key, drop=False):
         with self._lock:
@@ -91,10 +101,11 @@ class OpenDatabases:
             engines = [self._pools.pop(k) for k in spare]
         for e in engines: e.dispose()
 
-# %% ../nbs/01_db_tenant.ipynb #7aa0853c
+# %% ../nbs/01_db_tenant.ipynb #0f8dd113
 @patch
 def in_use(self:OpenDatabases, url) -> int:
     "How many handles of a database are open"
+    self.drain()
     return self._users.get(str(url), 0)
 
 @patch
@@ -127,12 +138,14 @@ def _new_record(host, tenant_id, name):
     else: url = f'sqlite:///{tenant_id}_db.db'
     return TenantCatalog(tenant_id, name or tenant_id, url)
 
-# %% ../nbs/01_db_tenant.ipynb #a4c3f2a8
-def _check_identity(tenant):
+# %% ../nbs/01_db_tenant.ipynb #ae6f65dc
+def _check_identity(host, tenant):
     def check(eng):
-        with reading(eng) as conn: owner = read_meta(conn).get('tenant_id')
-        if owner not in (None, tenant.id):
-            raise TenantMismatch(f"{show_url(eng.url)} belongs to tenant {owner!r}, not to {tenant.id!r}: put the right file in its place")
+        with reading(eng) as conn: notes = read_meta(conn)
+        if notes.get('tenant_id', tenant.id) != tenant.id:
+            raise TenantMismatch(f"{show_url(eng.url)} belongs to tenant {notes['tenant_id']!r}, not to {tenant.id!r}: put the right file in its place")
+        if notes.get('host_id', host.id) != host.id:
+            raise TenantMismatch(f"{show_url(eng.url)} belongs to tenant {tenant.id!r} of another host: give each host a folder, or a server, of its own")
     return check
 
 def _create(host, tenant):
@@ -149,7 +162,7 @@ def _create(host, tenant):
             if notes.get('tenant_id', tenant.id if not tables else None) != tenant.id:
                 raise TenantMismatch(f"{show_url(url)} exists and is not known to be of tenant {tenant.id!r}: move it away, "
                     "or register it with HostDatabase.register if it is theirs")
-            if not notes: write_meta(conn, tenant_id=tenant.id, epoch=tenant.epoch)
+            if not notes: write_meta(conn, tenant_id=tenant.id, host_id=host.id, epoch=tenant.epoch)
     finally: eng.dispose()
 
 def _create_pg(host, name):
@@ -161,7 +174,7 @@ def _create_pg(host, name):
         if conn.execute(sa.text('SELECT 1 FROM pg_database WHERE datname = :name'), dict(name=name)).first(): return
         conn.exec_driver_sql(f'CREATE DATABASE {conn.dialect.identifier_preparer.quote_identifier(name)}')
 
-# %% ../nbs/01_db_tenant.ipynb #6539c663
+# %% ../nbs/01_db_tenant.ipynb #12a937f7
 _env_hosts, _env_lock = {}, threading.Lock()
 
 def _host(host):
@@ -180,7 +193,7 @@ def open_tenant_db(
     tenant = host.find(tenant_id)
     if tenant is None: raise TenantNotFound(f"no tenant {check_tenant_id(tenant_id)!r}: create it with get_or_create_tenant_db")
     if not tenant.is_active: raise TenantSuspended(f"tenant {tenant.id!r} is {tenant.state}: resume it with resume_tenant")
-    return host.open_dbs.open(tenant.id, host.url_of(tenant), _check_identity(tenant))
+    return host.open_dbs.open(tenant.id, host.url_of(tenant), _check_identity(host, tenant))
 
 def get_or_create_tenant_db(
     tenant_id:str, # See `check_tenant_id`
@@ -216,9 +229,10 @@ def resume_tenant(tenant_id:str, host:HostDatabase=None):
     "Make a suspended tenant active again"
     _host(host).set_state(tenant_id, 'active')
 
-# %% ../nbs/01_db_tenant.ipynb #1dbda93e
+# %% ../nbs/01_db_tenant.ipynb #2ab3a3ec
 def _running(url) -> int:
     "Jobs whose lease has not run out"
+    if not _exists(url): return 0
     jobs = sa.table('tenant_jobs', sa.column('status'), sa.column('lease_until'))
     eng = open_engine(url)
     try:
@@ -227,6 +241,16 @@ def _running(url) -> int:
             return conn.execute(sa.select(sa.func.count()).select_from(jobs).where(jobs.c.status == 'running', jobs.c.lease_until > timestamp())).scalar()
     except sa.exc.NoSuchTableError: return 0
     finally: eng.dispose()
+
+def _check_owner(host, tenant, url, force):
+    "Another tenant's database is never deleted; one that is gone or unreadable only by force"
+    eng = open_engine(url)
+    try: _check_identity(host, tenant)(eng)
+    except (DatabaseUnavailable, DatabaseCorrupt):
+        if not force and _exists(url): raise
+    finally: eng.dispose()
+
+def _exists(url): return url.get_backend_name() != 'sqlite' or Path(url.database).exists()
 
 def delete_tenant(
     tenant_id:str, # An existing tenant
@@ -237,8 +261,9 @@ def delete_tenant(
     host = _host(host)
     tenant = host.find(tenant_id)
     if tenant is None: raise TenantNotFound(f"no tenant {tenant_id!r}")
-    host.set_state(tenant_id, 'deleting')
     url = host.url_of(tenant)
+    _check_owner(host, tenant, url, force)
+    host.set_state(tenant_id, 'deleting')
     handles, running = host.open_dbs.in_use(url), 0 if force else _running(url)
     if not force and (handles or running):
         raise TenantBusy(f"tenant {tenant_id!r} has {running} running jobs and {handles} open handles; it stays in state 'deleting', "

@@ -7,8 +7,8 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/commit.html.md"""
 # %% auto #0
 __all__ = ['log', 'Statement', 'SQLite', 'PostgreSQL', 'Committer']
 
-# %% ../../nbs/jobs/04_commit.ipynb #215a1c50
-import logging, os, threading, time
+# %% ../../nbs/jobs/04_commit.ipynb #3f4e814d
+import logging, os, threading, time, weakref
 from contextlib import contextmanager
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -47,7 +47,18 @@ class PostgreSQL:
     def begin(self, cur): pass # the driver begins with the first statement
     def now(self, cur): return float(cur.execute('SELECT extract(epoch FROM clock_timestamp())').fetchone()[0])
 
-# %% ../../nbs/jobs/04_commit.ipynb #3a772567
+# %% ../../nbs/jobs/04_commit.ipynb #c431c800
+_committers, _held = weakref.WeakSet(), []
+
+def _hold_still():
+    for c in list(_committers):
+        if isinstance(c.kind, SQLite) and c._turn.acquire(timeout=1): _held.append(c)
+
+def _go_on():
+    while _held: _held.pop()._turn.release()
+
+os.register_at_fork(before=_hold_still, after_in_parent=_go_on, after_in_child=_go_on)
+
 class Committer:
     "One database, written to in short transactions on connections of our own"
     def __init__(self,
@@ -60,6 +71,7 @@ class Committer:
         self.engine = open_engine(self.url, synchronous, busy, pool_size=2, max_overflow=-1)  # a task in its own transaction must not keep a heartbeat waiting
         self._queue, self._queue_lock, self._turn, self._posted = [], threading.Lock(), threading.Lock(), False
         self._statements, self._file = {}, self.kind.file(self.url)
+        _committers.add(self)
 
     def close(self): self.engine.dispose()
     def opened(self): "Called when another database was found in place of the one before"

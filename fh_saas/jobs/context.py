@@ -9,13 +9,13 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/context.html.md"""
 # %% auto #0
 __all__ = ['max_lines', 'JobContext']
 
-# %% ../../nbs/jobs/06_context.ipynb #b92ece68
+# %% ../../nbs/jobs/06_context.ipynb #465b94b1
 import json, math, threading
 from contextlib import contextmanager
 from fastcore.basics import patch
 from ..db_connect import writing
 from ..db_host import timestamp
-from .payload import NotJson, TooLarge, clean, to_json
+from .payload import clean, to_json
 from .retries import Snooze
 from .store import Store
 
@@ -44,7 +44,7 @@ class JobContext:
         "Leave the task here if it should give way: the job is snoozed, and the attempt given back"
         if self.should_stop: raise Snooze(0, 'gave way to a shutdown')
 
-# %% ../../nbs/jobs/06_context.ipynb #7c9291e2
+# %% ../../nbs/jobs/06_context.ipynb #14d53b0f
 max_lines = 1000
 
 @patch
@@ -65,7 +65,7 @@ def log(self:JobContext, message:str, item=None, level:str='info'):
         self._count += 1
         if self._count == max_lines + 1: message, item = f'only the first {max_lines} lines of an attempt are kept', None
         if self._count <= max_lines + 1:
-            self._lines.append((self._count, timestamp(), level, clean(str(message), 2000), None if item is None else clean(str(item), 500)))
+            self._lines.append((self._count, timestamp(), clean(str(level), 20), clean(str(message), 2000), None if item is None else clean(str(item), 500)))
 
 @patch
 def warn(self:JobContext, message:str, item=None):
@@ -73,13 +73,13 @@ def warn(self:JobContext, message:str, item=None):
     self.warnings += 1
     self.log(message, item, 'warning')
 
-# %% ../../nbs/jobs/06_context.ipynb #7ae5e474
+# %% ../../nbs/jobs/06_context.ipynb #c306799b
 @patch
 def note(self:JobContext) -> tuple: # The operation for `Store.write`, and what to call once it is committed; None if there is nothing new
     "What has not been written yet"
     with self._lock: lines, progress = self._lines[:], self._progress
     try: details = to_json(dict(self.details), 'job.details', 64*1024)
-    except (NotJson, TooLarge, RuntimeError): details = self._seen
+    except Exception: details = self._seen  # the task may have put anything there, and may be changing it now
     if not lines and progress == (None, None) and details == self._seen: return None
     def written():
         with self._lock:

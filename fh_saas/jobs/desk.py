@@ -7,36 +7,49 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/desk.html.md"""
 # %% auto #0
 __all__ = ['log', 'Desk', 'Slot']
 
-# %% ../../nbs/jobs/11_desk.ipynb #5af646a8
+# %% ../../nbs/jobs/11_desk.ipynb #7a4f12da
 import logging, threading, time
+from collections import deque
 from fastcore.basics import patch
 from ..db_host import gen_id
 from .attempt import Attempt
 from .settings import Settings
+from .states import Outcome
 from .store import Store
 from .tasks import Registry, Task
 
 log = logging.getLogger('fh_saas.jobs')
 
-# %% ../../nbs/jobs/11_desk.ipynb #3abec97b
+# %% ../../nbs/jobs/11_desk.ipynb #8885222d
 class Desk:
     "The jobs of one database, as one process looks after them"
     def __init__(self, store:Store, registry:Registry, settings:Settings, worker:str):
         self.store, self.registry, self.settings, self.worker = store, registry, settings, worker
-        self.live, self.functions, self.paused = {}, {}, False
+        self.local = Registry()  # functions that hold on to something are for this database only
+        self.live, self.functions, self.paused, self._own, self._strange = {}, {}, False, frozenset(), set()
         self.due, self.visiting, self.beating = None, False, False  # the engine's schedule
-        self.unwritten, self.retry_at, self.pause = [], 0.0, 0.0  # outcomes the database did not take yet
+        self.unwritten, self.retry_at, self.pause = deque(), 0.0, 0.0  # outcomes the database did not take yet
         self.freed = []  # desks that wait for a slot which turned out not to be needed
         self.quiet, self._looked, self._beat, self._more = 0.0, 0.0, 0.0, False
         self._lock = threading.Lock()
 
     def __repr__(self): return f'Desk({self.store!r}, {len(self.live)} running)'
 
-    def keep(self, job_id:str, func):
-        "Remember the very function of a job that was submitted here, for its retries in this process"
+    def keep(self, job_id:str, t:Task, alone:bool):
+        "Remember the very function of a job; `alone` if nobody else can run it"
         with self._lock:
-            self.functions[job_id] = func
-            if len(self.functions) > 10_000: self.functions.pop(next(iter(self.functions)))
+            self.functions[job_id] = t.func
+            if alone: self._own |= {t.name}
+
+    def adopt(self, other):
+        "Take over what another desk of this process remembers"
+        with self._lock: self.functions.update(other.functions); self._own |= other._own
+        self.local = other.local
+
+    @property
+    def names(self) -> tuple: # As `Registry.names`
+        (names, types), (local, local_types) = self.registry.names, self.local.names
+        return names + local + tuple(sorted(self._own)), types + local_types
 
     def claim(self, job_id:str, func=None) -> Attempt: # None if the job is not pending
         "Claim one job, whenever it was due"
@@ -45,7 +58,8 @@ class Desk:
 
     def _take(self, row, func=None):
         func = func or self.functions.get(row['id'])
-        a = Attempt(self.store, row, self.registry.find(row['task'], row['job_type']) or Task(func, row['task']), func)
+        known = (row['task'], row['job_type'])
+        a = Attempt(self.store, row, self.registry.find(*known) or self.local.find(*known) or Task(func, row['task']), func)
         a.desk, a.lease_until = self, time.monotonic() + self.settings.lease
         with self._lock: self.live[a.key] = a
         return a
@@ -73,7 +87,7 @@ class Slot:
         with self._lock: waiting, self.waiting, self.taken = self.waiting, [], False
         return waiting
 
-# %% ../../nbs/jobs/11_desk.ipynb #4b96e013
+# %% ../../nbs/jobs/11_desk.ipynb #6e2dba21
 @patch
 def visit(self:Desk,
     free:int, # How many jobs could start now
@@ -81,7 +95,7 @@ def visit(self:Desk,
 ) -> tuple: # Attempts to run now, and seconds until the next visit; None: when there is room
     "Rescue and claim what is due, and say when to come again"
     if self.paused: return [], self.settings.poll
-    names = self.registry.names
+    names = self.names
     if not self._more or time.monotonic() > self._looked + self.settings.poll:
         self._looked = time.monotonic()
         due, lapse = self.store.next_due(*names)
@@ -114,18 +128,19 @@ def _rescue(self:Desk):
 
 @patch
 def _rest(self:Desk, *moments) -> float:
+    if not self.live: self.store.close()  # an idle tenant has no open file
     self.quiet = min(30.0, self.quiet*1.5 + 0.5)
     return max(0.05, min(m for m in (*moments, max(self.settings.poll, self.quiet)) if m is not None))
 
-# %% ../../nbs/jobs/11_desk.ipynb #3bd74fd3
+# %% ../../nbs/jobs/11_desk.ipynb #1eeba32a
 @patch
 def beat(self:Desk):
     "Write what running jobs say about themselves; renew their leases when it is time"
+    if time.monotonic() > self._beat + self.settings.lease/3: self.renew()
     with self._lock: live = dict(self.live)
     if notes := [n for a in live.values() if (n := a.ctx.note())]:
         self.store.write(lambda cur, now: [op(cur, now) for op, _ in notes])
         for _, written in notes: written()
-    if time.monotonic() > self._beat + self.settings.lease/3: self.renew()
 
 @patch
 def renew(self:Desk):
@@ -137,3 +152,15 @@ def renew(self:Desk):
         if key in owned: a.lease_until = self._beat + self.settings.lease
         elif key in self.live: a.ctx.lost = True
         if owned.get(key) or a.ctx.lost: a.ctx.stop()
+    strange = owned.keys() - self.live.keys()
+    for key in strange & self._strange: self._disown(*key)
+    self._strange = strange
+
+@patch
+def _disown(self:Desk, job_id, token):
+    "A job that is this process's by its row, but that nobody here works on: its outcome was given up, or its claim went wrong"
+    row = self.store.get(job_id)
+    if row['claim_token'] != token: return
+    last = (row['retry_count'] or 0) + 1 >= (row['max_retries'] or 1)
+    self.store.finish(row, Outcome('failed' if last else 'lost', error=f"worker_lost: attempt {row['attempt']} is not known to its own process any more"))
+    log.warning('tenant=%s job=%s attempt=%s: nobody works on it here; taken back', self.store.tenant, job_id, row['attempt'])

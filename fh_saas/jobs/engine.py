@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/engine.html.md"""
 # %% auto #0
 __all__ = ['log', 'tick', 'Engine', 'supervising', 'default_engine', 'end_process', 'use_engine']
 
-# %% ../../nbs/jobs/12_engine.ipynb #1a8d6ea8
+# %% ../../nbs/jobs/12_engine.ipynb #709aefbf
 import asyncio, atexit, logging, os, socket, sys, threading, time
 from concurrent.futures import Future, wait
 from fastcore.basics import patch
@@ -22,11 +22,11 @@ from .pool import Pool, settle
 from .settings import Settings
 from .states import Outcome
 from .store import Store
-from .tasks import is_async, registry as process_registry
+from .tasks import Registry, Task, is_async, registry as process_registry
 
 log = logging.getLogger('fh_saas.jobs')
 
-# %% ../../nbs/jobs/12_engine.ipynb #12e17ba2
+# %% ../../nbs/jobs/12_engine.ipynb #14f15f19
 class Engine:
     "Runs the jobs of any number of databases in this process"
     def __init__(self, settings:Settings=None, registry=process_registry):
@@ -34,7 +34,7 @@ class Engine:
         self.worker = f'{socket.gethostname()}:{self.pid}:{gen_id()[-8:]}'
         self.jobs, self.house = Pool(self.settings.concurrency, 'fh_saas-job'), Pool(32, 'fh_saas-house')
         self.slot, self.stale, self.stopping, self.closed = Slot(), 0, False, False
-        self._stores, self._gates, self._desks, self._hungry = {}, {}, {}, []
+        self._stores, self._gates, self._desks, self._hungry, self._reserved = {}, {}, {}, {}, 0
         self._asyncs, self._waiting, self._claims, self._running, self._loop = set(), set(), set(), False, None
         self._lock, self._wake = threading.RLock(), threading.Condition()
 
@@ -55,7 +55,12 @@ class Engine:
                 with self._lock: self._stores[u, table], self._desks[store] = store, Desk(store, self.registry, self.settings, self.worker)
             return self._stores[u, table]
 
-    def keep(self, store:Store, job_id:str, func): self._desks[store].keep(job_id, func)
+    def alone(self, func) -> Task:
+        "A task for a function that only this process can run"
+        return Task(func, f"{getattr(func, '__qualname__', type(func).__name__)}@{self.worker}")
+
+    def registry_for(self, store:Store, local:bool) -> Registry: return self._desks[store].local if local else self.registry
+    def keep(self, store:Store, job_id:str, t:Task, alone:bool): self._desks[store].keep(job_id, t, alone)
 
 # %% ../../nbs/jobs/12_engine.ipynb #f7896be4
 @patch
@@ -109,7 +114,7 @@ def _let_go(self:Engine, a, written, done):
     elif written and a.outcome.status == 'pending': self.attend(a.store, a.outcome.delay)
     if done: settle(done, a.outcome if written else None)
 
-# %% ../../nbs/jobs/12_engine.ipynb #2564c788
+# %% ../../nbs/jobs/12_engine.ipynb #3ac41614
 @patch
 def _unwritten(self:Engine, a, error, done):
     log.warning('%s: its outcome %r cannot be written yet: %s', a, a.outcome.kind, error)
@@ -123,8 +128,7 @@ def _try_again(self:Engine, desk):
     elif time.monotonic() > desk.retry_at:
         desk.pause = min(2.0, max(tick, desk.pause*2))
         desk.retry_at = time.monotonic() + desk.pause
-        items, desk.unwritten = desk.unwritten, []
-        for a, done in items: self._let_go(a, False, done) if a.ctx.lost or time.monotonic() > a.lease_until else self._record(a, a.outcome, done)
+        for a, done in [desk.unwritten.popleft() for _ in range(len(desk.unwritten))]: self._let_go(a, False, done) if a.ctx.lost or time.monotonic() > a.lease_until else self._record(a, a.outcome, done)
 
 @patch
 def _refused(self:Engine, a, error, done):
@@ -133,11 +137,11 @@ def _refused(self:Engine, a, error, done):
     a.refused = True
     self._record(a, Outcome('failed', error=describe(RuntimeError(f'the outcome {a.outcome.kind!r} could not be recorded: {error}'))[0]), done)
 
-# %% ../../nbs/jobs/12_engine.ipynb #f7e33ffa
+# %% ../../nbs/jobs/12_engine.ipynb #ef22d414
 @patch
 async def handle(self:Engine, store:Store, job_id:str, func):
     "Run one attempt of a job for a response that was sent; never raises, never waits for a retry time"
-    if self.stopping: return
+    if self.stopping or self.is_paused(store): return
     try:
         if is_async(func): await self._handle_async(store, job_id, func)
         else: await self._handle_sync(store, job_id, func)
@@ -180,7 +184,7 @@ async def _until_stop(self:Engine, future):
         return future.result() if future.done() else None
     finally: self._waiting.discard(me); over.cancel()
 
-# %% ../../nbs/jobs/12_engine.ipynb #f6ce4800
+# %% ../../nbs/jobs/12_engine.ipynb #bf9c8da5
 @patch
 async def _arun(self:Engine, a):
     a.loop, a.async_task = asyncio.get_running_loop(), asyncio.current_task()
@@ -196,15 +200,20 @@ def loop(self:Engine):
     with self._lock:
         if self._loop is None or self._loop.is_closed():
             self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name='fh_saas-loop', daemon=True).start()
+            threading.Thread(target=_run_on, args=(self._loop,), name='fh_saas-loop', daemon=True).start()
         return self._loop
+
+def _run_on(loop):
+    while not loop.is_closed():
+        try: return loop.run_forever()
+        except BaseException: log.exception('a task of an async job ended the event loop; it goes on')  # sys.exit does that
 
 @patch
 def use_loop(self:Engine, loop):
     "Run async tasks in the app's own loop, where its clients and pools live"
     with self._lock: self._loop = loop
 
-# %% ../../nbs/jobs/12_engine.ipynb #96d35263
+# %% ../../nbs/jobs/12_engine.ipynb #df89ed6a
 @patch
 def attend(self:Engine,
     store:Store, # From `Engine.store`
@@ -227,7 +236,12 @@ def pause(self:Engine, store:Store, paused:bool=True):
     if not paused: self.attend(store)
 
 @patch
-def is_paused(self:Engine, store:Store) -> bool: return self._desks[store].paused
+def is_paused(self:Engine, store:Store) -> bool: return store in self._desks and self._desks[store].paused
+
+@patch
+def opened(self:Engine, url, table:str='tenant_jobs') -> Store:
+    "The store of a database if it was opened already"
+    return self._stores.get((check_url(url), table))
 
 @patch
 def forget(self:Engine, store:Store):
@@ -269,29 +283,36 @@ def _schedule(self:Engine):
             if watching: d.visiting, d.due = False, now + 1
             else: self.house.submit(self._visit, d)
 
-# %% ../../nbs/jobs/12_engine.ipynb #a136de68
+# %% ../../nbs/jobs/12_engine.ipynb #bec94bc0
 @patch
 def _visit(self:Engine, desk):
-    again, attempts = self.settings.poll, []
+    again, attempts, mine = self.settings.poll, [], 0
     try:
-        if not self.stopping: attempts, again = desk.visit(self.settings.concurrency - self.load, self.slot)
+        with self._lock:
+            free = self.settings.concurrency - self.load - self._reserved
+            self._reserved += (mine := max(0, free))
+        if not self.stopping: attempts, again = desk.visit(mine, self.slot)
         if again is None:
-            with self._lock: self._hungry.append(desk)
+            with self._lock: self._hungry[desk] = None
             again = self.settings.poll
     except FhSaasError as e:
         desk.quiet = again = min(60.0, max(1.0, desk.quiet*2))
         log.warning('tenant=%s: cannot be looked after, next try in %g s: %s', desk.store.tenant, again, e)
     except Exception: log.exception('tenant=%s: cannot be looked after', desk.store.tenant)
-    self._visit_soon(desk.freed)
-    if self.stopping and attempts: self._release(attempts)
-    else:
-        for a in attempts: self._run(a)
-    with self._wake:
-        desk.visiting, at = False, time.monotonic() + again
-        if desk.due is None or at < desk.due: desk.due = at
-        self._wake.notify()
+    try:
+        if self.stopping and attempts: self._release(attempts)
+        else:
+            for a in attempts: self._run(a)
+    finally:
+        with self._lock: self._reserved -= mine
+        if mine > len(attempts): self._fed()
+        self._visit_soon(desk.freed)
+        with self._wake:
+            desk.visiting, at = False, time.monotonic() + again
+            if desk.due is None or at < desk.due: desk.due = at
+            self._wake.notify()
 
-# %% ../../nbs/jobs/12_engine.ipynb #c7f33a69
+# %% ../../nbs/jobs/12_engine.ipynb #347dbaca
 @patch
 def _run(self:Engine, a:Attempt):
     if not is_async(a.func): return self.jobs.submit(self._run_here, a)
@@ -303,13 +324,14 @@ def _run(self:Engine, a:Attempt):
 
 @patch
 def _run_here(self:Engine, a:Attempt):
-    try: self._record(a, a.call())
+    try:
+        if a.outcome is None: self._record(a, a.call())  # else it was released while it waited for this thread
     finally: self._fed()
 
 @patch
 def _fed(self:Engine):
     "A slot is free: visit those who waited for one"
-    with self._lock: hungry, self._hungry = self._hungry, []
+    with self._lock: hungry, self._hungry = self._hungry, {}
     self._visit_soon(hungry)
 
 @patch
@@ -384,7 +406,7 @@ def _release(self:Engine, attempts):
         if w: log.warning('%s: %s at shutdown', a, a.outcome.kind)
     for a in attempts: a.desk.let_go(a, ended=False)
 
-# %% ../../nbs/jobs/12_engine.ipynb #d2650b75
+# %% ../../nbs/jobs/12_engine.ipynb #a811a259
 _default, _default_lock, _ending = None, threading.Lock(), False
 
 def _usable(engine): return engine is not None and engine.pid == os.getpid() and not engine.closed
@@ -401,13 +423,21 @@ def end_process():
     global _ending
     _ending = True
 
+@patch
+def take_over(self:Engine, desk:Desk):
+    "Look after a database that another engine of this process looked after"
+    try: store = self.store(desk.store.url, desk.store.t.jobs.name, desk.store.tenant)
+    except Exception as e: return log.warning('tenant=%s: cannot be served now: %s', desk.store.tenant, e)
+    self._desks[store].adopt(desk)
+    self.attend(store, 1)
+
 def use_engine(engine:Engine) -> Engine:
     "Make `engine` the engine of this process; it takes over the databases of the one before"
     global _default, _ending
     with _default_lock: old, _default, _ending = _default, engine, False
     if old is engine or not _usable(old): return engine
     for d in list(old._desks.values()):
-        if d.due is not None or d.visiting: engine.attend(engine.store(d.store.url, d.store.t.jobs.name, d.store.tenant), 1)
+        if d.due is not None or d.visiting: engine.take_over(d)
     threading.Thread(target=old.stop, daemon=True).start()
     return engine
 

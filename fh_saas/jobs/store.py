@@ -144,7 +144,7 @@ def claim(self:Store,
     rows = self.write(lambda cur, now: _rows(stmt(cur, n=n, token=token, worker=worker, lease=timestamp(now+lease), now=timestamp(now))))
     return sorted(rows, key=lambda r: (-r['priority'], r['run_at'] or '', r['id']))
 
-# %% ../../nbs/jobs/05_store.ipynb #1e9809da
+# %% ../../nbs/jobs/05_store.ipynb #5ec02b91
 @patch
 def _finish_sql(self:Store):
     j, a = self.t.jobs, self.t.attempts
@@ -155,16 +155,21 @@ def _finish_sql(self:Store):
     cols = ('job_id', 'number', 'started_at', 'ended_at', 'outcome', 'error', 'worker', 'waited')
     return done, self.statement('attempt', lambda: a.insert().values({c: bind(c) for c in cols}))
 
+def _waited(job) -> float:
+    "Seconds between due and begun; None for a row that was not written by `submit` and does not say"
+    try:
+        start, due = job['started_at'], job['run_at'] or job['created_at']
+        return max(0.0, seconds(start) - seconds(due if due <= start else job['created_at']))
+    except (AttributeError, TypeError, ValueError): return None
+
 def _finish(done, attempt, cur, now, job, token, o:Outcome) -> bool:
     failed = (job['retry_count'] or 0) + o.counts
     ended = None if o.status == Status.pending else timestamp(now)
-    done(cur, job=job['id'], token=token, new_status=str(o.status), failed=failed, losses=job['lost'] + (o.kind == 'lost'), error=o.error, error_log=o.log, result=o.result,
+    done(cur, job=job['id'], token=token, new_status=str(o.status), failed=failed, losses=(job['lost'] or 0) + (o.kind == 'lost'), error=o.error, error_log=o.log, result=o.result,
         run_at=None if ended else timestamp(now+o.delay), ended=ended)
     if not cur.rowcount: return False
-    start, due = job['started_at'], job['run_at'] or job['created_at']
-    waited = seconds(start) - seconds(due if due <= start else job['created_at'])
-    attempt(cur, job_id=job['id'], number=job['attempt'], started_at=start, ended_at=timestamp(now), outcome=o.kind, error=o.error,
-        worker=job['worker'], waited=max(0.0, waited))
+    attempt(cur, job_id=job['id'], number=job['attempt'], started_at=job['started_at'], ended_at=timestamp(now), outcome=o.kind, error=o.error,
+        worker=job['worker'], waited=_waited(job))
     return True
 
 # %% ../../nbs/jobs/05_store.ipynb #dbfa4344
@@ -243,7 +248,11 @@ def rescue(self:Store, n:int=100) -> list[tuple]: # `(row, outcome)` of each
         return saved
     return self.write(op)
 
-# %% ../../nbs/jobs/05_store.ipynb #fedab350
+# %% ../../nbs/jobs/05_store.ipynb #7301cc86
+def _in(t, now):
+    try: return seconds(t) - now if t else None
+    except ValueError: return -1.0  # no moment at all: due
+
 @patch
 def next_due(self:Store, names:tuple, old_types:tuple) -> tuple: # Seconds from now, negative if past; None if there is nothing
     "When a job becomes due, and when a lease runs out"
@@ -254,5 +263,5 @@ def next_due(self:Store, names:tuple, old_types:tuple) -> tuple: # Seconds from 
     with self.cursor() as cur:
         now = self.kind.now(cur)
         first, (lapse, last) = due(cur).fetchone()[0], lease(cur).fetchone()
-    first, lapse, last = (seconds(t) - now if t else None for t in (first, lapse, last))
+    first, lapse, last = (_in(t, now) for t in (first, lapse, last))
     return first, -1.0 if last and last > max_lease else lapse

@@ -48,7 +48,7 @@ class Runner:
     def __enter__(self): return self.start()
     def __exit__(self, *args): self.stop()
 
-# %% ../../nbs/workers/00_runner.ipynb #a0ee4aec
+# %% ../../nbs/workers/00_runner.ipynb #7d10f476
 @patch
 def _sweeps(self:Runner):
     while not self._stopped.is_set():
@@ -65,19 +65,19 @@ def _look_around(self:Runner):
     for t in tenants.values():
         if t.id not in self._stores and t.is_active:
             try: self._attend(t.id, self.host.url_of(t), 'tenant_jobs', t.id)
-            except FhSaasError as e: log.warning('tenant=%s: cannot be served now: %s', t.id, e)
-        elif t.id in self._stores: self._pause(t)
+            except Exception as e: log.warning('tenant=%s: cannot be served now: %s', t.id, e)
+        elif store := self.engine.opened(self.host.url_of(t)): self._pause(store, t.is_active)
     for gone in [id for id in self._stores if id is not None and id not in tenants]: self.engine.forget(self._stores.pop(gone))
 
 @patch
 def _attend(self:Runner, id, url, table, name):
     self._stores[id] = store = self.engine.store(url, table, name)
+    store.close()  # thousands may be found at once; the first visit opens it again
     self.engine.attend(store)
 
 @patch
-def _pause(self:Runner, t):
-    store = self._stores[t.id]
-    if self.engine.is_paused(store) == t.is_active: self.engine.pause(store, not t.is_active)
+def _pause(self:Runner, store, active):
+    if self.engine.is_paused(store) == active: self.engine.pause(store, not active)
 
 # %% ../../nbs/workers/00_runner.ipynb #3876ea7c
 @patch
