@@ -13,7 +13,7 @@ test: .venv/test
 	$(BIN)/nbdev-test
 	$(BIN)/python -m pytest
 
-bench: .venv/test  ## measurements: minutes, and never a part of the tests
+bench: .venv/test  ## measurements; never a part of the tests
 	$(BIN)/python benchmarks/first_figures.py
 
 soak: .venv/test  ## the long variants of the fault tests

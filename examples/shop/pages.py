@@ -11,7 +11,8 @@ css = Style('''
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2rem } nav a { margin-right: 1rem }
 table { border-collapse: collapse; width: 100% } th { font-weight: 600 }
-th, td { text-align: left; vertical-align: top; padding: .5rem .75rem .5rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere }
+th, td { text-align: left; vertical-align: top; padding: .5rem .75rem .5rem 0; border-bottom: 1px solid var(--line) }
+th { white-space: nowrap } td:last-child { overflow-wrap: anywhere }
 button { font: inherit; padding: .4rem .9rem }
 form.start { display: grid; grid-template-columns: max-content 1fr; gap: .5rem 1rem; align-items: center }
 pre { overflow: auto; padding: .75rem; border: 1px solid var(--line); border-radius: .4rem }

@@ -9,15 +9,11 @@ from urllib.request import ProxyHandler, build_opener
 from xml.etree import ElementTree
 from fastcore.basics import chunked
 from fh_saas.jobs.context import JobContext
-from fh_saas.jobs.retries import Permanent, RetryAfter, Snooze
+from fh_saas.jobs.retries import Permanent, RetryAfter
 from fh_saas.jobs.tasks import task
 from products import COLUMNS, cells, is_header, lines, product
 from shops import FEED, SAMPLES, URL, inside, shop_file
 from sqlalchemy import text
-
-def _give_way(job):
-    "Stop in good order when the process is about to end; the attempt is not counted"
-    if job.should_stop: raise Snooze(0, "the shop is closing")
 
 # --- Products in: the whole file again after a crash, and it does not matter, because a SKU is one row
 
@@ -52,7 +48,7 @@ def product_import(path:str, job:JobContext, pause:float=.15):
             if rows:
                 with job.begin() as conn: conn.execute(_upsert, rows)
             job.progress(100*f.tell()//size, f'{n:,} lines read')
-            _give_way(job)
+            job.give_way()
             time.sleep(pause)
     with job.begin() as conn:
         new, products = conn.execute(text('SELECT count(*) FILTER (WHERE first_job = :job), count(*) FROM products'), dict(job=job.id)).one()
@@ -88,7 +84,7 @@ def order_import(job:JobContext):
             conn.execute(_order, got['orders'])
             conn.execute(_done, dict(job=job.id, page=page, pages=pages))
         job.progress(100*page//pages, f'page {page} of {pages}')
-        _give_way(job)
+        job.give_way()
     with job.begin() as conn: return dict(pages=pages, orders=conn.execute(text('SELECT count(*) FROM orders')).scalar())
 
 # --- Products out: readers see the old feed or the new one, never half of one

@@ -47,7 +47,7 @@ class PostgreSQL:
     def begin(self, cur): pass # the driver begins with the first statement
     def now(self, cur): return float(cur.execute('SELECT extract(epoch FROM clock_timestamp())').fetchone()[0])
 
-# %% ../../nbs/jobs/04_commit.ipynb #c431c800
+# %% ../../nbs/jobs/04_commit.ipynb #19804890
 _committers, _held = weakref.WeakSet(), []
 
 def _hold_still():
@@ -75,6 +75,7 @@ class Committer:
 
     def close(self): self.engine.dispose()
     def opened(self): "Called when another database was found in place of the one before"
+    def used(self): "Called before each use"
 
     def statement(self,
         key, # Its name here
@@ -89,6 +90,7 @@ class Committer:
     @contextmanager
     def cursor(self):
         "A driver's cursor on a connection of our own"
+        self.used()
         if self.kind.file(self.url) != self._file: self._reopen()
         with db_errors(self.url):
             conn = self.engine.raw_connection()
