@@ -10,7 +10,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/db_host.html.md"""
 __all__ = ['tenant_states', 'timestamp', 'shown', 'seconds', 'gen_id', 'JobRecord', 'SystemJob', 'TenantCatalog', 'env_url',
            'HostDatabase', 'TenantNotFound']
 
-# %% ../nbs/00_db_host.ipynb #6e70d55d
+# %% ../nbs/00_db_host.ipynb #6698e33c
 import os, secrets, threading, time
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
@@ -18,7 +18,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from fastcore.basics import patch
 from fastsql import Database
-from .db_connect import (FhSaasError, InvalidDatabaseURL, UnsupportedDatabase, add_columns, check_url, lock_schema,
+from .db_connect import (FhSaasError, InvalidDatabaseURL, add_columns, check_url, lock_schema,
     open_engine, read_meta, reading, show_url, write_meta, writing)
 
 # %% ../nbs/00_db_host.ipynb #a307a935

@@ -11,8 +11,8 @@ __all__ = ['InvalidTenantId', 'check_tenant_id', 'TenantDatabase', 'OpenDatabase
            'open_tenant_db', 'get_or_create_tenant_db', 'TenantBusy', 'list_tenants', 'close_tenant_db',
            'suspend_tenant', 'resume_tenant', 'delete_tenant']
 
-# %% ../nbs/01_db_tenant.ipynb #9fc6330c
-import re, sqlite3, threading, weakref
+# %% ../nbs/01_db_tenant.ipynb #306e6dfc
+import re, threading, weakref
 from collections import OrderedDict, deque
 from pathlib import Path
 import sqlalchemy as sa
@@ -229,7 +229,7 @@ def resume_tenant(tenant_id:str, host:HostDatabase=None):
     "Make a suspended tenant active again"
     _host(host).set_state(tenant_id, 'active')
 
-# %% ../nbs/01_db_tenant.ipynb #2ab3a3ec
+# %% ../nbs/01_db_tenant.ipynb #db904863
 def _running(url) -> int:
     "Jobs whose lease has not run out"
     if not _exists(url): return 0
@@ -252,6 +252,7 @@ def _check_owner(host, tenant, url, force):
 
 def _exists(url): return url.get_backend_name() != 'sqlite' or Path(url.database).exists()
 
+# %% ../nbs/01_db_tenant.ipynb #a457128b
 def delete_tenant(
     tenant_id:str, # An existing tenant
     host:HostDatabase=None, # The registry; that of the environment if left out

@@ -16,14 +16,13 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/utils_bgtsk.html.md"""
 # %% auto #0
 __all__ = ['log', 'TenantJob', 'BackgroundTaskManager', 'JobTask', 'InvalidJob']
 
-# %% ../nbs/02_utils_bgtsk.ipynb #2bd4e483
+# %% ../nbs/02_utils_bgtsk.ipynb #75af8951
 import logging
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Callable
-import sqlalchemy as sa
 from fastcore.basics import patch
 from starlette.background import BackgroundTask
 from .db_connect import DatabaseBusy, FhSaasError, check_url
@@ -31,7 +30,7 @@ from .db_host import JobRecord, gen_id, timestamp
 from .jobs.engine import Engine, default_engine
 from .jobs.payload import clean, to_json
 from .jobs.states import Outcome, shown_state
-from .jobs.store import JobNotFound
+from .jobs.store import JobNotFound  # noqa: F401 what get_job raises, for those who catch it
 from .jobs.tasks import BadPayload, captures, stands_for_itself
 
 log = logging.getLogger('fh_saas.jobs')

@@ -47,7 +47,7 @@ class PostgreSQL:
     def begin(self, cur): pass # the driver begins with the first statement
     def now(self, cur): return float(cur.execute('SELECT extract(epoch FROM clock_timestamp())').fetchone()[0])
 
-# %% ../../nbs/jobs/04_commit.ipynb #19804890
+# %% ../../nbs/jobs/04_commit.ipynb #78c2a96e
 _committers, _held = weakref.WeakSet(), []
 
 def _hold_still():
@@ -59,6 +59,7 @@ def _go_on():
 
 os.register_at_fork(before=_hold_still, after_in_parent=_go_on, after_in_child=_go_on)
 
+# %% ../../nbs/jobs/04_commit.ipynb #b916e43b
 class Committer:
     "One database, written to in short transactions on connections of our own"
     def __init__(self,

@@ -87,7 +87,7 @@ class Slot:
         with self._lock: waiting, self.waiting, self.taken = self.waiting, [], False
         return waiting
 
-# %% ../../nbs/jobs/11_desk.ipynb #6e2dba21
+# %% ../../nbs/jobs/11_desk.ipynb #957843a7
 @patch
 def visit(self:Desk,
     free:int, # How many jobs could start now
@@ -108,6 +108,7 @@ def visit(self:Desk,
     if rows: return [self._take(r) for r in rows], 0.0
     return self._suspect(names, slot)
 
+# %% ../../nbs/jobs/11_desk.ipynb #28c22a71
 @patch
 def _suspect(self:Desk, names, slot):
     if not slot.take(self): return [], self.settings.poll

@@ -11,12 +11,13 @@ __all__ = ['settle', 'Pool']
 import queue, threading
 from concurrent.futures import Future, InvalidStateError
 
-# %% ../../nbs/jobs/10_pool.ipynb #b895c118
+# %% ../../nbs/jobs/10_pool.ipynb #1555fd8e
 def settle(future:Future, result=None, error=None):
     "Give a future its end, unless it has one"
     try: future.set_result(result) if error is None else future.set_exception(error)
     except InvalidStateError: return
 
+# %% ../../nbs/jobs/10_pool.ipynb #c4e0f526
 class Pool:
     "Daemon threads that run functions; as many as needed, up to `size`"
     def __init__(self, size:int, name:str):

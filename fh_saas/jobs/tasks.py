@@ -18,7 +18,7 @@ from ..db_connect import FhSaasError
 from .context import JobContext
 from .retries import backoff as default_backoff
 
-# %% ../../nbs/jobs/07_tasks.ipynb #65a6d22b
+# %% ../../nbs/jobs/07_tasks.ipynb #8657573a
 class BadPayload(FhSaasError, TypeError): "The payload does not fit the task's signature."
 
 def _bare(f):
@@ -40,6 +40,7 @@ def captures(f) -> bool:
     if getattr(f, '__task_name__', None) or '<locals>' not in getattr(f, '__qualname__', ''): return False
     return bool(getattr(f, '__closure__', None) or getattr(f, '__defaults__', None) or getattr(f, '__kwdefaults__', None))
 
+# %% ../../nbs/jobs/07_tasks.ipynb #9de2817f
 class Task:
     "A function that jobs can run, under its registered name"
     def __init__(self, func, name:str, backoff:wait_base=default_backoff):
