@@ -27,7 +27,7 @@ from .tasks import Registry, Task, is_async, registry as process_registry
 
 log = logging.getLogger('fh_saas.jobs')
 
-# %% ../../nbs/jobs/14_engine.ipynb #1e5c5abe
+# %% ../../nbs/jobs/14_engine.ipynb #4d3c30d0
 max_open = 64  # databases without a running job whose connections are kept
 
 class Engine(Recorder, Rounds):
@@ -37,7 +37,7 @@ class Engine(Recorder, Rounds):
         self.worker = f'{socket.gethostname()}:{self.pid}:{gen_id()[-8:]}'
         self.jobs, self.house = Pool(self.settings.concurrency, 'fh_saas-job'), Pool(32, 'fh_saas-house')
         self.slot, self.stale, self.stopping, self.closed = Slot(), 0, False, False
-        self._stores, self._gates, self._desks, self._open, self._hungry, self._reserved = {}, {}, {}, {}, {}, 0
+        self._stores, self._gates, self._desks, self._open, self._hungry, self._reserved = {}, {}, {}, {}, {}, {}
         self._asyncs, self._waiting, self._claims, self._running, self._loop = set(), set(), set(), False, None
         self._lock, self._wake = threading.RLock(), threading.Condition()
 
