@@ -7,10 +7,9 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/commit.html.md"""
 # %% auto #0
 __all__ = ['log', 'Statement', 'SQLite', 'PostgreSQL', 'Committer']
 
-# %% ../../nbs/jobs/04_commit.ipynb #3f4e814d
+# %% ../../nbs/jobs/04_commit.ipynb #cb125426
 import logging, os, threading, time, weakref
 from contextlib import contextmanager
-import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from fastcore.basics import patch
 from ..db_connect import DatabaseBusy, DatabaseUnavailable, FhSaasError, check_url, db_errors, open_engine, show_url
