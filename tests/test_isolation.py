@@ -183,5 +183,27 @@ def test_a_suspended_tenant_starts_nothing(tmp_path):
         time.sleep(2.5)
         assert ran == [] and m.store.get(job_id)['status'] == 'pending'
 
+def test_desks_that_waited_for_the_slot_of_a_suspect_come_to_rest(two):
+    e, ids = two[0].engine, []
+    for m in two:
+        for n in range(3):
+            job_id, _ = m.submit('ping', lambda: time.sleep(0.05), run_at='2999-01-01T00:00:00Z')
+            ids.append((m, job_id))
+        with writing(m.store.engine) as conn: conn.execute(m.store.t.jobs.update().values(lost=1, run_at=None))
+    for m in two: e.attend(m.store)
+    assert {ended(m, i).status for m, i in ids} == {'completed'}
+    visits, visit = [], e._visit
+    e._visit = lambda desk: (visits.append(1), visit(desk))
+    time.sleep(1)
+    assert len(visits) < 20
+
+@pytest.mark.parametrize('details', ['{broken', '[1]', '7'])
+def test_damaged_details_keep_no_job_from_running(two, details):
+    m, _ = two
+    job_id, _ = m.submit('ping', lambda: 1, run_at='2999-01-01T00:00:00Z')
+    with writing(m.store.engine) as conn: conn.execute(m.store.t.jobs.update().values(details=details, run_at=None))
+    m.engine.attend(m.store)
+    assert ended(m, job_id).status == 'completed'
+
 def test_no_password_is_shown_whatever_its_place():
     assert 's3cret' not in show_url('postgresql://h/db?user=x&password=s3cret') + show_url('postgresql://x:s3cret@h/db?sslpassword=s3cret')

@@ -19,14 +19,20 @@ from .payload import clean, to_json
 from .retries import Snooze
 from .store import Store
 
-# %% ../../nbs/jobs/06_context.ipynb #d5804c98
+# %% ../../nbs/jobs/06_context.ipynb #3f4ed496
+def _details(text) -> dict:
+    "What an earlier attempt left; nothing if the row was damaged"
+    try: o = json.loads(text or '{}')
+    except ValueError: return {}
+    return o if isinstance(o, dict) else {}
+
 class JobContext:
     "One attempt of one job, as its task sees it"
     def __init__(self, store:Store, row:dict):
         self.store, self.row = store, row
         self.id, self.job_type, self.attempt, self.tenant = row['id'], row['job_type'], row['attempt'], store.tenant
         self.triggered_by, self.idempotency_key = row['triggered_by'], row['id']
-        self.details = json.loads(row['details'] or '{}')
+        self.details = _details(row['details'])
         self.warnings, self.lost = 0, False
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._progress, self._lines, self._count, self._seen = (None, None), [], 0, row['details'] or '{}'

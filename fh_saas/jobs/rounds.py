@@ -91,7 +91,7 @@ def _schedule(self:Rounds):
             if watching: d.visiting, d.due = False, now + 1
             else: self.house.submit(self._visit, d)
 
-# %% ../../nbs/jobs/13_rounds.ipynb #ebee6ab6
+# %% ../../nbs/jobs/13_rounds.ipynb #f798b8f9
 reserve = 0.1  # seconds for which a visit has the free slots to itself; one that is stuck on a locked database keeps them from nobody
 
 @patch
@@ -123,7 +123,8 @@ def _visit(self:Rounds, desk):
     finally:
         with self._lock: self._reserved.pop(desk, None)
         if mine > len(attempts): self._fed()
-        self._visit_soon(desk.freed)
+        freed, desk.freed = desk.freed, []
+        self._visit_soon(freed)
         with self._wake:
             desk.visiting, at = False, time.monotonic() + again
             if desk.due is None or at < desk.due: desk.due = at
