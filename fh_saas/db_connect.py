@@ -7,8 +7,8 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/db_connect.html.md"""
 # %% auto #0
 __all__ = ['levels', 'meta_table', 'FhSaasError', 'InvalidDatabaseURL', 'UnsupportedDatabase', 'DatabaseUnavailable',
            'DatabaseBusy', 'DatabaseFull', 'DatabaseReadOnly', 'DatabaseCorrupt', 'NewerDatabase', 'show_url',
-           'check_url', 'db_errors', 'reading', 'writing', 'open_engine', 'lock_schema', 'read_meta', 'write_meta',
-           'add_columns']
+           'check_url', 'typed', 'db_errors', 'reading', 'writing', 'connect', 'open_engine', 'lock_schema',
+           'read_meta', 'write_meta', 'add_columns']
 
 # %% ../nbs/00_db_connect.ipynb #9143cdcc
 import os, sqlite3, time, weakref
@@ -52,7 +52,7 @@ def check_url(
         return u.set(drivername='postgresql+psycopg')
     raise InvalidDatabaseURL(f"{show_url(u)}: fh_saas runs on SQLite and PostgreSQL, not on {name!r}")
 
-# %% ../nbs/00_db_connect.ipynb #9683bf89
+# %% ../nbs/00_db_connect.ipynb #71421063
 _sqlite_kinds = {sqlite3.SQLITE_BUSY: DatabaseBusy, sqlite3.SQLITE_LOCKED: DatabaseBusy, sqlite3.SQLITE_FULL: DatabaseFull,
     sqlite3.SQLITE_READONLY: DatabaseReadOnly, sqlite3.SQLITE_CANTOPEN: DatabaseUnavailable, sqlite3.SQLITE_IOERR: DatabaseUnavailable,
     sqlite3.SQLITE_PERM: DatabaseUnavailable, sqlite3.SQLITE_CORRUPT: DatabaseCorrupt, sqlite3.SQLITE_NOTADB: DatabaseCorrupt}
@@ -73,20 +73,22 @@ def _kind(e):
     if state is None: return DatabaseUnavailable if type(e).__name__ == 'OperationalError' else None
     return next((_pg_kinds[state[:n]] for n in (5, 4, 3, 2) if state[:n] in _pg_kinds), None)
 
+def typed(
+    url, # Of the database that was asked
+    e:Exception, # What a driver or SQLAlchemy raised
+) -> FhSaasError: # None if the error is not about the database as a whole
+    "What a driver says about a database, as a typed error"
+    cause = e.orig if isinstance(e, DBAPIError) else e
+    kind = _kind(cause)
+    return kind and kind(f"{show_url(url)}: {_ways_out[kind]} ({cause})")
+
 @contextmanager
 def db_errors(url):
     "Raise what a driver says about the database at `url` as a typed error; other errors pass"
     try: yield
-    except (DBAPIError, sqlite3.Error, *_pg_errors()) as e:
-        cause = e.orig if isinstance(e, DBAPIError) else e
-        kind = _kind(cause)
-        if kind is None: raise
-        raise kind(f"{show_url(url)}: {_ways_out[kind]} ({cause})") from e
-
-def _pg_errors():
-    try: from psycopg import Error
-    except ImportError: return ()
-    return (Error,)
+    except Exception as e:
+        if known := typed(url, e): raise known from e
+        raise
 
 # %% ../nbs/00_db_connect.ipynb #9d885801
 @contextmanager
@@ -99,7 +101,7 @@ def writing(eng:sa.Engine):
     "A short transaction that holds the write lock from its start; committed at the end, rolled back on an error"
     with db_errors(eng.url), eng.begin() as conn: yield conn
 
-# %% ../nbs/00_db_connect.ipynb #587c1e80
+# %% ../nbs/00_db_connect.ipynb #43cfe5c9
 levels = ('FULL', 'NORMAL', 'EXTRA')
 _engines = weakref.WeakSet()
 # SQLite's locks belong to the process: a child that inherits an open connection believes that it holds them, and loses its writes
@@ -116,29 +118,51 @@ def _wal(conn, busy):
         if time.monotonic() > until: return  # a file system without shared memory keeps its journal
         time.sleep(0.01)
 
+def _sqlite_connect(u, synchronous, busy, create=False, explicit=True):
+    if synchronous not in levels: raise ValueError(f"synchronous={synchronous!r}: use one of {', '.join(levels)}")
+    own = u.database.startswith('file:')  # a URI that says itself how it wants to be opened
+    path = f"{u.database}?{urlencode({k: v for k, v in u.query.items() if k != 'uri'})}" if own else f"file:{quote(u.database)}?mode={'rwc' if create else 'rw'}"
+    conn = sqlite3.connect(path, uri=True, timeout=busy, check_same_thread=False, isolation_level=None if explicit else '')
+    try:
+        _wal(conn, busy)
+        for pragma in (f'synchronous={synchronous}', 'foreign_keys=ON'): conn.execute(f'PRAGMA {pragma}')
+    except BaseException: conn.close(); raise
+    return conn
+
 def _sqlite_engine(u, synchronous, busy, create, explicit, **kw):
     if synchronous not in levels: raise ValueError(f"synchronous={synchronous!r}: use one of {', '.join(levels)}")
-    def connect():
-        own = u.database.startswith('file:')  # a URI that says itself how it wants to be opened
-        path = f"{u.database}?{urlencode({k: v for k, v in u.query.items() if k != 'uri'})}" if own else f"file:{quote(u.database)}?mode={'rwc' if create else 'rw'}"
-        conn = sqlite3.connect(path, uri=True, timeout=busy, check_same_thread=False, isolation_level=None if explicit else '')
-        try:
-            _wal(conn, busy)
-            for pragma in (f'synchronous={synchronous}', 'foreign_keys=ON'): conn.execute(f'PRAGMA {pragma}')
-        except BaseException: conn.close(); raise
-        return conn
-    eng = sa.create_engine(u, creator=connect, **kw)
+    eng = sa.create_engine(u, creator=lambda: _sqlite_connect(u, synchronous, busy, create, explicit), **kw)
     _engines.add(eng)
     # the driver's own transactions are off: a SQLAlchemy transaction takes the write lock when it begins, so it never fails half-way
     if explicit: sa.event.listen(eng, 'begin', lambda conn: conn.exec_driver_sql('BEGIN' if conn.get_execution_options().get('reading') else 'BEGIN IMMEDIATE'))
     return eng
 
-# %% ../nbs/00_db_connect.ipynb #2e75beaa
-def _pg_engine(u, busy, **kw):
-    try: import psycopg  # noqa: F401
+# %% ../nbs/00_db_connect.ipynb #130c9c1b
+def _psycopg():
+    try: import psycopg
     except ImportError: raise DatabaseUnavailable("PostgreSQL needs psycopg 3: pip install 'fh-saas[postgres]'") from None
+    return psycopg
+
+def _pg_args(u, busy):
     args = dict(connect_timeout=max(2, round(busy)), options=f'-c lock_timeout={round(busy*1000)} -c timezone=UTC', application_name='fh_saas')
-    return sa.create_engine(u, connect_args={k: v for k, v in args.items() if k not in u.query}, pool_pre_ping=True, **kw)
+    return {k: v for k, v in args.items() if k not in u.query}
+
+def _pg_engine(u, busy, **kw):
+    _psycopg()
+    return sa.create_engine(u, connect_args=_pg_args(u, busy), pool_pre_ping=True, **kw)
+
+def _pg_connect(u, busy):
+    own = u.translate_connect_args(username='user', database='dbname')
+    return _psycopg().connect(autocommit=True, **own, **u.query, **_pg_args(u, busy))
+
+def connect(
+    url, # URL of a SQLite file or PostgreSQL database that exists
+    synchronous:str='FULL', # SQLite's level, as for `open_engine`
+    busy:float=5.0, # Seconds to wait for another's write lock
+): # The driver's connection; it begins no transaction by itself
+    "One connection of a driver, set up like those of `open_engine`, for the hot path"
+    u = check_url(url)
+    return _sqlite_connect(u, synchronous, busy) if u.get_backend_name() == 'sqlite' else _pg_connect(u, busy)
 
 def open_engine(
     url, # URL of a SQLite file or PostgreSQL database

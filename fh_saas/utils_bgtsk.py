@@ -120,7 +120,7 @@ def _moment(v):
 _checks = dict(triggered_by=lambda v: _text('triggered_by', v, 100), queue=lambda v: _text('queue', v, 64),
     priority=lambda v: _whole('priority', v, 1, 4), run_at=_moment)
 
-# %% ../nbs/02_utils_bgtsk.ipynb #d082970b
+# %% ../nbs/02_utils_bgtsk.ipynb #ccc0539f
 @patch
 def submit(self:BackgroundTaskManager,
     job_type:str, # What the job is filed under
@@ -149,12 +149,13 @@ def submit(self:BackgroundTaskManager,
 
 @patch
 def _stored(self:BackgroundTaskManager, job):
-    try: self.store.add(job, self.engine.settings.handoff)
+    handoff = self.engine.settings.handoff if self.engine.settings.concurrency else 0
+    try: self.store.add(job, handoff)
     except DatabaseBusy as e:
         if not self._host and self.db.conn.in_transaction():
             raise DatabaseBusy(f"{e}. A transaction is open on this manager's db.conn: commit it before submit") from e
         raise
-    self.engine.attend(self.store, self.engine.settings.handoff)
+    self.engine.attend(self.store, handoff)
     return job['id']
 
 # %% ../nbs/02_utils_bgtsk.ipynb #a8a2e038

@@ -325,7 +325,8 @@ def terminate(server, url): return server.execute('SELECT count(pg_terminate_bac
 def test_backends_killed_while_idle(new_pg, server, open_manager):
     m = open_manager(url := new_pg(), handoff=0)
     for _ in range(3):
-        assert run(m).status == 'completed'
+        job_id = run(m).id  # here, or by the engine if that was faster
+        wait_until(lambda: m.get_job(job_id).status == 'completed')
         assert terminate(server, url)
         assert by_engine(m) < 5
         assert terminate(server, url)

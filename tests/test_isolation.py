@@ -194,8 +194,8 @@ def test_desks_that_waited_for_the_slot_of_a_suspect_come_to_rest(two):
     assert {ended(m, i).status for m, i in ids} == {'completed'}
     one, other = (e._desks[m.store] for m in two)
     one.freed, other.freed = [other], [one]  # as when each found the slot taken by the other for nothing
-    visits, visit = [], e._visit
-    e._visit = lambda desk: (visits.append(1), visit(desk))
+    visits, visit = [], e._have_turn
+    e._have_turn = lambda desk, *args: (visits.append(1), visit(desk, *args))[1]
     e.attend(two[0].store)
     time.sleep(1)
     assert len(visits) < 20

@@ -10,7 +10,9 @@ from fh_saas.db_host import gen_id, seconds, timestamp
 from fh_saas.jobs.model import ensure_tables
 from fh_saas.jobs.payload import describe
 from fh_saas.jobs.states import Outcome
-from fh_saas.jobs.store import JobNotFound, max_lease, Store
+from fh_saas.jobs.claims import max_lease
+from fh_saas.jobs.commit import _compiled
+from fh_saas.jobs.store import JobNotFound, Store
 from conftest import wait_until
 
 hostile = ["' OR '1'='1", "x'; DROP TABLE tenant_jobs; --", '%', '_', '\\', '"', ':a', '%s', '%(id)s', '?', '$1', '\x00', 'a\x00b', '\ud800', 'é\u202e日本', '', 'x'*10_000]
@@ -515,8 +517,8 @@ def test_many_writers_of_a_locked_database_all_end(new_sqlite):
 
 def test_a_full_database_says_so_and_writes_nothing(new_sqlite):
     store = Store(new_sqlite())
-    sa.event.listen(store.engine, 'connect', lambda conn, _: conn.execute(f'PRAGMA max_page_count={conn.execute("PRAGMA page_count").fetchone()[0] + 2}'))
-    store.engine.dispose()
+    store.write(lambda cur, now: None)  # opens the connection that writes
+    store._writer.execute(f'PRAGMA max_page_count={store._writer.execute("PRAGMA page_count").fetchone()[0] + 2}')
     with pytest.raises(DatabaseFull, match='space'): add(store, id='a', payload='x'*200_000)
     assert store.list() == [] and add(store, id='b')
     store.close()
@@ -587,19 +589,20 @@ def test_system_jobs_and_tenant_jobs_can_share_a_database(store):
     assert store.get('a')['status'] == 'pending' and other.get('a')['status'] == 'running' and len(store.list()) == len(other.list()) == 1
     other.close()
 
-def plan(store, key):
-    s = store._statements[key][1]
+def plan(store, key, last=...):
+    s = next(s for (kind, k), s in _compiled.items() if kind == 'sqlite' and k[:2] == (key, 'tenant_jobs') and last in (..., k[-1]))
     with store.cursor() as cur: return ' | '.join(r[3] for r in cur.execute(f'EXPLAIN QUERY PLAN {s.sql}', [None]*len(s.order)).fetchall())
 
 def test_claim_and_rescue_use_the_partial_indexes(new_sqlite):
     store = Store(new_sqlite())
     add(store); claim(store); store.rescue(); store.heartbeat('w', 5); store.next_due(('t',), ('t',))
-    p = plan(store, ('claim', False))
-    assert 'ix_tenant_jobs_due' in p and 'TEMP B-TREE' not in p
+    for suspects in (False, True, None):
+        p = plan(store, 'candidates', suspects)
+        assert p.count('ix_tenant_jobs_ready (queue=? AND priority=? AND run_at') == 5 and 'TEMP B-TREE' not in p
+    assert 'SCAN tenant_jobs' not in plan(store, 'queues')
     for key in ('lapsed', 'next lease', 'heartbeat'): assert 'ix_tenant_jobs_lease' in plan(store, key), key
-    assert 'ix_tenant_jobs_due' in plan(store, 'next')
     store.list()
-    assert 'ix_tenant_jobs_created' in (p := plan(store, ('list', False))) and 'TEMP B-TREE' not in p
+    assert 'ix_tenant_jobs_created' in (p := plan(store, 'list')) and 'TEMP B-TREE' not in p
     store.close()
 
 def test_a_claim_costs_the_same_however_many_jobs_have_ended(new_sqlite):
@@ -610,6 +613,6 @@ def test_a_claim_costs_the_same_however_many_jobs_have_ended(new_sqlite):
     store.write(fill)
     add(store, id='a')
     steps = []
-    sa.event.listen(store.engine, 'checkout', lambda conn, *_: conn.set_progress_handler(lambda: steps.append(1), 1000))
+    store._writer.set_progress_handler(lambda: steps.append(1), 1000)
     assert claimed(store) == ['a'] and len(steps) < 5
     store.close()

@@ -7,7 +7,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/attempt.html.md"""
 # %% auto #0
 __all__ = ['log', 'Attempt']
 
-# %% ../../nbs/jobs/08_attempt.ipynb #21d7e877
+# %% ../../nbs/jobs/08_attempt.ipynb #7d497f21
 import asyncio, inspect, logging
 from fastcore.basics import patch
 from .context import JobContext
@@ -15,11 +15,11 @@ from .payload import NotJson, TooLarge, describe, from_json, to_json
 from .retries import Permanent, RetryAfter, Snooze, wait_after
 from .states import Outcome
 from .store import Store
-from .tasks import BadPayload, Task
+from .tasks import BadPayload, Task, is_async
 
 log = logging.getLogger('fh_saas.jobs')
 
-# %% ../../nbs/jobs/08_attempt.ipynb #6d3d4d7b
+# %% ../../nbs/jobs/08_attempt.ipynb #1cdf28bd
 class Attempt:
     "One execution of a job that was claimed"
     def __init__(self,
@@ -29,8 +29,10 @@ class Attempt:
         func=None, # The very function to run, if a handle brings one
     ):
         self.store, self.row, self.task, self.func = store, row, task, func or task.func
+        self.is_async = task.is_async if self.func is task.func else is_async(self.func)
         self.ctx, self.key = JobContext(store, row), (row['id'], row['claim_token'])
-        self.desk = self.loop = self.async_task = self.outcome = None
+        self.desk = self.loop = self.async_task = self.outcome = self.done = self.last_note = None
+        self.counted, self.since = False, 0.0  # does it hold a slot, and since when does it wait for a thread?
         self.suspect = False  # holds the slot of a job that was lost with its process before
         self.refused = False  # the database would not take its outcome as it was
 

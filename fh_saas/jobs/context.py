@@ -19,7 +19,7 @@ from .payload import clean, to_json
 from .retries import Snooze
 from .store import Store
 
-# %% ../../nbs/jobs/06_context.ipynb #3f4ed496
+# %% ../../nbs/jobs/06_context.ipynb #2ac3c4ab
 def _details(text) -> dict:
     "What an earlier attempt left; nothing if the row was damaged"
     try: o = json.loads(text or '{}')
@@ -34,17 +34,13 @@ class JobContext:
         self.triggered_by, self.idempotency_key = row['triggered_by'], row['id']
         self.details = _details(row['details'])
         self.warnings, self.lost = 0, False
-        self._stop, self._lock = threading.Event(), threading.Lock()
+        # should the task give way: is the process shutting down, or the job somebody else's by now?
+        self.should_stop, self._lock = False, threading.Lock()
         self._progress, self._lines, self._count, self._seen = (None, None), [], 0, row['details'] or '{}'
 
     def __repr__(self): return f'JobContext(tenant={self.tenant!r}, job={self.id!r}, attempt={self.attempt})'
 
-    @property
-    def should_stop(self) -> bool:
-        "Should the task give way: is the process shutting down, or the job somebody else's by now?"
-        return self._stop.is_set()
-
-    def stop(self): self._stop.set()
+    def stop(self): self.should_stop = True
 
     def give_way(self):
         "Leave the task here if it should give way: the job is snoozed, and the attempt given back"
@@ -79,11 +75,12 @@ def warn(self:JobContext, message:str, item=None):
     self.warnings += 1
     self.log(message, item, 'warning')
 
-# %% ../../nbs/jobs/06_context.ipynb #c306799b
+# %% ../../nbs/jobs/06_context.ipynb #1ab59a3b
 @patch
 def note(self:JobContext) -> tuple: # The operation for `Store.write`, and what to call once it is committed; None if there is nothing new
     "What has not been written yet"
     with self._lock: lines, progress = self._lines[:], self._progress
+    if not lines and progress == (None, None) and not self.details and self._seen == '{}': return None
     try: details = to_json(dict(self.details), 'job.details', 64*1024)
     except Exception: details = self._seen  # the task may have put anything there, and may be changing it now
     if not lines and progress == (None, None) and details == self._seen: return None

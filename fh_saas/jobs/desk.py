@@ -7,12 +7,13 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/desk.html.md"""
 # %% auto #0
 __all__ = ['log', 'Desk', 'Slot']
 
-# %% ../../nbs/jobs/11_desk.ipynb #7a4f12da
+# %% ../../nbs/jobs/11_desk.ipynb #151dea24
 import logging, threading, time
 from collections import deque
 from fastcore.basics import patch
 from ..db_host import gen_id
 from .attempt import Attempt
+from .claims import Room, Stale
 from .settings import Settings
 from .states import Outcome
 from .store import Store
@@ -20,17 +21,19 @@ from .tasks import Registry, Task
 
 log = logging.getLogger('fh_saas.jobs')
 
-# %% ../../nbs/jobs/11_desk.ipynb #8885222d
+# %% ../../nbs/jobs/11_desk.ipynb #fa3ca651
 class Desk:
     "The jobs of one database, as one process looks after them"
+    weight = 1
     def __init__(self, store:Store, registry:Registry, settings:Settings, worker:str):
         self.store, self.registry, self.settings, self.worker = store, registry, settings, worker
         self.local = Registry()  # functions that hold on to something are for this database only
         self.live, self.functions, self.paused, self._own, self._strange = {}, {}, False, frozenset(), set()
-        self.due, self.visiting, self.beating = None, False, False  # the engine's schedule
+        self.due, self.turning, self.again, self.beating = None, False, False, False  # the engine's schedule
+        self.ends, self.wanted, self.since = [], [], 0.0  # outcomes and claims by id that wait for the next turn
         self.unwritten, self.retry_at, self.pause = deque(), 0.0, 0.0  # outcomes the database did not take yet
         self.freed = []  # desks that wait for a slot which turned out not to be needed
-        self.quiet, self._looked, self._beat, self._more = 0.0, 0.0, 0.0, False
+        self.quiet, self.hungry, self._beat = 0.0, False, 0.0
         self._lock = threading.Lock()
 
     def __repr__(self): return f'Desk({self.store!r}, {len(self.live)} running)'
@@ -87,49 +90,60 @@ class Slot:
         with self._lock: waiting, self.waiting, self.taken = self.waiting, [], False
         return waiting
 
-# %% ../../nbs/jobs/11_desk.ipynb #957843a7
+# %% ../../nbs/jobs/11_desk.ipynb #8abefdb6
 @patch
-def visit(self:Desk,
-    free:int, # How many jobs could start now
-    slot:Slot, # For a job that was lost with its process before
-) -> tuple: # Attempts to run now, and seconds until the next visit; None: when there is room
-    "Rescue and claim what is due, and say when to come again"
-    if self.paused: return [], self.settings.poll
-    names = self.names
-    if not self._more or time.monotonic() > self._looked + self.settings.poll:
-        self._looked = time.monotonic()
-        due, lapse = self.store.next_due(*names)
-        if lapse is not None and lapse <= 0: return self._rescue()
-        if due is None or due > 0: return [], self._rest(due, lapse)
-    self.quiet = 0.0
-    if free <= 0: return [], None
-    rows = self.store.claim(*names, gen_id(), self.worker, self.settings.lease, free)
-    self._more = len(rows) == free
-    if rows: return [self._take(r) for r in rows], 0.0
-    return self._suspect(names, slot)
+def turn(self:Desk,
+    ends:list, # Attempts whose outcomes are to be written
+    wanted:list, # Ids of jobs to claim, whenever they are due
+    room:Room, # What else may be claimed; None: nothing
+) -> tuple: # Attempts of `wanted`, other attempts to run, seconds until something is due, and until a lease runs out
+    "Everything there is to write, in one transaction"
+    names, me = self.names, (gen_id(), self.worker, self.settings.lease)
+    done = self.store.finishing_all([(a.row, a.outcome, a.last_note) for a in ends]) if ends else None
+    these = self.store.claiming_these(wanted, *me) if wanted else None
+    claim = self.store.claiming(*names, *me, room) if room else None
+    def op(cur, now):
+        if done: done(cur, now)
+        got, rows, due = these(cur, now) if these else [], claim(cur, now) if claim else [], (0.0, None)
+        if claim and len(rows) < room.n: due = self.store.due_in(cur, now, *names, room.closed)
+        return got, rows, due
+    got, rows, due = self.store.write(op)
+    return {r['id']: r for r in got}, [self._take(r) for r in rows], *due
 
-# %% ../../nbs/jobs/11_desk.ipynb #28c22a71
+# %% ../../nbs/jobs/11_desk.ipynb #18d07d18
 @patch
-def _suspect(self:Desk, names, slot):
-    if not slot.take(self): return [], self.settings.poll
+def look(self:Desk, closed=()) -> tuple: # Seconds until something is due, and until a lease runs out; None: never
+    "Is there anything to do? Asked without a lock"
+    return self.store.next_due(*self.names, closed)
+
+@patch
+def suspect(self:Desk, slot, room:Room) -> list: # Attempts
+    "Claim one job that was lost with its process before, if no other of them runs here"
+    if not slot.take(self): return []
     rows = []
-    try: rows = self.store.claim(*names, gen_id(), self.worker, self.settings.lease, 1, suspects=True)
-    finally:
-        self.freed = [] if rows else slot.give()
+    try: rows = self.store.write(self.store.claiming(*self.names, gen_id(), self.worker, self.settings.lease, room))
+    finally: self.freed = [] if rows else slot.give()
     attempts = [self._take(r) for r in rows]
     for a in attempts: a.suspect = True
-    return attempts, 0.0 if rows else 0.2
+    return attempts
 
 @patch
-def _rescue(self:Desk):
+def rescue(self:Desk):
+    "Take back what others have lost"
     if self.live: self.renew()  # what runs here is alive, however long the database was out of reach
     for row, o in self.store.rescue():
         log.warning('tenant=%s job=%s type=%s attempt=%s: taken back, %s', self.store.tenant, row['id'], row['job_type'], row['attempt'], o.kind)
-    return [], 0.0
 
 @patch
-def _rest(self:Desk, *moments) -> float:
-    if not self.live: self.store.close()  # an idle tenant has no open file
+def give_back(self:Desk, attempts):
+    "Undo the claims of jobs that were not begun"
+    self.store.write(self.store.release([a.row for a in attempts]))
+    for a in attempts: self.let_go(a, ended=False)
+
+@patch
+def rest(self:Desk, *moments) -> float: # Seconds until the next look
+    "There is nothing to do now"
+    if not (self.live or self.ends or self.wanted): self.store.close()  # an idle tenant has no open file
     self.quiet = min(30.0, self.quiet*1.5 + 0.5)
     return max(0.05, min(m for m in (*moments, max(self.settings.poll, self.quiet)) if m is not None))
 

@@ -9,25 +9,27 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/engine.html.md"""
 # %% auto #0
 __all__ = ['log', 'max_open', 'Engine', 'default_engine', 'end_process', 'use_engine']
 
-# %% ../../nbs/jobs/14_engine.ipynb #b33f0c78
+# %% ../../nbs/jobs/14_engine.ipynb #03e7f7f3
 import asyncio, atexit, logging, os, socket, threading, time
+from collections import OrderedDict
 from concurrent.futures import Future, wait
 from fastcore.basics import patch
 from ..db_connect import FhSaasError, check_url
 from ..db_host import gen_id
 from .attempt import Attempt
 from .desk import Desk, Slot
-from .pool import Pool, settle
+from .pool import Crew, Pool, settle
 from .recorder import Recorder
 from .rounds import Rounds
 from .settings import Settings
 from .states import Outcome
 from .store import Store
 from .tasks import Registry, Task, is_async, registry as process_registry
+from .turns import Line, Ring
 
 log = logging.getLogger('fh_saas.jobs')
 
-# %% ../../nbs/jobs/14_engine.ipynb #4d3c30d0
+# %% ../../nbs/jobs/14_engine.ipynb #7ad04aa5
 max_open = 64  # databases without a running job whose connections are kept
 
 class Engine(Recorder, Rounds):
@@ -35,10 +37,12 @@ class Engine(Recorder, Rounds):
     def __init__(self, settings:Settings=None, registry=process_registry):
         self.settings, self.registry, self.pid = settings or Settings.from_env(), registry, os.getpid()
         self.worker = f'{socket.gethostname()}:{self.pid}:{gen_id()[-8:]}'
-        self.jobs, self.house = Pool(self.settings.concurrency, 'fh_saas-job'), Pool(32, 'fh_saas-house')
+        self.line, self._ring = Line(self.settings.concurrency), Ring()
+        self.crew, self.house = Crew(self.settings.concurrency + 32, 'fh_saas-job', self._find), Pool(32, 'fh_saas-house')
         self.slot, self.stale, self.stopping, self.closed = Slot(), 0, False, False
-        self._stores, self._gates, self._desks, self._open, self._hungry, self._reserved = {}, {}, {}, {}, {}, {}
-        self._asyncs, self._waiting, self._claims, self._running, self._loop = set(), set(), set(), False, None
+        self._stores, self._gates, self._desks, self._open, self._reserved = {}, {}, {}, {}, {}
+        self._errands, self._agenda, self._watched = OrderedDict(), [], (0.0, False)
+        self._waiting, self._claims, self._running, self._loop = set(), set(), False, None
         self._lock, self._wake = threading.RLock(), threading.Condition()
 
     def __repr__(self): return f'Engine({self.worker}, {len(self._desks)} databases, {self.load} jobs in hand)'
@@ -46,7 +50,7 @@ class Engine(Recorder, Rounds):
     @property
     def load(self) -> int:
         "Jobs in hand: running, or next in line for a thread"
-        return self.jobs.busy + len(self._asyncs)
+        return self.line.running + self.line.waiting
 
     def store(self, url, table:str='tenant_jobs', tenant:str=None) -> Store:
         "The store of a database, opened once"
@@ -74,14 +78,15 @@ class Engine(Recorder, Rounds):
     def registry_for(self, store:Store, local:bool) -> Registry: return self._desks[store].local if local else self.registry
     def keep(self, store:Store, job_id:str, t:Task, alone:bool): self._desks[store].keep(job_id, t, alone)
 
-# %% ../../nbs/jobs/14_engine.ipynb #f7896be4
+# %% ../../nbs/jobs/14_engine.ipynb #e8130142
 @patch
 def run_job(self:Engine, store:Store, job_id:str, func=None) -> Outcome: # None if the job was not pending
     "Claim one job, run one attempt and record it, in this thread"
     if self.closed: raise FhSaasError(f"{self} was stopped: job {job_id} stays in its database, another process will run it")
     a = self._claim(store, job_id, func)
     if a is None: return None
-    self._record(a, _run_until_done(a.acall()) if is_async(a.func) else a.call(), done := Future())
+    self._record(a, _run_until_done(a.acall()) if a.is_async else a.call(), done := Future())
+    self._turn(a.desk)
     return done.result()
 
 @patch
@@ -101,47 +106,40 @@ def _run_until_done(coro):
     threading.Thread(target=lambda: settle(future, asyncio.run(coro)), daemon=True).start()
     return future.result()
 
-# %% ../../nbs/jobs/14_engine.ipynb #e9fccb2d
+# %% ../../nbs/jobs/14_engine.ipynb #33cd7c79
 @patch
 async def handle(self:Engine, store:Store, job_id:str, func):
     "Run one attempt of a job for a response that was sent; never raises, never waits for a retry time"
-    if self.stopping or self.is_paused(store): return
+    if self.stopping or self.is_paused(store) or not self.settings.concurrency: return
     try:
         if is_async(func): await self._handle_async(store, job_id, func)
-        else: await self._handle_sync(store, job_id, func)
+        else: await self._until_stop(self._want(store, job_id, func, True))
     except Exception: log.exception('tenant=%s job=%s: not run now; it stays in its database and will be', store.tenant, job_id)
 
 @patch
-async def _handle_sync(self:Engine, store, job_id, func):
-    recorded = Future()
-    def run():
-        a = None
-        try:
-            if not self.stopping and (a := self._claim(store, job_id, func)): self._record(a, a.call(), recorded)
-        except Exception as e: settle(recorded, error=e)
-        finally:
-            if a is None: settle(recorded)
-            self._fed()
-    self.jobs.submit(run)
-    await self._until_stop(asyncio.wrap_future(recorded))
+def _want(self:Engine, store, job_id, func, here:bool):
+    "Have a job claimed in the next turn of its desk; `here`: and run in the crew"
+    desk, future = self._desks[store], Future()
+    with desk._lock: desk.wanted.append((job_id, func, future, here))
+    self._start()
+    self._errand(desk)
+    return future
 
-# %% ../../nbs/jobs/14_engine.ipynb #b1e5c6d8
+# %% ../../nbs/jobs/14_engine.ipynb #598e54ba
 @patch
 async def _handle_async(self:Engine, store, job_id, func):
-    self._asyncs.add(me := object())
-    try:
-        claim = self.house.submit(self._claim, store, job_id, func)
-        try: a = await self._until_stop(asyncio.wrap_future(claim))
-        except asyncio.CancelledError: claim.add_done_callback(lambda f: f.result() and self._release([f.result()])); raise
-        if a is None: return
-        running = asyncio.create_task(self._arun(a))
-        try: await self._until_stop(running)
-        except asyncio.CancelledError: running.cancel(); await asyncio.wait({running}, timeout=2); raise
-    finally: self._asyncs.discard(me); self._fed()
+    claim = self._want(store, job_id, func, False)
+    try: a = await self._until_stop(claim)
+    except asyncio.CancelledError: claim.add_done_callback(lambda f: f.result() and self._release([f.result()])); raise
+    if a is None: return
+    running = asyncio.create_task(self._arun(a))
+    try: await self._until_stop(running)
+    except asyncio.CancelledError: running.cancel(); await asyncio.wait({running}, timeout=2); raise
 
 @patch
 async def _until_stop(self:Engine, future):
     "Wait for `future`, or until the engine has stopped"
+    future = asyncio.wrap_future(future) if isinstance(future, Future) else future
     loop = asyncio.get_running_loop()
     self._waiting.add(me := (loop, over := loop.create_future()))
     try:
@@ -149,14 +147,15 @@ async def _until_stop(self:Engine, future):
         return future.result() if future.done() else None
     finally: self._waiting.discard(me); over.cancel()
 
-# %% ../../nbs/jobs/14_engine.ipynb #bf9c8da5
+# %% ../../nbs/jobs/14_engine.ipynb #e13df353
 @patch
 async def _arun(self:Engine, a):
     a.loop, a.async_task = asyncio.get_running_loop(), asyncio.current_task()
-    o = await a.acall()
+    try: o = await a.acall()
+    finally: self._off(a); self._fed()
     a.async_task = None
-    self._record(a, o, done := Future())
-    await self._until_stop(asyncio.wrap_future(done))
+    if self._record(a, o, done := a.done or Future()): self._errand(a.desk)
+    await self._until_stop(done)
     if asyncio.current_task().cancelling(): raise asyncio.CancelledError
 
 @patch
@@ -178,13 +177,15 @@ def use_loop(self:Engine, loop):
     "Run async tasks in the app's own loop, where its clients and pools live"
     with self._lock: self._loop = loop
 
-# %% ../../nbs/jobs/14_engine.ipynb #0afe262d
+# %% ../../nbs/jobs/14_engine.ipynb #4dc9ed44
 @patch
 def stop(self:Engine, grace:float=None):
     "Claim nothing more, let running jobs end, release the rest; can be called from any thread, more than once"
     with self._wake: first, self.stopping = not self.stopping, True; self._wake.notify_all()
     until = time.monotonic() + (self.settings.grace if grace is None else grace)
     for a in self._live(): a.ctx.stop()
+    for d in list(self._desks.values()): self._settle_wanted(d)
+    if unbegun := self.line.pull(): self._undo(unbegun)
     while (self._live() or self._landing()) and time.monotonic() < until: time.sleep(0.02)
     until = time.monotonic() + 2*self.settings.busy + 2
     while self._landing() and time.monotonic() < until: time.sleep(0.02)
@@ -194,7 +195,7 @@ def stop(self:Engine, grace:float=None):
     self.closed = True
     self._leave(abandoned)
     if first:
-        self.jobs.close(); self.house.close()
+        self.crew.close(); self.house.close()
         for d in list(self._desks.values()): d.store.close()
 
 @patch
@@ -208,11 +209,20 @@ def _leave(self:Engine, tasks):
         # asyncio.run waits without limit for every task it knows of
         if not t.done() and not loop.is_closed(): loop.call_soon_threadsafe(asyncio._unregister_task, t)
 
-# %% ../../nbs/jobs/14_engine.ipynb #821af20b
+# %% ../../nbs/jobs/14_engine.ipynb #d4cdd6b7
 @patch
 def _landing(self:Engine) -> bool:
     "Is a claim on its way, whose job is not yet known here?"
-    return bool(self._claims) or any(d.visiting for d in list(self._desks.values()))
+    return bool(self._claims) or any(d.turning or d.ends for d in list(self._desks.values()))
+
+@patch
+def _undo(self:Engine, attempts):
+    "Give back what was claimed and not begun"
+    for desk in {a.desk for a in attempts}:
+        mine = [a for a in attempts if a.desk is desk]
+        for a in mine: settle(a.done) if a.done else None
+        try: desk.give_back(mine)
+        except FhSaasError as e: log.error('tenant=%s: %s jobs could not be given back, their leases will run out: %s', desk.store.tenant, len(mine), e)
 
 @patch
 def _live(self:Engine): return [a for d in list(self._desks.values()) for a in list(d.live.values())]
@@ -228,7 +238,7 @@ def _release(self:Engine, attempts):
     except Exception as e: written = log.error('tenant=%s: %s jobs could not be released at shutdown, their leases will run out: %s', store.tenant, len(ends), e)
     for a, w in zip(attempts, written or []):
         if w: log.warning('%s: %s at shutdown', a, a.outcome.kind)
-    for a in attempts: a.desk.let_go(a, ended=False)
+    for a in attempts: a.desk.let_go(a, ended=False); self._off(a)
 
 # %% ../../nbs/jobs/14_engine.ipynb #8625af39
 _default, _default_lock, _ending = None, threading.Lock(), False
@@ -247,7 +257,7 @@ def end_process():
     global _ending
     _ending = True
 
-# %% ../../nbs/jobs/14_engine.ipynb #6e62e1a7
+# %% ../../nbs/jobs/14_engine.ipynb #05451209
 @patch
 def take_over(self:Engine, desk:Desk):
     "Look after a database that another engine of this process looked after"
@@ -262,7 +272,7 @@ def use_engine(engine:Engine) -> Engine:
     with _default_lock: old, _default, _ending = _default, engine, False
     if old is engine or not _usable(old): return engine
     for d in list(old._desks.values()):
-        if d.due is not None or d.visiting: engine.take_over(d)
+        if d.due is not None or d.turning: engine.take_over(d)
     threading.Thread(target=old.stop, daemon=True).start()
     return engine
 

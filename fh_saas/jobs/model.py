@@ -16,7 +16,7 @@ from ..db_connect import NewerDatabase, add_columns, lock_schema, read_meta, rea
 from ..db_host import JobRecord
 from .states import Status, final
 
-# %% ../../nbs/jobs/03_model.ipynb #4cabbb3b
+# %% ../../nbs/jobs/03_model.ipynb #871a95a3
 # These checks hang on columns that 0.9.14 did not have, so that one definition serves CREATE TABLE and ADD COLUMN alike
 _checks = dict(
     progress_percent=['progress_percent BETWEEN 0 AND 100'],
@@ -32,23 +32,24 @@ def _column(f):
 
 @cache
 def tables(name:str='tenant_jobs') -> SimpleNamespace:
-    "`jobs`, `attempts` and `logs`, as SQLAlchemy tables"
+    "`jobs`, `attempts`, `logs` and `starts`, as SQLAlchemy tables"
     meta = sa.MetaData()
     j = sa.Table(name, meta, *map(_column, fields(JobRecord)))
     pending, running = j.c.status == sa.literal_column("'pending'"), j.c.status == sa.literal_column("'running'")
-    for nm, cols, where in (('due', (j.c.priority.desc(), j.c.run_at, j.c.id), pending), ('lease', (j.c.lease_until,), running), ('created', (j.c.created_at, j.c.id), None)):
+    for nm, cols, where in (('ready', (j.c.queue, j.c.priority, j.c.run_at, j.c.id), pending), ('lease', (j.c.lease_until,), running), ('created', (j.c.created_at, j.c.id), None)):
         sa.Index(f'ix_{name}_{nm}', *cols, sqlite_where=where, postgresql_where=where)
     one = name.removesuffix('s')
     def part(suffix, keys, *cols):
         return sa.Table(f'{one}_{suffix}', meta, sa.Column('job_id', sa.String, sa.ForeignKey(j.c.id, ondelete='CASCADE'), primary_key=True),
-            *(sa.Column(k, sa.Integer, primary_key=True, autoincrement=False) for k in keys), *cols)
+            *(sa.Column(k, sa.Integer, primary_key=True, autoincrement=False) for k in keys), *cols, sqlite_with_rowid=False)
     text = lambda *names: [sa.Column(n, sa.String) for n in names]
     return SimpleNamespace(meta=meta, jobs=j,
+        starts=sa.Table(f'{one}_starts', meta, sa.Column('task', sa.String, primary_key=True), sa.Column('at', sa.String, primary_key=True), sa.Column('n', sa.Integer, nullable=False)),
         attempts=part('attempts', ['number'], *text('started_at', 'ended_at', 'outcome', 'error', 'worker'), sa.Column('waited', sa.Float)),
         logs=part('logs', ['attempt', 'line'], *text('at', 'level', 'message', 'item')))
 
-# %% ../../nbs/jobs/03_model.ipynb #e53922cf
-schema_version = 1
+# %% ../../nbs/jobs/03_model.ipynb #789ff7ca
+schema_version = 2
 
 def ensure_tables(eng:sa.Engine, name:str='tenant_jobs'):
     "Bring the job tables of a database to this version, whoever made them; safe to call from many processes at once"
@@ -62,7 +63,8 @@ def ensure_tables(eng:sa.Engine, name:str='tenant_jobs'):
         lock_schema(conn)
         if version(conn) >= schema_version: return
         t = tables(name)
-        add_columns(conn, t.jobs)
-        t.meta.create_all(conn)
-        for ix in t.jobs.indexes: ix.create(conn, checkfirst=True)
+        if sa.inspect(conn).has_table(name): add_columns(conn, t.jobs)
+        for part in t.meta.sorted_tables: conn.execute(sa.schema.CreateTable(part, if_not_exists=True))
+        for ix in t.jobs.indexes: conn.execute(sa.schema.CreateIndex(ix, if_not_exists=True))
+        conn.execute(sa.schema.DropIndex(sa.Index(f'ix_{name}_due', sa.Column('id')), if_exists=True))  # version 1 had it in place of `ready`
         write_meta(conn, **{key: schema_version})

@@ -11,7 +11,7 @@ __all__ = ['max_json', 'NotJson', 'TooLarge', 'to_json', 'from_json', 'clean', '
 import json, math, traceback
 from ..db_connect import FhSaasError
 
-# %% ../../nbs/jobs/02_payload.ipynb #53b188fc
+# %% ../../nbs/jobs/02_payload.ipynb #ad469d20
 class NotJson(FhSaasError, TypeError): "The value is not JSON."
 class TooLarge(FhSaasError, ValueError): "The value is larger than its limit."
 
@@ -30,6 +30,8 @@ def _problem(o, path):
     if isinstance(o, (list, tuple)): return next((p for i, v in enumerate(o) if (p := _problem(v, f'{path}[{i}]'))), None)
     return f'{path} is of type {type(o).__name__}'
 
+_encode = json.JSONEncoder(separators=(',', ':')).encode
+
 def to_json(
     o, # The value
     what:str, # Its name in the error
@@ -39,7 +41,7 @@ def to_json(
     text = None
     try:
         problem = _problem(o, what)
-        if not problem: text = json.dumps(o, separators=(',', ':'))
+        if not problem: text = _encode(o)
     except RecursionError: problem = f'{what} is nested too deeply, or contains itself'
     except Exception as e: problem = f'{what} cannot be encoded ({type(e).__name__})'  # a subclass may do anything when it is read
     if problem: raise NotJson(f"{problem}: JSON carries None, bool, int, finite float, str, list, and dict with text keys; convert it first")

@@ -7,18 +7,21 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/rounds.html.md"""
 # %% auto #0
 __all__ = ['log', 'reserve', 'Rounds', 'supervising']
 
-# %% ../../nbs/jobs/13_rounds.ipynb #84502769
-import asyncio, logging, sys, threading, time
+# %% ../../nbs/jobs/13_rounds.ipynb #fc0b3e8f
+import asyncio, heapq, logging, sys, threading, time
+from functools import partial
 from fastcore.basics import patch
 from ..db_connect import FhSaasError, check_url
 from .attempt import Attempt
+from .claims import Room
+from .pool import settle
 from .recorder import tick
 from .store import Store
-from .tasks import is_async
+from .turns import batch
 
 log = logging.getLogger('fh_saas.jobs')
 
-# %% ../../nbs/jobs/13_rounds.ipynb #2e946d0d
+# %% ../../nbs/jobs/13_rounds.ipynb #5f78c3a3
 class Rounds: "The part of an engine that knows when to look where"
 
 @patch
@@ -27,16 +30,29 @@ def attend(self:Rounds,
     delay:float=0, # Seconds until it is looked at, unless it is due sooner
 ):
     "Look after a database: run what is due there, now and from then on"
-    desk, at = self._desks.get(store), time.monotonic() + delay
+    desk = self._desks.get(store)
     if self.stopping or desk is None: return
-    with self._wake:
-        if delay <= self.settings.poll: desk.quiet = 0.0
-        if desk.due is None or at < desk.due:
-            desk.due = at
-            self._wake.notify()
-    self._start()
+    if delay <= self.settings.poll: desk.quiet = 0.0
+    if self.settings.concurrency: self._start()
+    if delay > 0: return self._at(desk, time.monotonic() + delay)
+    desk.hungry = True
+    self._errand(desk)
 
-# %% ../../nbs/jobs/13_rounds.ipynb #a3b4a398
+@patch
+def _at(self:Rounds, desk, at):
+    with self._wake:
+        if desk.due is not None and desk.due <= at: return
+        desk.due = at
+        heapq.heappush(self._agenda, (at, id(desk), desk))
+        if self._agenda[0][2] is desk: self._wake.notify()
+
+@patch
+def _errand(self:Rounds, desk):
+    "Give a desk a turn as soon as a thread is free"
+    with self._lock: self._errands[desk] = None
+    self.crew.call()
+
+# %% ../../nbs/jobs/13_rounds.ipynb #3951e438
 @patch
 def pause(self:Rounds, store:Store, paused:bool=True):
     "Start nothing from a database until it is resumed; what runs goes on"
@@ -55,17 +71,33 @@ def opened(self:Rounds, url, table:str='tenant_jobs') -> Store:
 def forget(self:Rounds, store:Store):
     "Look after a database no longer, and close it"
     with self._lock:
-        self._desks.pop(store, None)
+        desk = self._desks.pop(store, None)
         self._stores.pop((store.url, store.t.jobs.name), None)
+        self._errands.pop(desk, None)
+        self._ring.leave(desk)
+    if desk: self._settle_wanted(desk)
     store.close()
 
-# %% ../../nbs/jobs/13_rounds.ipynb #ce91fc4a
+# %% ../../nbs/jobs/13_rounds.ipynb #c018f6e4
 @patch
 def _start(self:Rounds):
+    if self._running or self.closed: return
     with self._lock:
         if self._running or self.closed: return
         self._running = True
         for f, name in ((self._schedule, 'fh_saas-schedule'), (self._beats, 'fh_saas-heartbeat')): threading.Thread(target=f, name=name, daemon=True).start()
+
+@patch
+def _schedule(self:Rounds):
+    while not self.stopping:
+        with self._wake:
+            now = time.monotonic()
+            while self._agenda and self._agenda[0][0] <= now:
+                at, _, desk = heapq.heappop(self._agenda)
+                if desk.due != at: continue  # it was made earlier, and had its turn
+                desk.due = None
+                self._errand(desk)
+            self._wake.wait(min(60, self._agenda[0][0] - now) if self._agenda else 60)
 
 def supervising() -> bool:
     "Is this process only watching over the one that serves (uvicorn's reloader and its like)?"
@@ -76,97 +108,187 @@ def supervising() -> bool:
     return False
 
 @patch
-def _schedule(self:Rounds):
-    while not self.stopping:
-        with self._wake:
-            now = time.monotonic()
-            desks = [d for d in list(self._desks.values()) if d.due is not None and not d.visiting]
-            ready = [d for d in desks if d.due <= now]
-            if not ready:
-                self._wake.wait(max(0.001, min((d.due - now for d in desks), default=60)))
-                continue
-            for d in ready: d.visiting, d.due = True, None
-        watching = supervising()
-        for d in ready:
-            if watching: d.visiting, d.due = False, now + 1
-            else: self.house.submit(self._visit, d)
-
-# %% ../../nbs/jobs/13_rounds.ipynb #f798b8f9
-reserve = 0.1  # seconds for which a visit has the free slots to itself; one that is stuck on a locked database keeps them from nobody
-
-@patch
-def _reserve(self:Rounds, desk) -> int:
-    "Slots for the jobs of a visit that begins"
+def _watching(self:Rounds) -> bool:
     now = time.monotonic()
-    with self._lock:
-        free = self.settings.concurrency - self.load - sum(n for n, until in self._reserved.values() if until > now)
-        self._reserved[desk] = max(0, free), now + reserve
-        return self._reserved[desk][0]
+    if now > self._watched[0]: self._watched = now + 1, supervising()
+    return self._watched[1]
 
+# %% ../../nbs/jobs/13_rounds.ipynb #d3b11dc1
 @patch
-def _visit(self:Rounds, desk):
-    again, attempts, mine = self.settings.poll, [], 0
-    try:
-        mine = self._reserve(desk)
-        if not self.stopping: attempts, again = desk.visit(mine, self.slot)
-        if again is None:
-            with self._lock: self._hungry[desk] = None
-            again = reserve if self.load < self.settings.concurrency else self.settings.poll
-    except FhSaasError as e:
-        desk.quiet = again = min(60.0, max(1.0, desk.quiet*2))
-        log.warning('tenant=%s: cannot be looked after, next try in %g s: %s', desk.store.tenant, again, e)
-    except Exception: log.exception('tenant=%s: cannot be looked after', desk.store.tenant)
-    try:
-        if self.stopping and attempts: self._release(attempts)
-        else:
-            for a in attempts: self._run(a)
-    finally:
-        with self._lock: self._reserved.pop(desk, None)
-        if mine > len(attempts): self._fed()
-        freed, desk.freed = desk.freed, []
-        self._visit_soon(freed)
-        with self._wake:
-            desk.visiting, at = False, time.monotonic() + again
-            if desk.due is None or at < desk.due: desk.due = at
-            self._wake.notify()
+def _find(self:Rounds):
+    "Something for a thread of the crew to do; None if there is nothing"
+    with self._lock:
+        if self._errands: f = partial(self._turn, self._errands.popitem(last=False)[0], True)
+        elif a := self.line.take(): f = partial(self._run, a)
+        else: return None
+        more = self._errands or self.line.waiting and self.line.running < self.line.size
+    if more: self.crew.call()
+    return f
 
-# %% ../../nbs/jobs/13_rounds.ipynb #f6bba743
 @patch
 def _run(self:Rounds, a:Attempt):
-    if not is_async(a.func): return self.jobs.submit(self._run_here, a)
-    self._asyncs.add(a)
-    async def run():
-        try: await self._arun(a)
-        finally: self._asyncs.discard(a); self._fed()
-    asyncio.run_coroutine_threadsafe(run(), self.loop())
+    if a.outcome is not None or a.ctx.lost: return self._off(a)  # it was released while it waited for this thread
+    if a.is_async: return asyncio.run_coroutine_threadsafe(self._arun(a), self.loop())
+    start = time.perf_counter()
+    o = a.call()
+    self._off(a, time.perf_counter() - start)
+    if self._record(a, o): self._turn(a.desk, True)
+    self._fed(a.desk)
 
 @patch
-def _run_here(self:Rounds, a:Attempt):
-    try:
-        if a.outcome is None: self._record(a, a.call())  # else it was released while it waited for this thread
-    finally: self._fed()
+def _off(self:Rounds, a, took=None):
+    "An attempt gives its slot back"
+    if a.counted: a.counted = False; self.line.done(a, took)
 
 @patch
-def _fed(self:Rounds):
-    "A slot is free: visit those who waited for one"
-    with self._lock: hungry, self._hungry = self._hungry, {}
-    self._visit_soon(hungry)
+def _fed(self:Rounds, but=None):
+    "There may be room: the first that waits for it has a turn"
+    if not self._ring or self.stopping: return
+    with self._lock:
+        first = next((d for d in self._ring if not d.turning), None)
+        if first is not None and first is not but and self.line.free() + self.line.ahead() > 0: self._errands[first] = None
+        else: return
+    self.crew.call()
 
 @patch
 def _visit_soon(self:Rounds, desks):
     for d in desks: self.attend(d.store)
 
-# %% ../../nbs/jobs/13_rounds.ipynb #7c04734c
+# %% ../../nbs/jobs/13_rounds.ipynb #c6017ad7
+reserve = 0.1  # seconds for which a turn has its room to itself; one that is stuck on a locked database keeps it from nobody
+
+@patch
+def _allot(self:Rounds, desk) -> int:
+    "How many jobs a desk may claim now; if none, it waits in the ring"
+    now = time.monotonic()
+    with self._lock:
+        ahead = self.line.ahead()
+        room = self.line.free() + ahead - sum(n for d, (n, until) in self._reserved.items() if until > now and d is not desk)
+        first = next((d for d in self._ring if d is desk or not d.turning), None)
+        self._ring.join(desk)
+        if room <= 0 or first not in (None, desk): return 0
+        n = room
+        if len(self._ring) > 1:
+            n = self._ring.grant(desk, batch if ahead >= batch else 1, room)
+            self._ring.took(desk, n)
+        self._reserved[desk] = n, now + reserve
+        return n
+
+@patch
+def _room(self:Rounds, desk, n, **kw): return Room(n, by_queue=self.line.free_of({}), age=self.settings.age, **kw)
+
+@patch
+def _may_claim(self:Rounds, desk) -> bool: return not (self.stopping or desk.paused or not self.settings.concurrency or self._watching())
+
+# %% ../../nbs/jobs/13_rounds.ipynb #2df0abd0
+@patch
+def _turn(self:Rounds,
+    desk,
+    crew:bool=False, # Is this a thread of the crew, which will look for work itself?
+):
+    "Write what a desk has to write, and claim what it may"
+    with desk._lock:
+        if desk.turning: desk.again = True; return
+        desk.turning, desk.again = True, False
+        ends, desk.ends = desk.ends, []
+    wanted, again, attempts = [], None, []
+    try: again = self._have_turn(desk, ends, wanted, attempts)
+    except FhSaasError as e: again = self._troubled(desk, ends, wanted, e)
+    except Exception as e:
+        log.exception('tenant=%s: cannot be looked after', desk.store.tenant)
+        again = self._troubled(desk, ends, wanted, e)
+    finally:
+        if attempts:
+            for a in attempts: a.counted = True
+            self.line.put(desk, attempts)
+        with self._lock: self._reserved.pop(desk, None)
+        freed, desk.freed = desk.freed, []
+        self._visit_soon(freed)
+        with desk._lock: desk.turning, more = False, desk.again
+        if more or desk.wanted and self.line.free() > 0: self._errand(desk)
+        if again is not None: self._at(desk, time.monotonic() + again)
+        self._fed(desk if desk.hungry and self.line.waiting else None)
+        if attempts and (not crew or len(attempts) > 1): self.crew.call()
+
+@patch
+def _troubled(self:Rounds, desk, ends, wanted, e) -> float:
+    for a in ends: self._unwritten(a, e)
+    for _, _, future, _ in wanted: settle(future, error=e)
+    with self._lock: self._ring.leave(desk)
+    desk.quiet = again = min(60.0, max(1.0, desk.quiet*2))
+    log.warning('tenant=%s: cannot be looked after, next try in %g s: %s', desk.store.tenant, again, e)
+    return again
+
+# %% ../../nbs/jobs/13_rounds.ipynb #60a2c69f
+@patch
+def _have_turn(self:Rounds, desk, ends, wanted, attempts):
+    claims = self._may_claim(desk)
+    if not claims:
+        with self._lock: self._ring.leave(desk)
+        self._settle_wanted(desk)
+    elif not (desk.hungry or ends or desk.wanted):
+        due, lapse = desk.look()
+        if lapse is not None and lapse <= 0: desk.rescue(); due = 0
+        if due is None or due > 0: return desk.rest(due, lapse)
+        desk.hungry = True
+    n = self._allot(desk) if claims and (desk.hungry or desk.wanted) else 0
+    with desk._lock: wanted[:], desk.wanted[:n] = desk.wanted[:n], []
+    room = self._room(desk, n - len(wanted)) if desk.hungry and n > len(wanted) else None
+    if not (ends or wanted or room): return self.settings.poll if claims else None
+    try: got, found, due, lapse = desk.turn(ends, [w[0] for w in wanted], room)
+    except FhSaasError: raise
+    except Exception:
+        if not ends: raise
+        with desk._lock: desk.wanted[:0], wanted[:], desk.again = wanted, [], True
+        return self._one_by_one([ends.pop(0) for _ in range(len(ends))])
+    for a in ends: self._written(a, True)
+    ends.clear()
+    attempts += [a for w in wanted if (a := self._given(desk, got, *w))] + found
+    wanted.clear()
+    return self._after(desk, room, found, due, lapse, attempts) if room else None
+
+# %% ../../nbs/jobs/13_rounds.ipynb #0407e38d
+@patch
+def _given(self:Rounds, desk, got, job_id, func, future, here):
+    "The attempt of a job that a response brought; it runs in the crew, or where its future is awaited"
+    if (row := got.get(job_id)) is None: return settle(future)
+    a = desk._take(row, func)
+    if here: a.done = future; return a
+    with self.line._lock: self.line.running += 1; self.line._count(a, 1)
+    a.counted = True
+    settle(future, a)
+
+@patch
+def _after(self:Rounds, desk, room, found, due, lapse, attempts):
+    "The claim found as many as there was room for, or fewer: when is the next one?"
+    if len(found) >= room.n: return None  # there may be more: it stays in the ring
+    desk.hungry = False
+    with self._lock: self._ring.leave(desk)
+    if lapse is not None and lapse <= 0:
+        desk.rescue()
+        return 0.0
+    if due is None or due > 0: return desk.rest(due, lapse) if not found else min(self.settings.poll, *(m for m in (due, lapse) if m is not None), 3600)
+    attempts += (suspects := desk.suspect(self.slot, self._room(desk, 1, suspects=True)))
+    return 0.0 if suspects else 0.2
+
+@patch
+def _settle_wanted(self:Rounds, desk):
+    with desk._lock: wanted, desk.wanted = desk.wanted, []
+    for _, _, future, _ in wanted: settle(future)
+
+# %% ../../nbs/jobs/13_rounds.ipynb #0f47ad3e
 @patch
 def _beats(self:Rounds):
     while not self.closed:
         for desk in list(self._desks.values()):
-            if desk.live and not desk.beating: desk.beating = True; self.house.submit(self._beat, desk)
+            if (desk.live or desk.unwritten) and not desk.beating: desk.beating = True; self.house.submit(self._beat, desk)
         time.sleep(tick)
 
 @patch
 def _beat(self:Rounds, desk):
-    try: desk.beat()
+    try:
+        if late := self.line.pull(1.0, desk): desk.give_back(late); desk.hungry = True; self._errand(desk)
+        desk.beat()
     except FhSaasError as e: log.warning('tenant=%s: heartbeat not written: %s', desk.store.tenant, e); time.sleep(self.settings.lease/10)
     except Exception: log.exception('tenant=%s: heartbeat failed', desk.store.tenant)
     finally: self._try_again(desk); desk.beating = False

@@ -7,26 +7,27 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/settings.html.md"""
 # %% auto #0
 __all__ = ['Settings']
 
-# %% ../../nbs/jobs/09_settings.ipynb #766eecc9
+# %% ../../nbs/jobs/09_settings.ipynb #41528e33
 import os
 from dataclasses import dataclass, fields
 from ..db_connect import levels
-from .store import max_lease
+from .claims import max_lease
 
-# %% ../../nbs/jobs/09_settings.ipynb #fe5ad9a6
+# %% ../../nbs/jobs/09_settings.ipynb #012811c2
 @dataclass(frozen=True)
 class Settings:
     "How an engine works; times are in seconds"
-    concurrency:int = 16 # Jobs at once
+    concurrency:int = 16 # Jobs at once; 0: this process submits jobs and leaves them to others
     lease:float = 30 # A job whose process is silent for so long is taken back
     handoff:float = 10 # A submitted job whose response never came is run after this
     poll:float = 5 # How often a database is looked at for what other processes left there; less often while it is quiet
     grace:float = 10 # Running jobs get so long to end at shutdown; then they are released
+    age:float = 300 # Waiting so long is worth one step of priority
     synchronous:str = 'FULL' # SQLite's level: see `fh_saas.db_connect`
     busy:float = 5 # Wait for a write lock
 
     def __post_init__(self):
-        for name, low, high in (('concurrency', 1, 1000), ('lease', 1, max_lease), ('handoff', 0, 3600), ('poll', 0.05, 3600), ('grace', 0, 3600), ('busy', 0.05, 60)):
+        for name, low, high in (('concurrency', 0, 1000), ('lease', 1, max_lease), ('handoff', 0, 3600), ('poll', 0.05, 3600), ('grace', 0, 3600), ('busy', 0.05, 60), ('age', 1, 1e9)):
             v = getattr(self, name)
             if not isinstance(v, (int, float)) or not low <= v <= high: raise ValueError(f"{name}={v!r}: use a number from {low} to {high}")
         if self.synchronous not in levels: raise ValueError(f"synchronous={self.synchronous!r}: use one of {', '.join(levels)}")

@@ -40,7 +40,7 @@ def captures(f) -> bool:
     if getattr(f, '__task_name__', None) or '<locals>' not in getattr(f, '__qualname__', ''): return False
     return bool(getattr(f, '__closure__', None) or getattr(f, '__defaults__', None) or getattr(f, '__kwdefaults__', None))
 
-# %% ../../nbs/jobs/07_tasks.ipynb #9de2817f
+# %% ../../nbs/jobs/07_tasks.ipynb #c000f312
 class Task:
     "A function that jobs can run, under its registered name"
     def __init__(self, func, name:str, backoff:wait_base=default_backoff):
@@ -49,6 +49,9 @@ class Task:
         except (ValueError, TypeError): self.params = None  # some builtins do not say
         self.job_param = next((n for n, p in (self.params or {}).items() if p.annotation is JobContext or p.annotation == 'JobContext'),
             'job' if 'job' in (self.params or {}) else None)
+        plain = self.params is not None and all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in self.params.values())
+        self._names = self.params.keys() if plain else None  # None: only `Signature.bind` can tell
+        self._needs = {n for n, p in self.params.items() if p.default is p.empty} if plain else None
 
     def __repr__(self): return f'Task({self.name!r})'
 
@@ -56,6 +59,7 @@ class Task:
         "The keyword arguments of a call, with the context where the task wants it"
         if self.params is None: return payload
         extra = {self.job_param: job} if self.job_param and self.job_param not in payload else {}
+        if self._names is not None and self._needs <= payload.keys() | extra.keys() <= self._names: return {**payload, **extra}
         try: inspect.Signature(list(self.params.values())).bind(**payload, **extra)
         except TypeError as e:
             takes = ', '.join(str(p) for n, p in self.params.items() if n not in extra)

@@ -1,0 +1,1 @@
+"Measurements of fh_saas beside its peers, in one run on one machine. `README.md` says how to run and read them."
