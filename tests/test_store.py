@@ -591,14 +591,14 @@ def test_system_jobs_and_tenant_jobs_can_share_a_database(store):
 
 def plan(store, key, last=...):
     s = next(s for (kind, k), s in _compiled.items() if kind == 'sqlite' and k[:2] == (key, 'tenant_jobs') and last in (..., k[-1]))
-    with store.cursor() as cur: return ' | '.join(r[3] for r in cur.execute(f'EXPLAIN QUERY PLAN {s.sql}', [None]*len(s.order)).fetchall())
+    with store.cursor() as cur: return ' | '.join(r[3] for r in cur.execute(f'EXPLAIN QUERY PLAN {s.sql}', [None]*s.sql.count('?')).fetchall())
 
 def test_claim_and_rescue_use_the_partial_indexes(new_sqlite):
     store = Store(new_sqlite())
     add(store); claim(store); store.rescue(); store.heartbeat('w', 5); store.next_due(('t',), ('t',))
     for suspects in (False, True, None):
         p = plan(store, 'candidates', suspects)
-        assert p.count('ix_tenant_jobs_ready (queue=? AND priority=? AND run_at') == 5 and 'TEMP B-TREE' not in p
+        assert p.count('ix_tenant_jobs_ready (queue=? AND priority=? AND run_at') == 5 and p.count('TEMP B-TREE') <= 1  # the undated are sorted, if there are any
     assert 'SCAN tenant_jobs' not in plan(store, 'queues')
     for key in ('lapsed', 'next lease', 'heartbeat'): assert 'ix_tenant_jobs_lease' in plan(store, key), key
     store.list()

@@ -21,7 +21,7 @@ from .tasks import Registry, Task
 
 log = logging.getLogger('fh_saas.jobs')
 
-# %% ../../nbs/jobs/11_desk.ipynb #fa3ca651
+# %% ../../nbs/jobs/11_desk.ipynb #1d4c3597
 class Desk:
     "The jobs of one database, as one process looks after them"
     weight = 1
@@ -29,7 +29,7 @@ class Desk:
         self.store, self.registry, self.settings, self.worker = store, registry, settings, worker
         self.local = Registry()  # functions that hold on to something are for this database only
         self.live, self.functions, self.paused, self._own, self._strange = {}, {}, False, frozenset(), set()
-        self.due, self.turning, self.again, self.beating = None, False, False, False  # the engine's schedule
+        self.due, self.asked, self.turning, self.again, self.beating = None, False, False, False, False  # the engine's schedule
         self.ends, self.wanted, self.since = [], [], 0.0  # outcomes and claims by id that wait for the next turn
         self.unwritten, self.retry_at, self.pause = deque(), 0.0, 0.0  # outcomes the database did not take yet
         self.freed = []  # desks that wait for a slot which turned out not to be needed

@@ -78,7 +78,7 @@ def forget(self:Rounds, store:Store):
     if desk: self._settle_wanted(desk)
     store.close()
 
-# %% ../../nbs/jobs/13_rounds.ipynb #c018f6e4
+# %% ../../nbs/jobs/13_rounds.ipynb #ca371269
 @patch
 def _start(self:Rounds):
     if self._running or self.closed: return
@@ -95,7 +95,7 @@ def _schedule(self:Rounds):
             while self._agenda and self._agenda[0][0] <= now:
                 at, _, desk = heapq.heappop(self._agenda)
                 if desk.due != at: continue  # it was made earlier, and had its turn
-                desk.due = None
+                desk.due, desk.asked = None, True
                 self._errand(desk)
             self._wake.wait(min(60, self._agenda[0][0] - now) if self._agenda else 60)
 
@@ -219,14 +219,17 @@ def _troubled(self:Rounds, desk, ends, wanted, e) -> float:
     log.warning('tenant=%s: cannot be looked after, next try in %g s: %s', desk.store.tenant, again, e)
     return again
 
-# %% ../../nbs/jobs/13_rounds.ipynb #60a2c69f
+# %% ../../nbs/jobs/13_rounds.ipynb #c697ee9e
 @patch
 def _have_turn(self:Rounds, desk, ends, wanted, attempts):
     claims = self._may_claim(desk)
     if not claims:
         with self._lock: self._ring.leave(desk)
         self._settle_wanted(desk)
-    elif not (desk.hungry or ends or desk.wanted):
+    elif ends or desk.wanted:
+        desk.hungry, desk.asked = desk.hungry or desk.asked, False  # what it was asked to look for is claimed with the rest
+    elif not desk.hungry:
+        desk.asked = False
         due, lapse = desk.look()
         if lapse is not None and lapse <= 0: desk.rescue(); due = 0
         if due is None or due > 0: return desk.rest(due, lapse)
