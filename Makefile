@@ -13,8 +13,9 @@ test: .venv/test
 	$(BIN)/nbdev-test
 	$(BIN)/python -m pytest
 
-bench: .venv/test  ## measurements; never a part of the tests
-	$(BIN)/python benchmarks/first_figures.py
+bench: .venv/bench  ## measurements side by side with peers; never a part of the tests
+	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.tenants
 
 soak: .venv/test  ## the long variants of the fault tests
 	$(BIN)/python -m pytest tests/soak_*.py
@@ -43,3 +44,7 @@ clean:
 .venv/test: .venv/python $(SOURCES)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,test,demo,postgres]'
 	@touch $@ .venv/demo
+
+.venv/bench: .venv/test
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]'
+	@touch $@

@@ -174,7 +174,7 @@ def _create_pg(host, name):
         if conn.execute(sa.text('SELECT 1 FROM pg_database WHERE datname = :name'), dict(name=name)).first(): return
         conn.exec_driver_sql(f'CREATE DATABASE {conn.dialect.identifier_preparer.quote_identifier(name)}')
 
-# %% ../nbs/01_db_tenant.ipynb #12a937f7
+# %% ../nbs/01_db_tenant.ipynb #bc6bed11
 _env_hosts, _env_lock = {}, threading.Lock()
 
 def _host(host):
@@ -193,7 +193,9 @@ def open_tenant_db(
     tenant = host.find(tenant_id)
     if tenant is None: raise TenantNotFound(f"no tenant {check_tenant_id(tenant_id)!r}: create it with get_or_create_tenant_db")
     if not tenant.is_active: raise TenantSuspended(f"tenant {tenant.id!r} is {tenant.state}: resume it with resume_tenant")
-    return host.open_dbs.open(tenant.id, host.url_of(tenant), _check_identity(host, tenant))
+    db = host.open_dbs.open(tenant.id, host.url_of(tenant), _check_identity(host, tenant))
+    db.host = host
+    return db
 
 def get_or_create_tenant_db(
     tenant_id:str, # See `check_tenant_id`

@@ -16,7 +16,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/utils_bgtsk.html.md"""
 # %% auto #0
 __all__ = ['log', 'TenantJob', 'BackgroundTaskManager', 'JobTask', 'InvalidJob']
 
-# %% ../nbs/02_utils_bgtsk.ipynb #75af8951
+# %% ../nbs/02_utils_bgtsk.ipynb #e26d7e1d
 import logging
 from dataclasses import dataclass
 from datetime import datetime
@@ -32,6 +32,7 @@ from .jobs.payload import clean, to_json
 from .jobs.states import Outcome, shown_state
 from .jobs.store import JobNotFound  # noqa: F401 what get_job raises, for those who catch it
 from .jobs.tasks import BadPayload, captures, stands_for_itself
+from .jobs.wake import wakes_of
 
 log = logging.getLogger('fh_saas.jobs')
 
@@ -39,7 +40,7 @@ log = logging.getLogger('fh_saas.jobs')
 @dataclass
 class TenantJob(JobRecord): "A job of a tenant, in `tenant_jobs`."
 
-# %% ../nbs/02_utils_bgtsk.ipynb #b42f38c3
+# %% ../nbs/02_utils_bgtsk.ipynb #8c619240
 class BackgroundTaskManager:
     "Submit and watch the jobs of one database"
     def __init__(self,
@@ -65,6 +66,11 @@ class BackgroundTaskManager:
         if self._opened is None or self._opened[0] is not self.engine:
             self._opened = self.engine, self.engine.store(self._url, self.db.job_table if self._host else 'tenant_jobs', getattr(self.db, 'tenant_id', None))
         return self._opened[1]
+
+    @cached_property
+    def wakes(self): # None for a database of no host
+        host = getattr(self.db, 'host', None)
+        return host and wakes_of(host)
 
     @cached_property
     def tenant_jobs(self):
@@ -120,7 +126,7 @@ def _moment(v):
 _checks = dict(triggered_by=lambda v: _text('triggered_by', v, 100), queue=lambda v: _text('queue', v, 64),
     priority=lambda v: _whole('priority', v, 1, 4), run_at=_moment)
 
-# %% ../nbs/02_utils_bgtsk.ipynb #ccc0539f
+# %% ../nbs/02_utils_bgtsk.ipynb #e279877d
 @patch
 def submit(self:BackgroundTaskManager,
     job_type:str, # What the job is filed under
@@ -148,15 +154,51 @@ def submit(self:BackgroundTaskManager,
     return self._stored(job), JobTask(self, job['id'], task_func)
 
 @patch
+def submit_many(self:BackgroundTaskManager,
+    job_type:str, # What the jobs are filed under
+    task_func:Callable, # The function to run, sync or async: one that is found by its name
+    payloads:list, # The arguments of each job, a dict each
+    max_retries:int=3, # Most attempts of each
+) -> list[str]: # The ids of the committed jobs
+    "Store many jobs in one commit, all or none; they are due at once"
+    max_retries, registry = _attempts(max_retries), self.engine.registry
+    if stands_for_itself(task_func) or captures(task_func): raise InvalidJob(f"{task_func!r} has no name under which other processes find it: give submit_many a function with @task")
+    t, filed, payloads = registry.meet(task_func), _text('job_type', job_type, 200), [*payloads]
+    if odd := next((p for p in payloads if not isinstance(p, dict)), None): raise BadPayload(f"payloads holds a {type(odd).__name__}: use a dict of the arguments of task {t.name!r} for each job")
+    jobs = [dict(id=gen_id(), job_type=filed, payload=to_json(p, 'payload'), task=t.name, max_retries=max_retries) for p in payloads]
+    for p in payloads: t.arguments(p)
+    if not jobs: return []
+    registry.add(task_func)
+    registry.file_under(job_type, t.name)
+    self._hint()
+    self.store.add_many(jobs)
+    self.engine.attend(self.store)
+    self._ring(None)
+    return [j['id'] for j in jobs]
+
+@patch
 def _stored(self:BackgroundTaskManager, job):
     handoff = self.engine.settings.handoff if self.engine.settings.concurrency else 0
+    self._hint()
     try: self.store.add(job, handoff)
     except DatabaseBusy as e:
         if not self._host and self.db.conn.in_transaction():
             raise DatabaseBusy(f"{e}. A transaction is open on this manager's db.conn: commit it before submit") from e
         raise
     self.engine.attend(self.store, handoff)
+    if not self.engine.settings.concurrency: self._ring(job.get('run_at'))
     return job['id']
+
+@patch
+def _hint(self:BackgroundTaskManager):
+    "Leave a note in the host before the commit, so that somebody will look there whatever becomes of this process"
+    try: self.wakes and self.wakes.hint(self.db.tenant_id)
+    except FhSaasError as e: log.warning('tenant=%s: no note in the host, a sweep will find the job: %s', self.db.tenant_id, e)
+
+@patch
+def _ring(self:BackgroundTaskManager, at):
+    try: self.wakes and self.wakes.ring(self.db.tenant_id, at)
+    except FhSaasError as e: log.warning('tenant=%s: not rung for in the host, its hint will lead there: %s', self.db.tenant_id, e)
 
 # %% ../nbs/02_utils_bgtsk.ipynb #a8a2e038
 @patch

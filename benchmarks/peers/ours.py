@@ -61,10 +61,6 @@ class Common:
         return starlette(route, lifespan=runner.lifespan)
 
 
-# TODAY: until submit_many is there
-if not hasattr(BackgroundTaskManager, 'submit_many'): Common.missing = dict(bulk='submit_many is not there yet')
-
-
 class Ours(Common, OnSqlite):
     durability, raws = sqlite_full, ('raw-sqlite-full', 'schema-sqlite-full')
     @property
@@ -132,7 +128,6 @@ class Fleet:
 
     def submit_many(self, i, task, ns):
         manager = self.manager(i)
-        if not hasattr(manager, 'submit_many'): return [self.submit(i, task, n) for n in ns]  # TODAY
         manager.submit_many(task, functions[task], [dict(n=n) for n in ns])
 
     def work(self):

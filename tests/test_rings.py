@@ -1,0 +1,73 @@
+"A job that one process submits is started by another, without anybody polling the tenants."
+import subprocess, sys, time
+import pytest
+from conftest import wait_until
+from fh_saas.db_host import HostDatabase
+from fh_saas.db_tenant import get_or_create_tenant_db
+from fh_saas.jobs.engine import Engine
+from fh_saas.jobs.settings import Settings
+from fh_saas.jobs.tasks import Registry, task
+from fh_saas.utils_bgtsk import BackgroundTaskManager
+from fh_saas.workers.runner import Runner
+
+submitter = '''
+import sys
+from fh_saas.db_host import HostDatabase
+from fh_saas.db_tenant import get_or_create_tenant_db
+from fh_saas.jobs.engine import Engine
+from fh_saas.jobs.settings import Settings
+from fh_saas.jobs.tasks import Registry
+from fh_saas.utils_bgtsk import BackgroundTaskManager
+def started(n): return n
+host, dies = HostDatabase(sys.argv[1]), sys.argv[2] == 'dies'
+m = BackgroundTaskManager(get_or_create_tenant_db('acme', host=host), Engine(Settings(concurrency=0, busy=0.5), Registry()))
+if dies:
+    m._ring = lambda at: sys.exit()
+    m.wakes.bound = 1  # a commit takes a second at most here, so the hint leads to it after two
+sys.stdin.readline()
+for n in range(3): print(m.submit('t', started, n=n)[0], flush=True)
+'''
+
+@pytest.fixture(params=['sqlite', 'postgresql'])
+def host(request, tmp_path):
+    if request.param == 'sqlite': h = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    else: h = HostDatabase(request.getfixturevalue('new_pg')())
+    yield h
+    from fh_saas.db_tenant import delete_tenant, list_tenants
+    for t in list_tenants(h): delete_tenant(t.id, h, force=True)
+    h.close()
+
+@pytest.fixture
+def serve(host, monkeypatch):
+    "A runner that finds every tenant quiet first, so that only a ring leads there"
+    begun = []
+    task('started')(lambda n: begun.append(time.monotonic()))
+    runner = Runner(host, Settings(poll=3600)).start()
+    get_or_create_tenant_db('acme', host=host).close()
+    runner._look_around()
+    wait_until(lambda: 'acme' in runner._stores)
+    time.sleep(0.5)
+    yield begun
+    runner.stop(0)
+
+def child(host, how):
+    p = subprocess.Popen([sys.executable, '-c', submitter, host.url.render_as_string(hide_password=False), how], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return p
+
+def test_a_ring_is_heard_at_once(host, serve):
+    p = child(host, 'rings')
+    time.sleep(2)
+    p.stdin.write('\n'); p.stdin.flush()
+    assert len(p.stdout.readline()) == 33
+    start = time.monotonic()
+    wait_until(lambda: serve, 5)
+    assert serve[0] - start < 2  # it is milliseconds; a poll of this runner would be an hour
+    wait_until(lambda: len(serve) == 3, 5)
+    p.wait(10)
+
+def test_one_that_dies_before_it_rings_has_left_a_hint(host, serve):
+    p = child(host, 'dies')
+    p.stdin.write('\n'); p.stdin.flush()
+    p.wait(20)
+    wait_until(lambda: serve, 8)
+    assert len(serve) == 1
