@@ -101,7 +101,7 @@ def writing(eng:sa.Engine):
     "A short transaction that holds the write lock from its start; committed at the end, rolled back on an error"
     with db_errors(eng.url), eng.begin() as conn: yield conn
 
-# %% ../nbs/00_db_connect.ipynb #43cfe5c9
+# %% ../nbs/00_db_connect.ipynb #1d15817f
 levels = ('FULL', 'NORMAL', 'EXTRA')
 _engines = weakref.WeakSet()
 # SQLite's locks belong to the process: a child that inherits an open connection believes that it holds them, and loses its writes
@@ -110,9 +110,9 @@ os.register_at_fork(before=lambda: [eng.dispose() for eng in list(_engines)])
 def _wal(conn, busy):
     "Switch `conn` to WAL, waiting for others who are switching: SQLite does not always wait by itself here"
     until = time.monotonic() + busy
-    while conn.execute('PRAGMA journal_mode').fetchone()[0] != 'wal':
+    while True:
         try:
-            if conn.execute('PRAGMA journal_mode=WAL').fetchone()[0] == 'wal': return
+            if any(conn.execute(f'PRAGMA journal_mode{to}').fetchone()[0] == 'wal' for to in ('', '=WAL')): return
         except sqlite3.OperationalError as e:
             if _kind(e) is not DatabaseBusy or time.monotonic() > until: raise
         if time.monotonic() > until: return  # a file system without shared memory keeps its journal
