@@ -40,7 +40,7 @@ log = logging.getLogger('fh_saas.jobs')
 @dataclass
 class TenantJob(JobRecord): "A job of a tenant, in `tenant_jobs`."
 
-# %% ../nbs/02_utils_bgtsk.ipynb #8c619240
+# %% ../nbs/02_utils_bgtsk.ipynb #fb059f43
 class BackgroundTaskManager:
     "Submit and watch the jobs of one database"
     def __init__(self,
@@ -67,7 +67,7 @@ class BackgroundTaskManager:
             self._opened = self.engine, self.engine.store(self._url, self.db.job_table if self._host else 'tenant_jobs', getattr(self.db, 'tenant_id', None))
         return self._opened[1]
 
-    @cached_property
+    @property
     def wakes(self): # None for a database of no host
         host = getattr(self.db, 'host', None)
         return host and wakes_of(host)

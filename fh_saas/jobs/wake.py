@@ -7,8 +7,8 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/wake.html.md"""
 # %% auto #0
 __all__ = ['wakes_table', 'Wakes', 'wakes_of']
 
-# %% ../../nbs/jobs/15_wake.ipynb #e8e934a0
-import threading, time
+# %% ../../nbs/jobs/15_wake.ipynb #4e04ab52
+import os, threading, time
 import sqlalchemy as sa
 from fastcore.basics import patch
 from ..db_connect import db_errors, lock_schema, writing
@@ -17,7 +17,7 @@ from .claims import max_lease
 from .commit import Committer
 from .store import bind
 
-# %% ../../nbs/jobs/15_wake.ipynb #097537c0
+# %% ../../nbs/jobs/15_wake.ipynb #487936cc
 _meta = sa.MetaData()
 wakes_table = sa.Table('fh_saas_wakes', _meta, sa.Column('tenant_id', sa.String, primary_key=True),
     *(sa.Column(c, sa.String) for c in ('wake_at', 'hint_at', 'visitor', 'visit_until')), sa.Column('seq', sa.Integer, nullable=False),
@@ -45,9 +45,10 @@ _all, _all_lock = {}, threading.Lock()
 
 def wakes_of(host:HostDatabase) -> Wakes:
     "The wake rows of `host`, opened once in a process"
+    key = os.getpid(), host.url, host.id  # a forked process has connections of its own
     with _all_lock:
-        if (host.url, host.id) not in _all: _all[host.url, host.id] = Wakes(host)
-        return _all[host.url, host.id]
+        if key not in _all: _all[key] = Wakes(host)
+        return _all[key]
 
 # %% ../../nbs/jobs/15_wake.ipynb #f65c2e33
 def _later(col, new): return sa.case((sa.or_(col.is_(None), col < new), new), else_=col)
