@@ -137,7 +137,7 @@ def _sqlite_engine(u, synchronous, busy, create, explicit, **kw):
     if explicit: sa.event.listen(eng, 'begin', lambda conn: conn.exec_driver_sql('BEGIN' if conn.get_execution_options().get('reading') else 'BEGIN IMMEDIATE'))
     return eng
 
-# %% ../nbs/00_db_connect.ipynb #130c9c1b
+# %% ../nbs/00_db_connect.ipynb #924f836a
 def _psycopg():
     try: import psycopg
     except ImportError: raise DatabaseUnavailable("PostgreSQL needs psycopg 3: pip install 'fh-saas[postgres]'") from None
@@ -149,11 +149,16 @@ def _pg_args(u, busy):
 
 def _pg_engine(u, busy, **kw):
     _psycopg()
-    return sa.create_engine(u, connect_args=_pg_args(u, busy), pool_pre_ping=True, **kw)
+    return sa.create_engine(u, creator=lambda: _pg_connect(u, busy, autocommit=False), pool_pre_ping=True, **kw)
 
-def _pg_connect(u, busy):
-    own = u.translate_connect_args(username='user', database='dbname')
-    return _psycopg().connect(autocommit=True, **own, **u.query, **_pg_args(u, busy))
+def _pg_connect(u, busy, autocommit=True):
+    "A connection; while the server has none to spare, wait for others to give theirs back"
+    own, until = u.translate_connect_args(username='user', database='dbname'), time.monotonic() + busy
+    while True:
+        try: return _psycopg().connect(autocommit=autocommit, **own, **u.query, **_pg_args(u, busy))
+        except _psycopg().OperationalError as e:  # which has no code before there is a connection
+            if time.monotonic() > until or not any(t in str(e) for t in ('too many clients', 'remaining connection slots')): raise
+        time.sleep(0.05)
 
 def connect(
     url, # URL of a SQLite file or PostgreSQL database that exists

@@ -103,12 +103,12 @@ def test_postgresql_keeps_the_same_row(new_pg):
     host = HostDatabase(new_pg())
     w = Wakes(host)
     w.hint('acme'); w.ring('acme')
-    assert w.due()[0] == ['acme']
+    assert list(w.due()[0]) == ['acme']
     seq, begun = w.lease('acme', 'one')
     assert w.lease('acme', 'two') is None
     w.ring('acme')
-    assert not w.settle('acme', 'one', seq, begun) and w.due()[0] == ['acme']
+    assert not w.settle('acme', 'one', seq, begun) and list(w.due()[0]) == ['acme']
     assert w.settle('acme', 'two', *w.lease('acme', 'two'), 60)
     found, next_in = w.due()
-    assert found == [] and 0 < next_in <= 60
+    assert found == {} and 0 < next_in <= 60
     w.close(); host.close()

@@ -7,17 +7,19 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/store_claims.html.md"""
 # %% auto #0
 __all__ = ['max_lease', 'Room', 'Stale']
 
-# %% ../../nbs/jobs/05_store_claims.ipynb #7ec46bb5
+# %% ../../nbs/jobs/05_store_claims.ipynb #e0bc2ecb
 import json
 from dataclasses import dataclass, field
+from functools import lru_cache
 import sqlalchemy as sa
 from fastcore.basics import patch
+from sqlalchemy.dialects.postgresql import JSONB
 from ..db_host import gen_id, seconds, timestamp
 from .commit import SQLite
 from .states import Outcome, Status
 from .store import PENDING, RUNNING, Store, bind, rows_of
 
-# %% ../../nbs/jobs/05_store_claims.ipynb #32191fc1
+# %% ../../nbs/jobs/05_store_claims.ipynb #bc6f9f77
 @dataclass
 class Room:
     "What a claim may take"
@@ -28,48 +30,70 @@ class Room:
     most_by_queue:dict = field(default_factory=dict) # The same for each of these queues
     rates:dict = field(default_factory=dict) # Task name -> (starts, seconds)
     age:float = 300 # Waiting so many seconds is worth one step of priority
+    sure:int = None # At most so many in their last attempt: they are not claimed before they can start
     suspects:bool = False # Those that were lost with a process before, or those that were not?
+    off:frozenset = frozenset() # Tasks that are paused
+
+    @property
+    def free(self) -> bool: # Is there no limit but `n`?
+        return self.by_queue is None and self.most is None and not (self.closed or self.most_by_queue or self.rates or self.off)
 
     def of(self, queue) -> int:
         "At most so many of `queue`"
         if queue in self.closed: return 0
         return self.n if self.by_queue is None else min(self.n, self.by_queue.get(queue, 0))
 
-# %% ../../nbs/jobs/05_store_claims.ipynb #d2f45820
-_heavy = ('error_log', 'result', 'error_message', 'completed_at', 'progress_percent', 'progress_message', 'batch_id', 'rerun_of', 'celery_task_id')  # no attempt needs them
+# %% ../../nbs/jobs/05_store_claims.ipynb #f8313434
+_heavy = ('error_log', 'result', 'error_message', 'completed_at', 'progress_percent', 'progress_message', 'batch_id', 'rerun_of', 'celery_task_id', 'unique_key', 'cancel_requested_at')  # no attempt needs them
+_claimed = ('status', 'claim_token', 'lease_until', 'worker', 'started_at')  # the claim writes them
 
-def _columns(j): return [c for c in j.c if c.name not in _heavy]
+def _columns(j): return [c for c in j.c if c.name not in _heavy + _claimed]
+
+def _steps(j):
+    # one step in the index for each queue, however many jobs stand in it: https://sqlite.org/lang_with.html, https://wiki.postgresql.org/wiki/Loose_indexscan
+    first = sa.select(sa.func.min(j.c.queue).label('q')).where(j.c.status == PENDING).cte('steps', recursive=True)
+    after = sa.select(sa.func.min(j.c.queue)).where(j.c.status == PENDING, j.c.queue > first.c.q).scalar_subquery()
+    return first.union_all(sa.select(after).where(first.c.q.is_not(None)))
 
 @patch
 def queues(self:Store, cur) -> list:
     "Queues in which jobs wait"
     j = self.t.jobs
-    def build():
-        # one step in the index for each queue, however many jobs stand in it: https://sqlite.org/lang_with.html, https://wiki.postgresql.org/wiki/Loose_indexscan
-        first = sa.select(sa.func.min(j.c.queue).label('q')).where(j.c.status == PENDING).cte('steps', recursive=True)
-        after = sa.select(sa.func.min(j.c.queue)).where(j.c.status == PENDING, j.c.queue > first.c.q).scalar_subquery()
-        steps = first.union_all(sa.select(after).where(first.c.q.is_not(None)))
-        return sa.select(steps.c.q).where(steps.c.q.is_not(None))
+    def build(): return sa.select((s := _steps(j)).c.q).where(s.c.q.is_not(None))
     return [q for q, in self.statement(('queues', j.name), build)(cur).fetchall()]
 
-@patch
-def _known(self:Store, names, old_types):
-    j = self.t.jobs
-    return sa.or_(j.c.task.in_(names), sa.and_(j.c.task.is_(None), j.c.job_type.in_(old_types)))
+def _known(j, names, old_types):
+    if names is None: return sa.true()
+    names, types = (sa.bindparam(k, [*v], expanding=True) for k, v in (('names', names), ('types', old_types)))
+    return sa.or_(j.c.task.in_(names), sa.and_(j.c.task.is_(None), j.c.job_type.in_(types)))
+
+def _first(j, queue, names, old_types, suspects):
+    "Jobs of `queue` that are due: the first of each priority"
+    which = [] if suspects is None else [j.c.lost > sa.literal_column('0') if suspects else j.c.lost == sa.literal_column('0')]
+    when, known = j.c.run_at <= bind('now') if suspects is not None else j.c.run_at.is_not(None), _known(j, names, old_types)
+    def arm(name, *where):
+        of = sa.select(*_columns(j)).where(j.c.status == PENDING, j.c.queue == queue, *where, *which, known).order_by(j.c.run_at, j.c.id)
+        # the star keeps the statement below 4,096 characters, above which psycopg parses it anew each time
+        of = of.limit(bind('n', type_=sa.Integer))
+        # who only looks must lock nothing: a claim at the same moment would skip it
+        return sa.select(sa.literal_column(f'{name}.*')).select_from((of if suspects is None else of.with_for_update(skip_locked=True)).subquery(name))
+    priorities = [sa.literal_column(str(p)) for p in (4, 3, 2, 1)]
+    arms = [arm(f'p{p}', j.c.priority == p, when) for p in priorities]
+    return sa.union_all(*arms, arm('undated', j.c.priority.in_(priorities), j.c.run_at.is_(None)))  # somebody else's row: long due
 
 @patch
 def _candidates(self:Store, names, old_types, suspects=None):
-    "Jobs of one queue that are due: the first of each priority"
-    j = self.t.jobs
-    which = [] if suspects is None else [j.c.lost > 0 if suspects else j.c.lost == 0]
-    def arm(name, *where):
-        return sa.select(sa.select(*_columns(j)).where(j.c.status == PENDING, j.c.queue == bind('queue'), *where, *which, self._known(names, old_types))
-            .order_by(j.c.run_at, j.c.id).limit(bind('n', type_=sa.Integer)).with_for_update(skip_locked=True).subquery(name))
+    "Jobs of one queue that may be claimed, or only the next one, which need not be due"
+    def build(): return _first(self.t.jobs.alias('j'), bind('queue'), names, old_types, suspects)
+    return self.statement(('candidates', self.t.jobs.name, names, old_types, suspects), build)
+
+@patch
+def _anywhere(self:Store, names, old_types, suspects):
+    "The same for all queues at once"
     def build():
-        when = j.c.run_at <= bind('now') if suspects is not None else j.c.run_at.is_not(None)
-        arms = [arm(f'p{p}', j.c.priority == sa.literal_column(str(p)), when) for p in (4, 3, 2, 1)]
-        return sa.union_all(*arms, arm('undated', j.c.priority.in_([4, 3, 2, 1]), j.c.run_at.is_(None)))  # somebody else's row: long due
-    return self.statement(('candidates', j.name, names, old_types, suspects), build)
+        steps, j = _steps(self.t.jobs), self.t.jobs.alias('j')
+        return sa.select(sa.literal_column('f.*')).select_from(steps.join(_first(j, sa.literal_column('steps.q'), names, old_types, suspects).lateral('f'), sa.true()))
+    return self.statement(('anywhere', self.t.jobs.name, names, old_types, suspects), build)
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #aaa58d85
 def _rank(age):
@@ -79,14 +103,15 @@ def _rank(age):
         return due - age*row['priority'], row['id']
     return key
 
-# %% ../../nbs/jobs/05_store_claims.ipynb #4ffd195d
+# %% ../../nbs/jobs/05_store_claims.ipynb #d00b80e0
 @patch
 def _mine(self:Store, cur, now, rows, token, worker, lease):
     "Make `rows`, which this transaction holds, this worker's"
     if not rows: return []
     j = self.t.jobs
+    # as an expression, because PostgreSQL's planner would walk through all that is pending if it knew the condition of the index in it
     among = (lambda: j.c.id.in_(sa.select(sa.func.json_each(bind('ids')).table_valued('value').c.value))) if isinstance(self.kind, SQLite) else (lambda: j.c.id == sa.any_(bind('ids', type_=sa.ARRAY(sa.String))))
-    stmt = self.statement(('mine', j.name), lambda: j.update().where(among(), j.c.status == PENDING).values(status='running', claim_token=bind('token'),
+    stmt = self.statement(('mine', j.name), lambda: j.update().where(among(), sa.func.coalesce(j.c.status, '') == 'pending').values(status='running', claim_token=bind('token'),
         lease_until=bind('lease'), worker=bind('worker'), started_at=bind('now'), attempt=j.c.attempt + 1))
     new = dict(status='running', claim_token=token, lease_until=timestamp(now+lease), worker=worker, started_at=timestamp(now))
     ids = [r['id'] for r in rows]
@@ -95,18 +120,26 @@ def _mine(self:Store, cur, now, rows, token, worker, lease):
     return rows
 
 @patch
-def claiming_these(self:Store, job_ids:list, token:str, worker:str, lease:float):
-    "An operation for `write`: claim these jobs, as far as they are pending, whenever they were due"
+def claiming_these(self:Store, job_ids:list, token:str, worker:str, lease:float, room:Room=None):
+    "An operation for `write`: claim these jobs, as far as they are pending and no limit keeps them out, whenever they were due"
     j = self.t.jobs
     stmt = self.statement(('these', j.name), lambda: sa.select(*_columns(j)).where(j.c.id == bind('job'), j.c.status == PENDING).with_for_update(skip_locked=True))
-    return lambda cur, now: self._mine(cur, now, [r for i in job_ids for r in rows_of(stmt(cur, job=i))], token, worker, lease)
+    now_due = self.statement(('now due', j.name), lambda: j.update().where(j.c.id == bind('job'), j.c.status == PENDING).values(run_at=bind('now')))
+    def op(cur, now):
+        rows = [r for i in job_ids for r in rows_of(stmt(cur, job=i))]
+        if room and not room.free:
+            found, rows = rows, self._chosen(cur, now, rows, room, *self._limits(cur, now, room))
+            for r in found:
+                if r not in rows: now_due(cur, job=r['id'], now=timestamp(now))  # nobody waits for it any more: it runs when there is room
+        return self._mine(cur, now, rows, token, worker, lease)
+    return op
 
 @patch
 def claim_one(self:Store, job_id:str, token:str, worker:str, lease:float) -> dict: # None if it is not pending
     "Move one pending job to running, whenever it was due"
     return next(iter(self.write(self.claiming_these([job_id], token, worker, lease))), None)
 
-# %% ../../nbs/jobs/05_store_claims.ipynb #60631d4a
+# %% ../../nbs/jobs/05_store_claims.ipynb #f341d9c4
 @patch
 def claiming(self:Store,
     names:tuple, # Registered names of the tasks this process can run
@@ -117,17 +150,14 @@ def claiming(self:Store,
 ):
     "An operation for `write`: move due jobs to running, the most urgent first; the rows"
     def op(cur, now):
-        n, most, left = room.n, {}, {}
-        if room.most is not None or room.most_by_queue:
-            running = self._running(cur)
-            if room.most is not None: n = min(n, room.most - sum(running.values()))
-            most = {q: m - running.get(q, 0) for q, m in room.most_by_queue.items()}
-        if room.rates: left = {task: rate - self._started(cur, now, task, per) for task, (rate, per) in room.rates.items()}
+        n, most, left = self._limits(cur, now, room)
         able = names if not left else tuple(t for t in names if left.get(t, 1) > 0)
-        rows, find = [], self._candidates(able, old_types, room.suspects)
-        for q in self.queues(cur) if n > 0 else []:
-            if (k := min(n, room.of(q), most.get(q, n))) > 0: rows += rows_of(find(cur, queue=q, now=timestamp(now), n=k))
-        return self._mine(cur, now, self._chosen(cur, now, rows, n, room, most, left), token, worker, lease)
+        rows, which = [], (able, old_types, room.suspects)
+        if n > 0 and room.by_queue is None and not (most or room.closed or isinstance(self.kind, SQLite)): rows = rows_of(self._anywhere(*which)(cur, now=timestamp(now), n=n))
+        else:
+            for q in self.queues(cur) if n > 0 else []:
+                if (k := min(n, room.of(q), most.get(q, n))) > 0: rows += rows_of(self._candidates(*which)(cur, queue=q, now=timestamp(now), n=k))
+        return self._mine(cur, now, self._chosen(cur, now, rows, room, n, most, left), token, worker, lease)
     return op
 
 @patch
@@ -135,15 +165,28 @@ def claim(self:Store, names:tuple, old_types:tuple, token:str, worker:str, lease
     "Move due jobs to running, the most urgent first"
     return self.write(self.claiming(names, old_types, token, worker, lease, Room(n, suspects=suspects, **limits)))
 
-# %% ../../nbs/jobs/05_store_claims.ipynb #2c577836
+# %% ../../nbs/jobs/05_store_claims.ipynb #c40f7554
 @patch
-def _chosen(self:Store, cur, now, rows, n, room, most, left):
+def _limits(self:Store, cur, now, room) -> tuple:
+    "How many may be taken, of each queue and of each task, with what runs already"
+    n, most, left = room.n, {}, {}
+    if room.most is not None or room.most_by_queue or room.rates: self.kind.alone(cur)  # two who count at once would both find room
+    if room.most is not None or room.most_by_queue:
+        running = self._running(cur)
+        if room.most is not None: n = min(n, room.most - sum(running.values()))
+        most = {q: m - running.get(q, 0) for q, m in room.most_by_queue.items()}
+    if room.rates: left = {task: rate - self._started(cur, now, task, per) for task, (rate, per) in room.rates.items()}
+    return n, most, left
+
+@patch
+def _chosen(self:Store, cur, now, rows, room, n, most, left):
     "The first `n` of `rows` that no limit keeps out"
     ordered = rows if len({(r['priority'], r['queue']) for r in rows}) < 2 else sorted(rows, key=_rank(room.age))
     taken, counts, starts = [], {}, {}
     for r in ordered:
         q, task = r['queue'], r['task']
         if len(taken) >= n: break
+        if task in room.off or room.sure is not None and len(taken) >= room.sure and (r['retry_count'] or 0) + 1 >= (r['max_retries'] or 1): continue
         if counts.get(q, 0) >= min(room.of(q), most.get(q, n)) or starts.get(task, 0) >= left.get(task, n): continue
         counts[q], starts[task] = counts.get(q, 0) + 1, starts.get(task, 0) + 1
         taken.append(r)
@@ -170,7 +213,7 @@ def _start(self:Store, cur, now, task, n, per):
     add = self.statement(('start', s.name), lambda: self.kind.insert(s).values({c.name: bind(c.name) for c in s.c}).on_conflict_do_update(index_elements=[s.c.task, s.c.at], set_=dict(n=s.c.n + bind('more', type_=sa.Integer))))
     add(cur, task=task, at=timestamp(now), n=n, more=n)
 
-# %% ../../nbs/jobs/05_store_claims.ipynb #338320b8
+# %% ../../nbs/jobs/05_store_claims.ipynb #a4f3f5b8
 class Stale(Exception): "Some of the claims were lost."
 
 @patch
@@ -183,11 +226,13 @@ def _finish_sql(self:Store):
     cols = ('job_id', 'number', 'started_at', 'ended_at', 'outcome', 'error', 'worker', 'waited')
     return done, self.statement(('attempt', a.name), lambda: a.insert().values({c: bind(c) for c in cols}))
 
+_seconds = lru_cache(4096)(seconds)  # jobs that were submitted or claimed together have their moments in common
+
 def _waited(job) -> float:
     "Seconds between due and begun; None for a row that was not written by `submit` and does not say"
     try:
         start, due = job['started_at'], job['run_at'] or job['created_at']
-        return max(0.0, seconds(start) - seconds(due if due <= start else job['created_at']))
+        return max(0.0, _seconds(start) - _seconds(due if due <= start else job['created_at']))
     except (AttributeError, TypeError, ValueError): return None
 
 def _end(now, at, job, o:Outcome) -> tuple:
@@ -197,7 +242,7 @@ def _end(now, at, job, o:Outcome) -> tuple:
             error=o.error, error_log=o.log, result=o.result, run_at=timestamp(now+o.delay) if pending else None, ended=None if pending else at),
         dict(job_id=job['id'], number=job['attempt'], started_at=job['started_at'], ended_at=at, outcome=o.kind, error=o.error, worker=job['worker'], waited=_waited(job)))
 
-# %% ../../nbs/jobs/05_store_claims.ipynb #54fd4647
+# %% ../../nbs/jobs/05_store_claims.ipynb #1a175743
 @patch
 def finishing(self:Store,
     job:dict, # The row as it was claimed
@@ -221,18 +266,50 @@ def finish(self:Store, job:dict, o:Outcome, note=None) -> bool: # False: the cla
     return self.write(self.finishing(job, o, note))
 
 @patch
+def _done_sql(self:Store):
+    "For the completed jobs of one claim: their new state, and their attempts"
+    j, a, text = self.t.jobs, self.t.attempts, lambda c: bind(c, type_=sa.String)
+    cols = 'job_id', 'number', 'started_at', 'ended_at', 'outcome', 'worker', 'waited'
+    def attempts(job_id, waited): return a.insert().from_select(cols, sa.select(job_id, bind('number', type_=sa.Integer), text('started'), text('ended'), text('kind'), text('worker'), sa.cast(waited, sa.Float)))
+    def update():
+        d = self.kind.pairs(bind('results'))
+        return j.update().where(j.c.id == d.c.key, j.c.claim_token == bind('token'), j.c.status == RUNNING).values(status=bind('kind'), completed_at=bind('ended'),
+            result=sa.func.coalesce(d.c.value, j.c.result), error_message=sa.null(), claim_token=sa.null(), lease_until=sa.null(), cancel_requested_at=sa.null())
+    def both():
+        done = update().returning(j.c.id).cte('done')
+        return attempts(done.c.id, sa.cast(bind('waits'), JSONB)[done.c.id].astext)
+    if not isinstance(self.kind, SQLite): return self.statement(('done', j.name), both), None  # one trip to the server
+    w = self.kind.pairs(bind('waits'))
+    return self.statement(('done', j.name), update), self.statement(('attempts', a.name), lambda: attempts(w.c.key, w.c.value))
+
+def _by_claim(ends):
+    "Completed jobs by what they have in common; and the others"
+    groups, others = {}, []
+    for job, o, _ in ends:
+        plain = o.kind in ('completed', 'completed_with_warnings') and o.error is None and len(o.result or '') < 100_000
+        key = plain and (o.kind, job['claim_token'], job['attempt'], job['started_at'], job['worker'])
+        (groups.setdefault(key, []) if key else others).append((job, o))
+    return groups, others
+
+# %% ../../nbs/jobs/05_store_claims.ipynb #978e7ae4
+@patch
 def finishing_all(self:Store,
     ends:list, # `(row, outcome, note)` of each attempt
 ):
     "The ends of many attempts at once; raises `Stale`, and writes nothing, unless each still owns its job"
-    done, attempt = self._finish_sql()
+    (done, attempt), (all_done, attempts), (groups, others) = self._finish_sql(), self._done_sql(), _by_claim(ends)
+    notes = [n for *_, n in ends if n]
+    texts = {k: (json.dumps({j['id']: o.result for j, o in g}), json.dumps({j['id']: _waited(j) for j, _ in g})) for k, g in groups.items()}
     def op(cur, now):
         at = timestamp(now)
-        for _, _, note in ends:
-            if note: note(cur, now)
-        rows = [_end(now, at, job, o) for job, o, _ in ends]
-        if done.many(cur, [u for u, _ in rows]) != len(rows): raise Stale
-        attempt.many(cur, [a for _, a in rows])
+        for note in notes: note(cur, now)
+        for key, (results, waits) in texts.items():
+            params = dict(zip(('kind', 'token', 'number', 'started', 'worker'), key), results=results, waits=waits, ended=at)
+            if all_done(cur, **params).rowcount != len(groups[key]): raise Stale
+            if attempts: attempts(cur, **params)
+        rows = [_end(now, at, job, o) for job, o in others]
+        if rows and done.many(cur, [u for u, _ in rows]) != len(rows): raise Stale
+        if rows: attempt.many(cur, [a for _, a in rows])
     return op
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #7ba457a1
@@ -301,21 +378,32 @@ def release(self:Store, rows:list):
         status='pending', claim_token=sa.null(), lease_until=sa.null(), worker=sa.null(), started_at=sa.null(), attempt=j.c.attempt - 1))
     return lambda cur, now: stmt.many(cur, [dict(job=r['id'], token=r['claim_token']) for r in rows])
 
-# %% ../../nbs/jobs/05_store_claims.ipynb #dab6c5ce
+# %% ../../nbs/jobs/05_store_claims.ipynb #0764d354
 def _in(t, now):
     try: return seconds(t) - now if t else None
     except ValueError: return -1.0  # no moment at all: due
 
 @patch
-def due_in(self:Store, cur, now, names, old_types, closed=()) -> tuple:
+def due_in(self:Store, cur, now, names, old_types, closed=(), only=None) -> tuple:
     j = self.t.jobs
     first = self._candidates(names, old_types)
     lease = self.statement(('next lease', j.name), lambda: sa.select(sa.func.min(sa.func.coalesce(j.c.lease_until, timestamp(0))), sa.func.max(j.c.lease_until)).where(j.c.status == RUNNING))
-    due = [_in(r['run_at'] or timestamp(0), now) for q in self.queues(cur) if q not in closed for r in rows_of(first(cur, queue=q, n=1))]
+    due = [_in(r['run_at'] or timestamp(0), now) for q in self.queues(cur) if q not in closed and (only is None or q in only) for r in rows_of(first(cur, queue=q, n=1))]
     lapse, last = (_in(t, now) for t in lease(cur).fetchone())
     return min(due, default=None), -1.0 if last and last > max_lease else lapse
 
 @patch
-def next_due(self:Store, names:tuple, old_types:tuple, closed=()) -> tuple: # Seconds from now, negative if past; None if there is nothing
+def next_due(self:Store, names:tuple, old_types:tuple,
+    closed=(), # Queues that are not looked at
+    only=None, # The queues that are; None: all
+) -> tuple: # Seconds from now, negative if past; None if there is nothing
     "When a job becomes due, and when a lease runs out"
-    with self.cursor() as cur: return self.due_in(cur, self.kind.now(cur), names, old_types, closed)
+    with self.cursor() as cur: return self.due_in(cur, self.kind.now(cur), names, old_types, closed, only)
+
+@patch
+def waiting(self:Store) -> dict: # Queue -> seconds from now, negative if past
+    "When the first job of each queue is due, whoever can run it"
+    first = self._candidates(None, ())
+    with self.cursor() as cur:
+        now = self.kind.now(cur)
+        return {q: min(_in(r['run_at'] or timestamp(0), now) for r in rows) for q in self.queues(cur) if (rows := rows_of(first(cur, queue=q, n=1)))}

@@ -7,9 +7,10 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/commit.html.md"""
 # %% auto #0
 __all__ = ['log', 'Statement', 'compiled', 'SQLite', 'PostgreSQL', 'Committer']
 
-# %% ../../nbs/jobs/04_commit.ipynb #863460b0
+# %% ../../nbs/jobs/04_commit.ipynb #67a0fd21
 import logging, os, threading, time, weakref
 from contextlib import contextmanager
+import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import psycopg
 from fastcore.basics import patch
@@ -50,7 +51,7 @@ def compiled(
         _compiled[kind.name, key] = stmt = Statement(build(), kind.dialect)
     return stmt
 
-# %% ../../nbs/jobs/04_commit.ipynb #abc217d0
+# %% ../../nbs/jobs/04_commit.ipynb #3935974e
 class SQLite:
     "Writers wait for the lock before they begin; the process's clock is the clock"
     name, dialect, insert = 'sqlite', sqlite.dialect(), staticmethod(sqlite.insert)
@@ -63,7 +64,9 @@ class SQLite:
         cur.execute('BEGIN IMMEDIATE')
         return time.time()
     def now(self, cur): return time.time()
+    def alone(self, cur): return  # a writer is alone anyway
     def commit(self, cur): cur.execute('COMMIT')
+    def pairs(self, o): return sa.func.json_each(o).table_valued('key', 'value')
 
 class PostgreSQL:
     "Rows that others hold are skipped; the server's clock is the clock"
@@ -77,7 +80,9 @@ class PostgreSQL:
         cur.nextset()
         return float(cur.fetchone()[0])
     def now(self, cur): return float(cur.execute('SELECT extract(epoch FROM clock_timestamp())').fetchone()[0])
+    def alone(self, cur): cur.execute('SELECT pg_advisory_xact_lock(7307)')  # arbitrary, the same in every version
     def commit(self, cur): cur.execute('COMMIT')
+    def pairs(self, o): return sa.func.json_each_text(sa.cast(o, sa.JSON)).table_valued('key', 'value')
 
 # %% ../../nbs/jobs/04_commit.ipynb #e725642e
 _committers, _held = weakref.WeakSet(), []
@@ -93,7 +98,7 @@ def _go_on():
 
 os.register_at_fork(before=_hold_still, after_in_parent=_go_on, after_in_child=_go_on)
 
-# %% ../../nbs/jobs/04_commit.ipynb #1b28a5aa
+# %% ../../nbs/jobs/04_commit.ipynb #a08ddd33
 class Committer:
     "One database, written to in short transactions on a connection of our own"
     def __init__(self,
@@ -110,6 +115,10 @@ class Committer:
 
     def opened(self): "Called when another database was found in place of the one before"
     def used(self): "Called before each use"
+
+    @property
+    def place(self): # Device and inode of a SQLite file, as of the last use
+        return self._file
 
     @property
     def engine(self):
@@ -140,12 +149,15 @@ class Committer:
 
     def _error(self, e): return typed(self.url, e) or e
 
-# %% ../../nbs/jobs/04_commit.ipynb #85d56e4f
+# %% ../../nbs/jobs/04_commit.ipynb #589add0f
 @patch
 @contextmanager
 def cursor(self:Committer):
     "A driver's cursor for reading, which waits for no writer"
     self._look()
+    if isinstance(self.kind, PostgreSQL) and not self._spare and self._turn.acquire(blocking=False):
+        with self._writers_cursor() as cur: yield cur
+        return
     conn = None
     try:
         while self._spare and not self.kind.alive(conn := self._spare.pop()): conn.close(); conn = None
@@ -157,6 +169,20 @@ def cursor(self:Committer):
         raise known from e
     if self._spare or self._leave: conn.close()
     else: self._spare.append(conn)
+
+@patch
+@contextmanager
+def _writers_cursor(self:Committer):
+    # a server has few connections for many processes: one that nobody writes on will do
+    try:
+        if self._writer is not None and not self.kind.alive(self._writer): self._drop()
+        if self._writer is None: self._writer = connect(self.url, self.synchronous, self.busy)
+        yield self._writer.cursor()
+    except BaseException as e:
+        self._drop()
+        if (known := self._error(e)) is e: raise
+        raise known from e
+    finally: self._pass_on()
 
 @patch
 def _look(self:Committer):

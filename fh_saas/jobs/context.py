@@ -19,10 +19,11 @@ from .payload import clean, to_json
 from .retries import Snooze
 from .store import Store
 
-# %% ../../nbs/jobs/06_context.ipynb #2ac3c4ab
+# %% ../../nbs/jobs/06_context.ipynb #940a8b87
 def _details(text) -> dict:
     "What an earlier attempt left; nothing if the row was damaged"
-    try: o = json.loads(text or '{}')
+    if not text: return {}
+    try: o = json.loads(text)
     except ValueError: return {}
     return o if isinstance(o, dict) else {}
 

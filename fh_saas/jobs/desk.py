@@ -7,13 +7,17 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/desk.html.md"""
 # %% auto #0
 __all__ = ['log', 'backstop', 'Desk', 'Slot']
 
-# %% ../../nbs/jobs/11_desk.ipynb #151dea24
+# %% ../../nbs/jobs/11_desk.ipynb #b803d2d7
 import logging, threading, time
 from collections import deque
+from dataclasses import replace
 from fastcore.basics import patch
+from ..db_connect import FhSaasError
 from ..db_host import gen_id
 from .attempt import Attempt
-from .claims import Room, Stale
+from .claims import Room
+from .commit import SQLite
+from .rules import Limits
 from .settings import Settings
 from .states import Outcome
 from .store import Store
@@ -21,12 +25,12 @@ from .tasks import Registry, Task
 
 log = logging.getLogger('fh_saas.jobs')
 
-# %% ../../nbs/jobs/11_desk.ipynb #7bd8978d
+# %% ../../nbs/jobs/11_desk.ipynb #e5882b2c
 backstop = 900 # seconds between looks at a database that the host rings for
 
 class Desk:
     "The jobs of one database, as one process looks after them"
-    weight, rung = 1, False  # rung: the host says when there is something to do here
+    rung, tenancy, only, _free = False, None, None, Limits()  # rung: the host says when there is something to do here
     def __init__(self, store:Store, registry:Registry, settings:Settings, worker:str):
         self.store, self.registry, self.settings, self.worker = store, registry, settings, worker
         self.local = Registry()  # functions that hold on to something are for this database only
@@ -35,7 +39,7 @@ class Desk:
         self.ends, self.wanted, self.since = [], [], 0.0  # outcomes and claims by id that wait for the next turn
         self.unwritten, self.retry_at, self.pause = deque(), 0.0, 0.0  # outcomes the database did not take yet
         self.freed = []  # desks that wait for a slot which turned out not to be needed
-        self.quiet, self.hungry, self._beat = 0.0, False, 0.0
+        self.quiet, self.hungry, self._beat, self.checked, self.checked_place, self.barred = 0.0, False, 0.0, 0.0, None, 0.0
         self._lock = threading.Lock()
 
     def __repr__(self): return f'Desk({self.store!r}, {len(self.live)} running)'
@@ -52,28 +56,41 @@ class Desk:
         self.local = other.local
 
     @property
-    def names(self) -> tuple: # As `Registry.names`
+    def limits(self) -> Limits: return self.tenancy.limits if self.tenancy else self._free
+    @property
+    def weight(self): return self.limits.weight
+    @property
+    def shut(self) -> bool: # Is nothing to be started here now?
+        return self.paused or bool(self.tenancy) and (not self.tenancy.serving or self.limits.paused)
+
+    @property
+    def names(self) -> tuple: # As `Registry.names`, without what is paused
         (names, types), (local, local_types) = self.registry.names, self.local.names
-        return names + local + tuple(sorted(self._own)), types + local_types
+        names, types = names + local + tuple(sorted(self._own)), types + local_types
+        if not (off := self.limits.off): return names, types
+        return tuple(n for n in names if n not in off), tuple(t for t in types if t not in off)
 
     def claim(self, job_id:str, func=None) -> Attempt: # None if the job is not pending
         "Claim one job, whenever it was due"
+        self.verify()
         row = self.store.claim_one(job_id, gen_id(), self.worker, self.settings.lease)
-        return row and self._take(row, func)
+        return row and self._take([row], func)[0]
 
-    def _take(self, row, func=None):
-        func = func or self.functions.get(row['id'])
-        known = (row['task'], row['job_type'])
-        a = Attempt(self.store, row, self.registry.find(*known) or self.local.find(*known) or Task(func, row['task']), func)
-        a.desk, a.lease_until = self, time.monotonic() + self.settings.lease
-        with self._lock: self.live[a.key] = a
-        return a
+    def _take(self, rows, func=None):
+        attempts, until = [], time.monotonic() + self.settings.lease
+        for row in rows:
+            known, f = (row['task'], row['job_type']), func or self.functions.get(row['id'])
+            attempts.append(a := Attempt(self.store, row, self.registry.find(*known) or self.local.find(*known) or Task(f, row['task']), f))
+            a.desk, a.lease_until = self, until
+        with self._lock: self.live.update((a.key, a) for a in attempts)
+        return attempts
 
-    def let_go(self, a:Attempt, ended:bool):
-        "An attempt is over"
+    def let_go(self, *attempts, ended:bool):
+        "Attempts are over"
         with self._lock:
-            self.live.pop(a.key, None)
-            if ended: self.functions.pop(a.row['id'], None)
+            for a in attempts:
+                self.live.pop(a.key, None)
+                if ended: self.functions.pop(a.row['id'], None)
 
 # %% ../../nbs/jobs/11_desk.ipynb #700fbd67
 class Slot:
@@ -92,31 +109,66 @@ class Slot:
         with self._lock: waiting, self.waiting, self.taken = self.waiting, [], False
         return waiting
 
-# %% ../../nbs/jobs/11_desk.ipynb #8abefdb6
+# %% ../../nbs/jobs/11_desk.ipynb #3b679013
 @patch
 def turn(self:Desk,
     ends:list, # Attempts whose outcomes are to be written
     wanted:list, # Ids of jobs to claim, whenever they are due
     room:Room, # What else may be claimed; None: nothing
+    spare:Room=Room(0), # The limits for `wanted`, if there is no `room`
 ) -> tuple: # Attempts of `wanted`, other attempts to run, seconds until something is due, and until a lease runs out
     "Everything there is to write, in one transaction"
     names, me = self.names, (gen_id(), self.worker, self.settings.lease)
     done = self.store.finishing_all([(a.row, a.outcome, a.last_note) for a in ends]) if ends else None
-    these = self.store.claiming_these(wanted, *me) if wanted else None
+    these = self.store.claiming_these(wanted, *me, replace(room or spare, n=len(wanted), sure=None)) if wanted else None
     claim = self.store.claiming(*names, *me, room) if room else None
+    check = self._checking() if these or claim else None
     def op(cur, now):
         if done: done(cur, now)
+        notes = check(cur, now) if check else None
         got, rows, due = these(cur, now) if these else [], claim(cur, now) if claim else [], (0.0, None)
-        if claim and len(rows) < room.n: due = self.store.due_in(cur, now, *names, room.closed)
-        return got, rows, due
-    got, rows, due = self.store.write(op)
-    return {r['id']: r for r in got}, [self._take(r) for r in rows], *due
+        if claim and len(rows) < room.n: due = self.store.due_in(cur, now, *names, room.closed, self.only)
+        return got, rows, due, notes
+    got, rows, due, notes = self.store.write(op)
+    if notes: self._checked(notes)
+    return {r['id']: r for r in got}, self._take(rows), *due
 
-# %% ../../nbs/jobs/11_desk.ipynb #7ace2874
+# %% ../../nbs/jobs/11_desk.ipynb #74d5d974
 @patch
-def look(self:Desk, closed=()) -> tuple: # Seconds until something is due, and until a lease runs out; None: never
+def _checking(self:Desk):
+    "An operation: is this the database that the host knows?"
+    if self.tenancy is None: return None
+    # on PostgreSQL each step of the mark would keep other claimers waiting for its row: once a second there
+    old = isinstance(self.store.kind, SQLite) or time.monotonic() > self.checked + 1
+    if old: self.tenancy.refresh(1.0)
+    noting = self.store.noting()
+    def op(cur, now):
+        if not old and self.store.place == self.checked_place: return None
+        self.tenancy.check(notes := noting(cur, now))
+        return notes
+    return op
+
+@patch
+def _checked(self:Desk, notes):
+    self.checked, self.checked_place = time.monotonic(), self.store.place
+    self.tenancy.advanced(notes)
+
+@patch
+def verify(self:Desk):
+    "Raise `Held` if the database was replaced"
+    if (check := self._checking()) and (notes := self.store.write(check)): self._checked(notes)
+
+@patch
+def tell(self:Desk, every:float=0.0):
+    "Let the host know how far the database has come"
+    try: self.tenancy and self.tenancy.tell(every)
+    except FhSaasError as e: log.warning('tenant=%s: its mark is not in the host: %s', self.store.tenant, e)
+
+# %% ../../nbs/jobs/11_desk.ipynb #26b78819
+@patch
+def look(self:Desk) -> tuple: # Seconds until something is due, and until a lease runs out; None: never
     "Is there anything to do? Asked without a lock"
-    return self.store.next_due(*self.names, closed)
+    return self.store.next_due(*self.names, self.limits.closed, self.only)
 
 @patch
 def suspect(self:Desk, slot, room:Room) -> list: # Attempts
@@ -125,13 +177,14 @@ def suspect(self:Desk, slot, room:Room) -> list: # Attempts
     rows = []
     try: rows = self.store.write(self.store.claiming(*self.names, gen_id(), self.worker, self.settings.lease, room))
     finally: self.freed = [] if rows else slot.give()
-    attempts = [self._take(r) for r in rows]
+    attempts = self._take(rows)
     for a in attempts: a.suspect = True
     return attempts
 
 @patch
 def rescue(self:Desk):
     "Take back what others have lost"
+    self.verify()
     if self.live: self.renew()  # what runs here is alive, however long the database was out of reach
     for row, o in self.store.rescue():
         log.warning('tenant=%s job=%s type=%s attempt=%s: taken back, %s', self.store.tenant, row['id'], row['job_type'], row['attempt'], o.kind)
@@ -140,21 +193,25 @@ def rescue(self:Desk):
 def give_back(self:Desk, attempts):
     "Undo the claims of jobs that were not begun"
     self.store.write(self.store.release([a.row for a in attempts]))
-    for a in attempts: self.let_go(a, ended=False)
+    self.let_go(*attempts, ended=False)
 
 @patch
 def rest(self:Desk, *moments) -> float: # Seconds until the next look
     "There is nothing to do now"
-    if not (self.live or self.ends or self.wanted): self.store.close()  # an idle tenant has no open file
+    if not (self.live or self.ends or self.wanted):
+        self.store.close()  # an idle tenant has no open file
+        self.checked = 0.0  # and what is opened next may be another
+        self.tell()
     self.quiet = min(30.0, self.quiet*1.5 + 0.5)
     return max(0.05, min(m for m in (*moments, backstop if self.rung else max(self.settings.poll, self.quiet)) if m is not None))
 
-# %% ../../nbs/jobs/11_desk.ipynb #1eeba32a
+# %% ../../nbs/jobs/11_desk.ipynb #f097716c
 @patch
 def beat(self:Desk):
     "Write what running jobs say about themselves; renew their leases when it is time"
     if time.monotonic() > self._beat + self.settings.lease/3: self.renew()
     with self._lock: live = dict(self.live)
+    self.tell(5)
     if notes := [n for a in live.values() if (n := a.ctx.note())]:
         self.store.write(lambda cur, now: [op(cur, now) for op, _ in notes])
         for _, written in notes: written()

@@ -9,39 +9,46 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/engine.html.md"""
 # %% auto #0
 __all__ = ['log', 'max_open', 'Engine', 'default_engine', 'end_process', 'use_engine']
 
-# %% ../../nbs/jobs/14_engine.ipynb #03e7f7f3
+# %% ../../nbs/jobs/14_engine.ipynb #85cd0b58
 import asyncio, atexit, logging, os, socket, threading, time
 from collections import OrderedDict
 from concurrent.futures import Future, wait
 from fastcore.basics import patch
 from ..db_connect import FhSaasError, check_url
-from ..db_host import gen_id
+from ..db_host import HostDatabase, gen_id
 from .attempt import Attempt
 from .desk import Desk, Slot
 from .pool import Crew, Pool, settle
 from .recorder import Recorder
 from .rounds import Rounds
+from .rules import Limits
 from .settings import Settings
 from .states import Outcome
 from .store import Store
+from .tenancy import Tenancy
 from .tasks import Registry, Task, is_async, registry as process_registry
 from .turns import Line, Ring
 
 log = logging.getLogger('fh_saas.jobs')
 
-# %% ../../nbs/jobs/14_engine.ipynb #7ad04aa5
+# %% ../../nbs/jobs/14_engine.ipynb #866189c5
 max_open = 64  # databases without a running job whose connections are kept
 
 class Engine(Recorder, Rounds):
     "Runs the jobs of any number of databases in this process"
-    def __init__(self, settings:Settings=None, registry=process_registry):
+    def __init__(self,
+        settings:Settings=None, # From the environment if left out
+        registry=process_registry, # The tasks it can run
+        queues:dict=None, # Jobs at once of each of these queues, and no others are served; None: all
+    ):
         self.settings, self.registry, self.pid = settings or Settings.from_env(), registry, os.getpid()
         self.worker = f'{socket.gethostname()}:{self.pid}:{gen_id()[-8:]}'
-        self.line, self._ring = Line(self.settings.concurrency), Ring()
+        self.line, self._ring = Line(self.settings.concurrency, queues), Ring()
         self.crew, self.house = Crew(self.settings.concurrency + 32, 'fh_saas-job', self._find), Pool(32, 'fh_saas-house')
-        self.slot, self.stale, self.stopping, self.closed = Slot(), 0, False, False
+        self.slot, self.stale, self.stopping, self.closed, self.quiet = Slot(), 0, False, False, False
+        self.hurry = False  # set while it stops: wait no longer for what runs
         self._stores, self._gates, self._desks, self._open, self._reserved = {}, {}, {}, {}, {}
-        self._errands, self._agenda, self._watched = OrderedDict(), [], (0.0, False)
+        self._errands, self._blocked, self._agenda, self._watched = OrderedDict(), OrderedDict(), [], (0.0, False)
         self._waiting, self._claims, self._running, self._loop = set(), set(), False, None
         self._lock, self._wake = threading.RLock(), threading.Condition()
 
@@ -60,8 +67,43 @@ class Engine(Recorder, Rounds):
             if (u, table) not in self._stores:
                 store = Store(u, table, self.settings.synchronous, self.settings.busy, tenant)
                 with self._lock: self._stores[u, table], self._desks[store] = store, Desk(store, self.registry, self.settings, self.worker)
-                store.used = lambda: self._used(store)
+                self._desks[store].only, store.used = self.line.queues, lambda: self._used(store)
             return self._stores[u, table]
+
+    def tie(self, store:Store, host:HostDatabase, tenant_id:str, rung:bool=False):
+        "Let the host say what holds for this database, and whether it is the right one"
+        desk = self._desks[store]
+        desk.rung = desk.rung or rung
+        if desk.tenancy is None: desk.tenancy = Tenancy(host, tenant_id)
+
+    @property
+    def backlog(self) -> int:
+        "Databases that wait for a turn"
+        return len(self._ring)
+
+    @property
+    def blocked(self) -> int:
+        "Databases whose jobs a limit keeps waiting"
+        return len(self._blocked)
+
+    @property
+    def idle(self) -> bool:
+        "Is there nothing in hand, and nothing it was asked to look at?"
+        return not (self.load or self.backlog or self._errands or self._live() or any(d.turning or d.hungry for d in list(self._desks.values()) if not d.shut))
+
+    def running_jobs(self) -> list: # Tenant, job id and job type of each
+        "What runs here"
+        return [(a.store.tenant, a.row['id'], a.row['job_type']) for a in self._live() if a.counted]
+
+    def limits(self, store:Store) -> Limits:
+        "What the host's rules come to for the tenant of a database"
+        return self._desks[store].limits
+
+    def knows(self, store:Store) -> bool: return store in self._desks
+
+    def serves(self, queue:str) -> bool:
+        "Does this process run jobs of that queue?"
+        return bool(self.settings.concurrency) and (self.line.queues is None or queue in self.line.queues)
 
     def _used(self, store):
         with self._lock:
@@ -106,11 +148,11 @@ def _run_until_done(coro):
     threading.Thread(target=lambda: settle(future, asyncio.run(coro)), daemon=True).start()
     return future.result()
 
-# %% ../../nbs/jobs/14_engine.ipynb #33cd7c79
+# %% ../../nbs/jobs/14_engine.ipynb #f48f1291
 @patch
 async def handle(self:Engine, store:Store, job_id:str, func):
     "Run one attempt of a job for a response that was sent; never raises, never waits for a retry time"
-    if self.stopping or self.is_paused(store) or not self.settings.concurrency: return
+    if self.stopping or self.quiet or self._desks[store].paused or not self.settings.concurrency: return  # asks nobody: this is the event loop
     try:
         if is_async(func): await self._handle_async(store, job_id, func)
         else: await self._until_stop(self._want(store, job_id, func, True))
@@ -177,7 +219,7 @@ def use_loop(self:Engine, loop):
     "Run async tasks in the app's own loop, where its clients and pools live"
     with self._lock: self._loop = loop
 
-# %% ../../nbs/jobs/14_engine.ipynb #4dc9ed44
+# %% ../../nbs/jobs/14_engine.ipynb #f4e346dd
 @patch
 def stop(self:Engine, grace:float=None):
     "Claim nothing more, let running jobs end, release the rest; can be called from any thread, more than once"
@@ -186,7 +228,7 @@ def stop(self:Engine, grace:float=None):
     for a in self._live(): a.ctx.stop()
     for d in list(self._desks.values()): self._settle_wanted(d)
     if unbegun := self.line.pull(): self._undo(unbegun)
-    while (self._live() or self._landing()) and time.monotonic() < until: time.sleep(0.02)
+    while (self._live() or self._landing()) and time.monotonic() < until and not self.hurry: time.sleep(0.02)
     until = time.monotonic() + 2*self.settings.busy + 2
     while self._landing() and time.monotonic() < until: time.sleep(0.02)
     abandoned = [(a.loop, a.async_task) for a in self._live() if a.async_task]
@@ -196,7 +238,19 @@ def stop(self:Engine, grace:float=None):
     self._leave(abandoned)
     if first:
         self.crew.close(); self.house.close()
-        for d in list(self._desks.values()): d.store.close()
+        for d in list(self._desks.values()): d.tell(); d.store.close()
+
+@patch
+def be_quiet(self:Engine, quiet:bool=True):
+    "Start nothing until it is ended; what runs goes on"
+    self.quiet = quiet
+    if not quiet: self._visit_soon(list(self._desks.values()))
+
+@patch
+def resize(self:Engine, concurrency:int):
+    "Run so many jobs at once from now on; what runs beyond that goes on"
+    self.line.size, self.crew.size = concurrency, concurrency + 32
+    self._fed()
 
 @patch
 def _leave(self:Engine, tasks):
@@ -209,7 +263,7 @@ def _leave(self:Engine, tasks):
         # asyncio.run waits without limit for every task it knows of
         if not t.done() and not loop.is_closed(): loop.call_soon_threadsafe(asyncio._unregister_task, t)
 
-# %% ../../nbs/jobs/14_engine.ipynb #d4cdd6b7
+# %% ../../nbs/jobs/14_engine.ipynb #e4c0cab3
 @patch
 def _landing(self:Engine) -> bool:
     "Is a claim on its way, whose job is not yet known here?"
@@ -221,8 +275,14 @@ def _undo(self:Engine, attempts):
     for desk in {a.desk for a in attempts}:
         mine = [a for a in attempts if a.desk is desk]
         for a in mine: settle(a.done) if a.done else None
-        try: desk.give_back(mine)
+        try: desk.give_back(mine); self._pass_on(desk)
         except FhSaasError as e: log.error('tenant=%s: %s jobs could not be given back, their leases will run out: %s', desk.store.tenant, len(mine), e)
+
+@patch
+def _pass_on(self:Engine, desk):
+    "Ring for the jobs that this process leaves to others"
+    try: desk.tenancy and desk.tenancy.wakes.ring(desk.tenancy.tenant_id)
+    except FhSaasError as e: log.warning('tenant=%s: not rung for in the host, it is found later: %s', desk.store.tenant, e)
 
 @patch
 def _live(self:Engine): return [a for d in list(self._desks.values()) for a in list(d.live.values())]
@@ -239,6 +299,7 @@ def _release(self:Engine, attempts):
     for a, w in zip(attempts, written or []):
         if w: log.warning('%s: %s at shutdown', a, a.outcome.kind)
     for a in attempts: a.desk.let_go(a, ended=False); self._off(a)
+    self._pass_on(attempts[0].desk)
 
 # %% ../../nbs/jobs/14_engine.ipynb #8625af39
 _default, _default_lock, _ending = None, threading.Lock(), False
@@ -257,13 +318,14 @@ def end_process():
     global _ending
     _ending = True
 
-# %% ../../nbs/jobs/14_engine.ipynb #05451209
+# %% ../../nbs/jobs/14_engine.ipynb #4034d797
 @patch
 def take_over(self:Engine, desk:Desk):
     "Look after a database that another engine of this process looked after"
     try: store = self.store(desk.store.url, desk.store.t.jobs.name, desk.store.tenant)
     except Exception as e: return log.warning('tenant=%s: cannot be served now: %s', desk.store.tenant, e)
     self._desks[store].adopt(desk)
+    self._desks[store].tenancy = desk.tenancy
     self.attend(store, 1)
 
 def use_engine(engine:Engine) -> Engine:

@@ -7,8 +7,8 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/pool.html.md"""
 # %% auto #0
 __all__ = ['log', 'settle', 'Pool', 'Crew']
 
-# %% ../../nbs/jobs/10_pool.ipynb #f8783dc8
-import logging, queue, threading
+# %% ../../nbs/jobs/10_pool.ipynb #434f9c65
+import logging, queue, threading, time
 from concurrent.futures import Future, InvalidStateError
 
 log = logging.getLogger('fh_saas.jobs')
@@ -58,21 +58,24 @@ class Pool:
         with self._lock: n, self._threads = self._threads, 0
         for _ in range(n): self._queue.put(None)
 
-# %% ../../nbs/jobs/10_pool.ipynb #e340c73b
+# %% ../../nbs/jobs/10_pool.ipynb #a3387ee4
 class Crew:
     "Daemon threads that look for work themselves; woken one by one"
     def __init__(self,
         size:int, # Most threads
         name:str,
-        find, # Called without arguments: something to call, or None
+        find, # Called without arguments: something to call, None, or seconds until one thread looks again
     ):
         self.size, self.name, self.find = size, name, find
         self._lock, self._tokens = threading.Lock(), queue.SimpleQueue()
         self._threads = self._idle = 0
-        self._waking = self._closed = False
+        self._waking = self._closed = self._guarded = False
 
-    def call(self):
+    def call(self,
+        spare:bool=False, # Is it enough that a thread looks again soon?
+    ):
         "There is work: wake a thread, unless one is on its way"
+        if self._waking or spare and self._guarded: return
         with self._lock:
             if self._waking or self._closed: return
             grow = not self._idle and self._threads < self.size
@@ -90,12 +93,13 @@ class Crew:
         awake = True
         while awake and not self._closed:
             with self._lock: self._waking = False
-            while (f := self.find()) is not None: self._do(f)
+            while (f := self.find()) is not None and self._do(f): pass
             with self._lock: self._idle += 1
             # what came after the last look and before this thread counted as idle has called nobody
-            if (f := self.find()) is not None and self._back(): self._do(f); continue
-            if f is not None: self._do(f)
-            awake = self._tokens.get()
+            f = self.find()
+            back = f is not None and (callable(f) or not self._guarded) and self._back()
+            if callable(f): self._do(f)
+            if not back: awake = self._tokens.get()
 
     def _back(self) -> bool:
         "Is this thread still idle? If not, a token is on its way to it"
@@ -104,9 +108,20 @@ class Crew:
             self._idle -= 1
             return True
 
-    def _do(self, f):
+    def _do(self, f) -> bool:
+        "Call `f`, or wait `f` seconds unless another thread does; is this thread to look again?"
+        if not callable(f): return self._guard(f)
         try: f()
         except Exception: log.exception('a thread of %s goes on after an error', self.name)
+        return True
+
+    def _guard(self, wait) -> bool:
+        with self._lock:
+            if self._guarded: return False
+            self._guarded = True
+        time.sleep(wait)
+        self._guarded = False
+        return True
 
     def close(self):
         "Let the threads end when they are done"

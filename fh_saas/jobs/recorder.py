@@ -21,7 +21,7 @@ log = logging.getLogger('fh_saas.jobs')
 tick = 0.5  # seconds between looks at what runs
 patience = 0.005  # seconds for which an outcome waits for those of the same database that follow
 
-# %% ../../nbs/jobs/12_recorder.ipynb #43c4fc62
+# %% ../../nbs/jobs/12_recorder.ipynb #f06f07b8
 class Recorder: "The part of an engine that records outcomes"
 
 @patch
@@ -34,15 +34,16 @@ def _record(self:Recorder,
     a.outcome, a.done, a.last_note, desk = o, done or a.done, None, a.desk
     if not a.refused and (note := a.ctx.note()): a.last_note = note[0]
     now = time.monotonic()
+    self._unblock(desk)
     with desk._lock:
         if not desk.ends: desk.since = now
         desk.ends.append(a)
-        first, waits = len(desk.ends) == 1, len(desk.ends) < 100 and now < desk.since + patience
+        first, waits = len(desk.ends) == 1, len(desk.ends) < 200 and now < desk.since + patience
     if not waits or not self.line.of(desk): return True
     if first: self._at(desk, now + patience)
     return False
 
-# %% ../../nbs/jobs/12_recorder.ipynb #9d0e1f75
+# %% ../../nbs/jobs/12_recorder.ipynb #8c621a87
 @patch
 def _written(self:Recorder, a, written):
     "An outcome is on the disk; or it is dropped, because the claim was lost"
@@ -53,6 +54,15 @@ def _written(self:Recorder, a, written):
         log.warning('%s: its outcome %r was dropped: the job is not its own any more', a, a.outcome.kind)
     elif written and a.outcome.status == 'pending': self.attend(a.store, a.outcome.delay)
     if a.done: settle(a.done, a.outcome if written else None)
+
+@patch
+def _all_written(self:Recorder, desk, ends):
+    over, others = [], []
+    for a in ends: (others if a.suspect or a.outcome.status == 'pending' else over).append(a)
+    desk.let_go(*over, ended=True)
+    for a in over:
+        if a.done: settle(a.done, a.outcome)
+    for a in others: self._written(a, True)
 
 @patch
 def _one_by_one(self:Recorder, ends):

@@ -7,7 +7,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/rounds.html.md"""
 # %% auto #0
 __all__ = ['log', 'reserve', 'Rounds', 'supervising']
 
-# %% ../../nbs/jobs/13_rounds.ipynb #fc0b3e8f
+# %% ../../nbs/jobs/13_rounds.ipynb #f65618cd
 import asyncio, heapq, logging, sys, threading, time
 from functools import partial
 from fastcore.basics import patch
@@ -17,12 +17,15 @@ from .claims import Room
 from .pool import settle
 from .recorder import tick
 from .store import Store
-from .turns import batch
+from .tenancy import Held
+from .turns import batch, linger
 
 log = logging.getLogger('fh_saas.jobs')
 
-# %% ../../nbs/jobs/13_rounds.ipynb #5f78c3a3
-class Rounds: "The part of an engine that knows when to look where"
+# %% ../../nbs/jobs/13_rounds.ipynb #856c7916
+class Rounds:
+    "The part of an engine that knows when to look where"
+    _ran = 0
 
 @patch
 def attend(self:Rounds,
@@ -52,7 +55,7 @@ def _errand(self:Rounds, desk):
     with self._lock: self._errands[desk] = None
     self.crew.call()
 
-# %% ../../nbs/jobs/13_rounds.ipynb #3951e438
+# %% ../../nbs/jobs/13_rounds.ipynb #7fa82c32
 @patch
 def pause(self:Rounds, store:Store, paused:bool=True):
     "Start nothing from a database until it is resumed; what runs goes on"
@@ -60,7 +63,19 @@ def pause(self:Rounds, store:Store, paused:bool=True):
     if not paused: self.attend(store)
 
 @patch
-def is_paused(self:Rounds, store:Store) -> bool: return store in self._desks and self._desks[store].paused
+def is_paused(self:Rounds, store:Store) -> bool: return store in self._desks and self._desks[store].shut
+
+@patch
+def reconsider(self:Rounds, tenants=None):
+    "What the host says of these tenants has changed; None: of all"
+    for desk in list(self._desks.values()):
+        if desk.tenancy and (tenants is None or desk.tenancy.tenant_id in tenants): desk.tenancy.read = 0.0; self.attend(desk.store)
+
+@patch
+def next_due(self:Rounds, store:Store) -> tuple: # Seconds until a job is due that this process can run, and until a lease runs out
+    "As `Store.next_due`; nothing while an operator has stopped it"
+    due, lapse = self._desks[store].look()
+    return None if self._desks[store].shut else due, lapse
 
 @patch
 def opened(self:Rounds, url, table:str='tenant_jobs') -> Store:
@@ -75,7 +90,11 @@ def forget(self:Rounds, store:Store):
         self._stores.pop((store.url, store.t.jobs.name), None)
         self._errands.pop(desk, None)
         self._ring.leave(desk)
-    if desk: self._settle_wanted(desk)
+    if desk:
+        self._settle_wanted(desk)
+        lost, desk.ends = [*desk.ends, *desk.unwritten], []
+        desk.unwritten.clear()
+        for a in lost: self._written(a, False)  # there is nothing any more to write them to
     store.close()
 
 # %% ../../nbs/jobs/13_rounds.ipynb #ca371269
@@ -113,26 +132,32 @@ def _watching(self:Rounds) -> bool:
     if now > self._watched[0]: self._watched = now + 1, supervising()
     return self._watched[1]
 
-# %% ../../nbs/jobs/13_rounds.ipynb #d3b11dc1
+# %% ../../nbs/jobs/13_rounds.ipynb #71612a63
 @patch
 def _find(self:Rounds):
-    "Something for a thread of the crew to do; None if there is nothing"
+    "Something for a thread of the crew to do; None if there is nothing, or when to look again if others are at it"
     with self._lock:
-        if self._errands: f = partial(self._turn, self._errands.popitem(last=False)[0], True)
+        if turn := bool(self._errands): f = partial(self._turn, self._errands.popitem(last=False)[0], True)
+        elif self.line.waiting and self.line.flows(): return linger
         elif a := self.line.take(): f = partial(self._run, a)
         else: return None
-        more = self._errands or self.line.waiting and self.line.running < self.line.size
-    if more: self.crew.call()
+        more, spare = self._errands or self.line.waiting and self.line.running < self.line.size, not (turn or self._errands)
+    if more: self.crew.call(spare)
     return f
 
 @patch
 def _run(self:Rounds, a:Attempt):
     if a.outcome is not None or a.ctx.lost: return self._off(a)  # it was released while it waited for this thread
     if a.is_async: return asyncio.run_coroutine_threadsafe(self._arun(a), self.loop())
+    self._ran += 1
+    # a turn that waits for Python after each of its statements would get it only every `sys.getswitchinterval()`
+    if self._ran % batch == 0 and a.desk.turning: time.sleep(1e-5)
     start = time.perf_counter()
     o = a.call()
     self._off(a, time.perf_counter() - start)
-    if self._record(a, o): self._turn(a.desk, True)
+    if self._record(a, o):
+        if self.line.waiting: self.crew.call()
+        self._turn(a.desk, True)
     self._fed(a.desk)
 
 @patch
@@ -154,7 +179,7 @@ def _fed(self:Rounds, but=None):
 def _visit_soon(self:Rounds, desks):
     for d in desks: self.attend(d.store)
 
-# %% ../../nbs/jobs/13_rounds.ipynb #c6017ad7
+# %% ../../nbs/jobs/13_rounds.ipynb #b520cfe0
 reserve = 0.1  # seconds for which a turn has its room to itself; one that is stuck on a locked database keeps it from nobody
 
 @patch
@@ -175,12 +200,19 @@ def _allot(self:Rounds, desk) -> int:
         return n
 
 @patch
-def _room(self:Rounds, desk, n, **kw): return Room(n, by_queue=self.line.free_of({}), age=self.settings.age, **kw)
+def _room(self:Rounds, desk, n, **kw):
+    l = desk.limits
+    return Room(n, by_queue=self.line.free_of(), closed=l.closed, most=l.most, most_by_queue=l.most_by_queue, rates=l.rates, off=l.off,
+        age=self.settings.age, sure=max(0, self.line.free()), **kw)
 
 @patch
-def _may_claim(self:Rounds, desk) -> bool: return not (self.stopping or desk.paused or not self.settings.concurrency or self._watching())
+def _may_claim(self:Rounds, desk) -> bool:
+    if self.stopping or self.quiet or not self.settings.concurrency or self._watching(): return False
+    if desk.tenancy: desk.tenancy.refresh(1.0)
+    if desk.tenancy and desk.tenancy.facts['state'] == 'gone' and not (desk.live or desk.ends): self.forget(desk.store); return False
+    return not desk.shut
 
-# %% ../../nbs/jobs/13_rounds.ipynb #2df0abd0
+# %% ../../nbs/jobs/13_rounds.ipynb #92847268
 @patch
 def _turn(self:Rounds,
     desk,
@@ -213,13 +245,24 @@ def _turn(self:Rounds,
 @patch
 def _troubled(self:Rounds, desk, ends, wanted, e) -> float:
     for a in ends: self._unwritten(a, e)
-    for _, _, future, _ in wanted: settle(future, error=e)
+    for _, _, future, _ in wanted: settle(future) if isinstance(e, Held) else settle(future, error=e)
     with self._lock: self._ring.leave(desk)
+    if desk.tenancy and self._given_up(desk, e): return None
     desk.quiet = again = min(60.0, max(1.0, desk.quiet*2))
     log.warning('tenant=%s: cannot be looked after, next try in %g s: %s', desk.store.tenant, again, e)
     return again
 
-# %% ../../nbs/jobs/13_rounds.ipynb #c697ee9e
+# %% ../../nbs/jobs/13_rounds.ipynb #183cdda3
+@patch
+def _given_up(self:Rounds, desk, e) -> bool:
+    "Is the database not to be tried again: held, or gone with its tenant?"
+    try: held = isinstance(e, Held) and desk.tenancy.hold(e)
+    except FhSaasError as e: log.warning('tenant=%s: the host does not answer: %s', desk.store.tenant, e); return False
+    desk.tenancy.refresh(1.0)
+    if desk.tenancy.facts['state'] == 'gone' and not desk.ends: self.forget(desk.store)
+    return held or desk.tenancy.facts['state'] == 'gone'
+
+# %% ../../nbs/jobs/13_rounds.ipynb #d00b048d
 @patch
 def _have_turn(self:Rounds, desk, ends, wanted, attempts):
     claims = self._may_claim(desk)
@@ -237,33 +280,34 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts):
     n = self._allot(desk) if claims and (desk.hungry or desk.wanted) else 0
     with desk._lock: wanted[:], desk.wanted[:n] = desk.wanted[:n], []
     room = self._room(desk, n - len(wanted)) if desk.hungry and n > len(wanted) else None
-    if not (ends or wanted or room): return self.settings.poll if claims else None
-    try: got, found, due, lapse = desk.turn(ends, [w[0] for w in wanted], room)
+    if not (ends or wanted or room): return self.settings.poll if claims or desk.tenancy and not desk.rung and not self.stopping else None
+    try: got, found, due, lapse = desk.turn(ends, [w[0] for w in wanted], room, self._room(desk, 0))
     except FhSaasError: raise
     except Exception:
         if not ends: raise
         with desk._lock: desk.wanted[:0], wanted[:], desk.again = wanted, [], True
         return self._one_by_one([ends.pop(0) for _ in range(len(ends))])
-    for a in ends: self._written(a, True)
+    self._all_written(desk, ends)
     ends.clear()
     attempts += [a for w in wanted if (a := self._given(desk, got, *w))] + found
     wanted.clear()
     return self._after(desk, room, found, due, lapse, attempts) if room else None
 
-# %% ../../nbs/jobs/13_rounds.ipynb #0407e38d
+# %% ../../nbs/jobs/13_rounds.ipynb #1211845d
 @patch
 def _given(self:Rounds, desk, got, job_id, func, future, here):
     "The attempt of a job that a response brought; it runs in the crew, or where its future is awaited"
     if (row := got.get(job_id)) is None: return settle(future)
-    a = desk._take(row, func)
+    [a] = desk._take([row], func)
     if here: a.done = future; return a
-    with self.line._lock: self.line.running += 1; self.line._count(a, 1)
+    with self.line._lock: self.line.started(a); self.line._count(a, 1)
     a.counted = True
     settle(future, a)
 
 @patch
 def _after(self:Rounds, desk, room, found, due, lapse, attempts):
     "The claim found as many as there was room for, or fewer: when is the next one?"
+    if found: desk.barred = 0.0
     if len(found) >= room.n: return None  # there may be more: it stays in the ring
     desk.hungry = False
     with self._lock: self._ring.leave(desk)
@@ -272,7 +316,21 @@ def _after(self:Rounds, desk, room, found, due, lapse, attempts):
         return 0.0
     if due is None or due > 0: return desk.rest(due, lapse) if not found else min(self.settings.poll, *(m for m in (due, lapse) if m is not None), 3600)
     attempts += (suspects := desk.suspect(self.slot, self._room(desk, 1, suspects=True)))
-    return 0.0 if suspects else 0.2
+    if suspects: return 0.0
+    with self._lock: self._blocked[desk] = self._blocked.pop(desk, None)
+    # a limit keeps it out: the end of a job calls it, a rate or another process does not
+    desk.barred = min(5.0, max(0.2, 2*desk.barred))
+    return desk.barred
+
+@patch
+def _unblock(self:Rounds, desk):
+    "A job of `desk` has ended: whom a limit has kept from claiming may try again"
+    if not self._blocked: return
+    with self._lock:
+        own, first = desk in self._blocked, next(iter(self._blocked), None)
+        for d in {first, desk} if own else {first}:
+            if d is not None: self._blocked.pop(d, None); d.hungry = True
+        if first is not None and first is not desk: self._errands[first] = None
 
 @patch
 def _settle_wanted(self:Rounds, desk):

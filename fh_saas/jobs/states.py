@@ -30,7 +30,9 @@ class Priority(IntEnum):
     HIGH = 3
     CRITICAL = 4
 
-# %% ../../nbs/jobs/00_states.ipynb #1c738ca2
+# %% ../../nbs/jobs/00_states.ipynb #e76549c4
+_after = {str(s): s for s in final}
+
 @dataclass
 class Outcome:
     "What one attempt came to, ready to be recorded"
@@ -41,7 +43,7 @@ class Outcome:
     delay: float = 0 # Seconds until the next attempt, when there is one
 
     @property
-    def status(self) -> Status: return Status(self.kind) if self.kind in final else Status.pending
+    def status(self) -> Status: return _after.get(self.kind, Status.pending)
 
     @property
     def counts(self) -> bool:

@@ -7,23 +7,23 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/wake.html.md"""
 # %% auto #0
 __all__ = ['wakes_table', 'Wakes', 'wakes_of']
 
-# %% ../../nbs/jobs/15_wake.ipynb #4e04ab52
+# %% ../../nbs/jobs/15_wake.ipynb #36c911f0
 import os, threading, time
 import sqlalchemy as sa
 from fastcore.basics import patch
-from ..db_connect import db_errors, lock_schema, writing
-from ..db_host import HostDatabase, seconds, timestamp
+from ..db_connect import add_columns, db_errors, lock_schema, writing
+from ..db_host import HostDatabase, catalog_table, seconds, timestamp
+from .bell import Bell, channel
 from .claims import max_lease
-from .commit import Committer
+from .commit import Committer, SQLite
 from .store import bind
 
-# %% ../../nbs/jobs/15_wake.ipynb #487936cc
-_meta = sa.MetaData()
-wakes_table = sa.Table('fh_saas_wakes', _meta, sa.Column('tenant_id', sa.String, primary_key=True),
-    *(sa.Column(c, sa.String) for c in ('wake_at', 'hint_at', 'visitor', 'visit_until')), sa.Column('seq', sa.Integer, nullable=False),
-    sqlite_with_rowid=False)
-for _c in ('wake_at', 'hint_at'):
-    _there = wakes_table.c[_c].is_not(None)
+# %% ../../nbs/jobs/15_wake.ipynb #1ba15d95
+_text, _number = (lambda *names: [sa.Column(c, sa.String) for c in names]), (lambda c: sa.Column(c, sa.Integer, nullable=False, server_default='0'))
+wakes_table = sa.Table('fh_saas_wakes', sa.MetaData(), sa.Column('tenant_id', sa.String, primary_key=True),
+    *_text('wake_at', 'hint_at', 'visitor', 'visit_until', 'swept_at', 'queues', 'error'), _number('seq'), _number('fails'), _number('passed'), _number('mark'), sqlite_with_rowid=False)
+for _c in ('wake_at', 'hint_at', 'swept_at'):
+    _there = wakes_table.c[_c].is_not(None) if _c != 'swept_at' else None
     sa.Index(f'ix_fh_saas_wakes_{_c}', wakes_table.c[_c], sqlite_where=_there, postgresql_where=_there)
 
 class Wakes(Committer):
@@ -34,10 +34,11 @@ class Wakes(Committer):
     ):
         # a note lost in a power cut is found by the sweep; the jobs themselves are in the tenants' databases
         super().__init__(host.url, 'NORMAL', busy)
-        self.bound, self._hinted, self._lock = 2*busy + 1, {}, threading.Lock()
+        self.host, self.bound, self._hinted, self._lock = host, 2*busy + 1, {}, threading.Lock()
+        self.bell = Bell(host.id) if isinstance(self.kind, SQLite) else None
         with db_errors(self.url), writing(self.engine) as conn:
             lock_schema(conn)
-            conn.execute(sa.schema.CreateTable(wakes_table, if_not_exists=True))
+            add_columns(conn, wakes_table)
             for ix in wakes_table.indexes: conn.execute(sa.schema.CreateIndex(ix, if_not_exists=True))
         self.engine.dispose()
 
@@ -50,8 +51,16 @@ def wakes_of(host:HostDatabase) -> Wakes:
         if key not in _all: _all[key] = Wakes(host)
         return _all[key]
 
-# %% ../../nbs/jobs/15_wake.ipynb #f65c2e33
+# %% ../../nbs/jobs/15_wake.ipynb #ecdf84e4
 def _later(col, new): return sa.case((sa.or_(col.is_(None), col < new), new), else_=col)
+def _between(queue): return f'\n{queue}\n'
+
+@patch
+def _has(self:Wakes, queue):
+    "Is something due in `queue`, as far as the row says?"
+    w = wakes_table
+    place = sa.func.instr if isinstance(self.kind, SQLite) else sa.func.strpos
+    return sa.or_(w.c.queues.is_(None), place(w.c.queues, queue) > 0)
 
 @patch
 def hint(self:Wakes, tenant_id:str):
@@ -72,38 +81,58 @@ def hint(self:Wakes, tenant_id:str):
 def ring(self:Wakes,
     tenant_id:str,
     at:str=None, # When it is due; now if left out
+    queue:str=None, # In which queue; any if left out
 ):
     "After the commit: something is due"
     w = wakes_table
     def build():
-        new = self.kind.insert(w).values(tenant_id=bind('tenant'), wake_at=bind('at'), seq=1)
+        new = self.kind.insert(w).values(tenant_id=bind('tenant'), wake_at=bind('at'), queues=bind('queue', type_=sa.String), seq=1)
+        have, its = w.c.queues, new.excluded.queues
         sooner = sa.case((sa.or_(w.c.wake_at.is_(None), w.c.wake_at > new.excluded.wake_at), new.excluded.wake_at), else_=w.c.wake_at)
-        known = sa.and_(w.c.wake_at.is_not(None), w.c.wake_at <= new.excluded.wake_at, w.c.visitor.is_(None))
-        return new.on_conflict_do_update(index_elements=[w.c.tenant_id], set_=dict(wake_at=sooner, seq=w.c.seq + 1), where=sa.not_(known))
-    stmt = self.statement(('wake ring',), build)
-    self.write(lambda cur, now: stmt(cur, tenant=tenant_id, at=at or timestamp(now)) and None)
+        more = sa.case((w.c.wake_at.is_(None), its), (sa.or_(have.is_(None), its.is_(None)), sa.null()), (self._has(its), have), else_=have + its)
+        known = sa.and_(w.c.wake_at.is_not(None), w.c.wake_at <= new.excluded.wake_at, w.c.visitor.is_(None), w.c.passed == 0, self._has(sa.func.coalesce(its, '-')))
+        return new.on_conflict_do_update(index_elements=[w.c.tenant_id], set_=dict(wake_at=sooner, queues=more, seq=w.c.seq + 1, passed=0), where=sa.not_(known))
+    stmt, tell = self.statement(('wake ring',), build), self._telling()
+    def op(cur, now):
+        stmt(cur, tenant=tenant_id, at=at or timestamp(now), queue=queue and _between(queue))
+        if tell and cur.rowcount: tell(cur, channel=channel, tenant=tenant_id)
+    self.write(op)
+    if self.bell: self.bell.ring(tenant_id)
 
-# %% ../../nbs/jobs/15_wake.ipynb #b8c0b429
+@patch
+def _telling(self:Wakes): # On PostgreSQL the ring is part of the transaction
+    if self.bell is None: return self.statement(('wake notify',), lambda: sa.select(sa.func.pg_notify(bind('channel', type_=sa.String), bind('tenant', type_=sa.String))))
+
+# %% ../../nbs/jobs/15_wake.ipynb #3064bf4c
 def _due(w): return sa.and_(sa.or_(w.c.wake_at <= bind('now'), w.c.hint_at <= bind('now')),
     sa.or_(w.c.visitor.is_(None), w.c.visit_until < bind('now'), w.c.visit_until > bind('ahead')))
 
 @patch
-def due(self:Wakes, n:int=100) -> tuple: # Ids of tenants to visit, and seconds until the next, or None
+def due(self:Wakes,
+    n:int=100, # At most so many
+    queues:tuple=None, # Only what may be due in one of these
+    but=(), # Tenant id -> `seq`: those who are as they were when they were passed by
+) -> tuple: # `seq` of each tenant to visit, by its id; and seconds until the next, or None
     "Where there is something to do"
-    w = wakes_table
-    some = self.statement(('wakes due',), lambda: sa.select(w.c.tenant_id).where(_due(w)).order_by(w.c.wake_at).limit(bind('n', type_=sa.Integer)))
-    soon = self.statement(('wakes next',), lambda: sa.select(sa.func.min(w.c.wake_at), sa.func.min(w.c.hint_at)))
+    w, c = wakes_table, catalog_table.c
+    def build():
+        shut = sa.exists().where(c.id == w.c.tenant_id, sa.or_(c.state != 'active', c.held.is_not(None)))
+        ours = [] if queues is None else [sa.or_(w.c.hint_at <= bind('now'), *(self._has(_between(q)) for q in queues))]
+        return sa.select(w.c.tenant_id, w.c.seq).where(_due(w), *ours, ~shut).order_by(w.c.wake_at).limit(bind('n', type_=sa.Integer))
+    some = self.statement(('wakes due', queues), build)
+    soon = self.statement(('wakes next',), lambda: sa.select(sa.select(sa.func.min(w.c.wake_at)).where(w.c.wake_at > bind('now')).scalar_subquery(),
+        sa.select(sa.func.min(w.c.hint_at)).where(w.c.hint_at > bind('now')).scalar_subquery()))
     with self.cursor() as cur:
         now = self.kind.now(cur)
-        found = [t for t, in some(cur, now=timestamp(now), ahead=timestamp(now+max_lease), n=n).fetchall()]
-        moments = [seconds(t) - now for t in soon(cur).fetchone() if t]
+        found = {t: seq for t, seq in some(cur, now=timestamp(now), ahead=timestamp(now+max_lease), n=n+len(but)).fetchall() if not but or but.get(t) != seq}
+        moments = [seconds(t) - now for t in soon(cur, now=timestamp(now)).fetchone() if t]
     return found, min(moments, default=None)
 
 @patch
 def lease(self:Wakes, tenant_id:str, visitor:str, span:float=30) -> tuple: # `seq` and the moment; None if there is nothing to do, or somebody else does it
     "Make the visit this process's for `span` seconds"
     w = wakes_table
-    stmt = self.statement(('wake lease',), lambda: w.update().where(w.c.tenant_id == bind('tenant'), _due(w)).values(visitor=bind('me'), visit_until=bind('until')).returning(w.c.seq))
+    stmt = self.statement(('wake lease',), lambda: w.update().where(w.c.tenant_id == bind('tenant'), _due(w)).values(visitor=bind('me'), visit_until=bind('until'), swept_at=bind('now')).returning(w.c.seq))
     def op(cur, now):
         row = stmt(cur, tenant=tenant_id, me=visitor, until=timestamp(now+span), now=timestamp(now), ahead=timestamp(now+max_lease)).fetchone()
         return row and (row[0], timestamp(now))
@@ -113,22 +142,85 @@ def lease(self:Wakes, tenant_id:str, visitor:str, span:float=30) -> tuple: # `se
 def settle(self:Wakes, tenant_id:str, visitor:str,
     seq:int, begun:str, # From `lease`
     after:float=None, # Seconds until something is due there; None: nothing is
+    queues=None, # The queues in which it is; None: any
+    passed:bool=False, # Is it due now, and not for this visitor?
 ) -> bool: # False: there were notes meanwhile, and the row stays due
     "The visit is over"
     w = wakes_table
     mine = lambda: [w.c.tenant_id == bind('tenant'), w.c.visitor == bind('me')]
     back = dict(visitor=sa.null(), visit_until=sa.null())
-    quiet = self.statement(('wake settle',), lambda: w.update().where(*mine(), w.c.seq == bind('noted')).values(wake_at=bind('at'),
+    quiet = self.statement(('wake settle',), lambda: w.update().where(*mine(), w.c.seq == bind('noted')).values(wake_at=bind('at'), queues=bind('queues', type_=sa.String), passed=bind('passed', type_=sa.Integer), fails=0, error=sa.null(),
         hint_at=sa.case((w.c.hint_at <= bind('begun'), sa.null()), else_=w.c.hint_at), **back))
     leave = self.statement(('wake leave',), lambda: w.update().where(*mine()).values(**back))
     def op(cur, now):
-        if quiet(cur, tenant=tenant_id, me=visitor, noted=seq, begun=begun, at=None if after is None else timestamp(now+after)).rowcount: return True
+        if quiet(cur, tenant=tenant_id, me=visitor, noted=seq, begun=begun, at=None if after is None else timestamp(now+after),
+            queues=None if queues is None else ''.join(map(_between, queues)), passed=int(passed)).rowcount: return True
         leave(cur, tenant=tenant_id, me=visitor)
         return False
     return self.write(op)
+
+# %% ../../nbs/jobs/15_wake.ipynb #b59e62ab
+@patch
+def trouble(self:Wakes, tenant_id:str, visitor:str, begun:str, error:str) -> float: # Seconds until the next try
+    "The visit failed: the tenant is set aside for a while, the longer the more often"
+    w = wakes_table
+    mine = [w.c.tenant_id == bind('tenant'), w.c.visitor == bind('me')]
+    fails = self.statement(('wake fails',), lambda: sa.select(w.c.fails).where(*mine))
+    aside = self.statement(('wake aside',), lambda: w.update().where(*mine).values(wake_at=bind('at'), hint_at=sa.case((w.c.hint_at <= bind('begun'), sa.null()), else_=w.c.hint_at),
+        queues=sa.null(), fails=w.c.fails + 1, error=bind('error'), visitor=sa.null(), visit_until=sa.null()))
+    def op(cur, now):
+        row = fails(cur, tenant=tenant_id, me=visitor).fetchone()
+        if row is None: return None
+        wait = min(300.0, 2.0**min(row[0], 9))
+        aside(cur, tenant=tenant_id, me=visitor, begun=begun, at=timestamp(now+wait), error=error)
+        return wait
+    return self.write(op)
+
+@patch
+def adopt(self:Wakes):
+    "Have every tenant looked at that has no row yet"
+    w, c = wakes_table, catalog_table.c
+    new = self.statement(('wakes adopt',), lambda: self.kind.insert(w).from_select(['tenant_id', 'wake_at', 'seq'],
+        sa.select(c.id, sa.cast(bind('now'), sa.String), sa.literal_column('1')).where(~sa.exists().where(w.c.tenant_id == c.id))).on_conflict_do_nothing())
+    self.write(lambda cur, now: new(cur, now=timestamp(now)) and None)
+
+@patch
+def sweep(self:Wakes, n:int, older:float) -> int: # How many there were
+    "Have those `n` looked at who were not for the longest time, if it is more than `older` seconds"
+    w = wakes_table
+    first = lambda: sa.select(w.c.tenant_id).where(w.c.fails == 0, sa.or_(w.c.swept_at < bind('before'), w.c.swept_at.is_(None))).order_by(w.c.swept_at).limit(bind('n', type_=sa.Integer))
+    stmt = self.statement(('wakes sweep',), lambda: w.update().where(w.c.tenant_id.in_(first())).values(swept_at=bind('now'), queues=sa.null(), seq=w.c.seq + 1,
+        wake_at=sa.case((w.c.wake_at < bind('now'), w.c.wake_at), else_=bind('now'))))
+    return self.write(lambda cur, now: stmt(cur, now=timestamp(now), before=timestamp(now-older), n=n).rowcount)
 
 @patch
 def drop(self:Wakes, tenant_id:str):
     "Forget a tenant that is gone"
     stmt = self.statement(('wake drop',), lambda: wakes_table.delete().where(wakes_table.c.tenant_id == bind('tenant')))
     self.write(lambda cur, now: stmt(cur, tenant=tenant_id) and None)
+
+# %% ../../nbs/jobs/15_wake.ipynb #3a708ea0
+@patch
+def facts(self:Wakes, tenant_id:str) -> dict: # None if there is no such tenant
+    "State, epoch, mark and the reason why it is held"
+    w, c = wakes_table, catalog_table.c
+    stmt = self.statement(('wake facts',), lambda: sa.select(c.state, c.held, c.epoch, w.c.mark, c.created_at).select_from(catalog_table.outerjoin(w, w.c.tenant_id == c.id)).where(c.id == bind('tenant')))
+    with self.cursor() as cur: row = stmt(cur, tenant=tenant_id).fetchone()
+    return row and dict(state=row[0], held=row[1], epoch=row[2], mark=row[3] or 0, created=row[4])
+
+@patch
+def marked(self:Wakes, tenant_id:str, mark:int):
+    "A tenant's database has come so far"
+    w = wakes_table
+    def build():
+        new = self.kind.insert(w).values(tenant_id=bind('tenant'), mark=bind('mark'), seq=1)
+        return new.on_conflict_do_update(index_elements=[w.c.tenant_id], set_=dict(mark=new.excluded.mark), where=w.c.mark < new.excluded.mark)
+    stmt = self.statement(('wake mark',), build)
+    self.write(lambda cur, now: stmt(cur, tenant=tenant_id, mark=mark) and None)
+
+@patch
+def shut(self:Wakes) -> set:
+    "Ids of tenants of whom no job is to be started: not active, or held"
+    c = catalog_table.c
+    stmt = self.statement(('wakes shut',), lambda: sa.select(c.id).where(sa.or_(c.state != 'active', c.held.is_not(None))))
+    with self.cursor() as cur: return {t for t, in stmt(cur).fetchall()}
