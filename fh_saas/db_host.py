@@ -11,7 +11,7 @@ __all__ = ['tenant_states', 'catalog_table', 'timestamp', 'shown', 'seconds', 'g
            'env_url', 'HostDatabase', 'TenantNotFound']
 
 # %% ../nbs/00_db_host.ipynb #6698e33c
-import os, secrets, threading, time
+import os, secrets, struct, threading, time
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -40,15 +40,19 @@ def seconds(ts:str) -> float:
     return datetime.fromisoformat(ts.removesuffix('Z')).replace(tzinfo=timezone.utc).timestamp()
 
 # %% ../nbs/00_db_host.ipynb #05cc8b7f
-_id_lock, _id_last = threading.Lock(), 0
+_id_lock, _id_last, _dice = threading.Lock(), 0, []
+os.register_at_fork(after_in_child=_dice.clear)
 
 def gen_id() -> str: # 32 hexadecimal digits, a UUID of version 7
     "A new id that is greater than any this process made before, and hard to guess"
     # RFC 9562, section 6.2, method 3: 48 bits of milliseconds and 12 bits of their fraction, here made monotonic; then 62 random bits
     global _id_last
     ns = time.time_ns()
-    with _id_lock: _id_last = now = max((ns // 1_000_000 << 12) | (ns % 1_000_000 * 4096 // 1_000_000), _id_last + 1)
-    return f'{(now >> 12) << 80 | 7 << 76 | (now & 0xfff) << 64 | 2 << 62 | secrets.randbits(62):032x}'
+    with _id_lock:
+        _id_last = now = max((ns // 1_000_000 << 12) | (ns % 1_000_000 * 4096 // 1_000_000), _id_last + 1)
+        if not _dice: _dice.extend(struct.unpack('>256Q', secrets.token_bytes(2048)))  # one call to the system for many ids
+        thrown = _dice.pop()
+    return f'{(now >> 12) << 80 | 7 << 76 | (now & 0xfff) << 64 | 2 << 62 | thrown >> 2:032x}'
 
 # %% ../nbs/00_db_host.ipynb #675c3ba8
 @dataclass

@@ -17,7 +17,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/utils_bgtsk.html.md"""
 __all__ = ['log', 'TenantJob', 'BackgroundTaskManager', 'JobTask', 'InvalidJob', 'QueueClosed']
 
 # %% ../nbs/02_utils_bgtsk.ipynb #a350a7fc
-import logging, time
+import asyncio, logging, time
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -32,7 +32,7 @@ from .jobs.payload import clean, to_json
 from .jobs.states import Outcome, shown_state
 from .jobs.store import JobNotFound  # noqa: F401 what get_job raises, for those who catch it
 from .jobs.tasks import BadPayload, captures, stands_for_itself
-from .jobs.wake import wakes_of
+
 
 log = logging.getLogger('fh_saas.jobs')
 
@@ -61,18 +61,17 @@ class BackgroundTaskManager:
     def engine(self) -> Engine: return self._engine or default_engine()
 
     @property
-    def store(self):
+    def here(self) -> tuple: # The engine, and the store of this database
         # a fork or a stopped engine leaves a store behind that belongs to it
-        if self._opened is None or self._opened[0] is not self.engine or not self.engine.knows(self._opened[1]):
+        e = self.engine
+        if self._opened is None or self._opened[0] is not e or not e.knows(self._opened[1]):
             tenant = getattr(self.db, 'tenant_id', None)
-            self._opened = self.engine, (store := self.engine.store(self._url, self.db.job_table if self._host else 'tenant_jobs', tenant))
-            if host := getattr(self.db, 'host', None): self.engine.tie(store, host, tenant)
-        return self._opened[1]
+            self._opened = e, (store := e.store(self._url, self.db.job_table if self._host else 'tenant_jobs', tenant))
+            if host := getattr(self.db, 'host', None): e.tie(store, host, tenant)
+        return self._opened
 
     @property
-    def wakes(self): # None for a database of no host
-        host = getattr(self.db, 'host', None)
-        return host and wakes_of(host)
+    def store(self): return self.here[1]
 
     @cached_property
     def tenant_jobs(self):
@@ -88,9 +87,9 @@ class JobTask(BackgroundTask):
         self.manager = manager
 
     async def __call__(self):
-        try: store = self.manager.store
+        try: engine, store = self.manager.here
         except Exception: return log.exception('job=%s: its database cannot be opened now; it stays there and will be run', self.args[0])
-        await self.manager.engine.handle(store, *self.args)
+        await engine.handle(store, *self.args)
 
 @patch
 def run_job(self:BackgroundTaskManager,
@@ -129,6 +128,42 @@ def _moment(v):
 _checks = dict(triggered_by=lambda v: _text('triggered_by', v, 100), queue=lambda v: _text('queue', v, 64),
     priority=lambda v: _whole('priority', v, 1, 4), run_at=_moment)
 
+# %% ../nbs/02_utils_bgtsk.ipynb #d62d6768
+def _open_for(queue, engine, store): # The tenant's limits
+    limits = engine.limits(store)
+    if shut := limits.draining & {'', queue}:
+        raise QueueClosed(f"{'everything' if '' in shut else f'queue {queue!r}'} of {store.tenant} is being drained and takes no new jobs: nothing was submitted; try again when an operator has opened it")
+    return limits
+
+def _hint(tenancy):
+    "Leave a note in the host before the commit, so that somebody will look there whatever becomes of this process"
+    try: tenancy and tenancy.wakes.hint(tenancy.tenant_id)
+    except FhSaasError as e: log.warning('tenant=%s: no note in the host, a sweep will find the job: %s', tenancy.tenant_id, e)
+
+def _ring(tenancy, at, queue):
+    try: tenancy and tenancy.wakes.ring(tenancy.tenant_id, at, queue)
+    except FhSaasError as e: log.warning('tenant=%s: not rung for in the host, its hint will lead there: %s', tenancy.tenant_id, e)
+
+def _soon(job, handoff):
+    "Seconds until somebody looks after a job that its response does not bring"
+    return handoff if not job.get('run_at') else min(handoff, max(0, seconds(job['run_at']) - time.time()))
+
+@patch
+def _stored(self:BackgroundTaskManager, job):
+    (engine, store), queue = self.here, job.get('queue', 'default')
+    limits, served, tenancy = _open_for(queue, engine, store), engine.serves(queue), engine.tenancy(store)
+    handoff = engine.settings.handoff if served else 0
+    _hint(tenancy)
+    try: store.add(job, handoff, limits.pending)
+    except DatabaseBusy as e: self._explain(e)
+    engine.attend(store, _soon(job, handoff))
+    if not served: _ring(tenancy, job.get('run_at'), queue)
+
+@patch
+def _explain(self:BackgroundTaskManager, e):
+    if self._host or not self.db.conn.in_transaction(): raise e
+    raise DatabaseBusy(f"{e}. A transaction is open on this manager's db.conn: commit it before submit") from e
+
 # %% ../nbs/02_utils_bgtsk.ipynb #c28f1509
 @patch
 def submit(self:BackgroundTaskManager,
@@ -138,9 +173,16 @@ def submit(self:BackgroundTaskManager,
     **task_kwargs, # Arguments of the function, as JSON can carry them; and options, see below
 ) -> tuple[str, BackgroundTask]: # The id of the committed job, and the task to return with the response
     "Store a job, and give what runs it"
+    job = self._made(job_type, task_func, max_retries, task_kwargs)
+    self._stored(job)
+    return job['id'], JobTask(self, job['id'], task_func)
+
+@patch
+def _made(self:BackgroundTaskManager, job_type, task_func, max_retries, task_kwargs) -> dict: # The columns of the new row
+    engine, store = self.here
     max_retries, alone, held = _attempts(max_retries), stands_for_itself(task_func), captures(task_func)
-    registry = self.engine.registry_for(self.store, held)
-    t = self.engine.alone(task_func) if alone else registry.meet(task_func)
+    registry = engine.registry_for(store, held)
+    t = engine.alone(task_func) if alone else registry.meet(task_func)
     options = {k: task_kwargs.pop(k) for k in _options if k in task_kwargs and k not in (t.params or ())}
     if (payload := options.pop('payload', None)) is not None:
         if task_kwargs: raise BadPayload(f"arguments of task {t.name!r} come in payload={{…}} or as keywords, not both (keywords: {', '.join(task_kwargs)})")
@@ -150,11 +192,11 @@ def submit(self:BackgroundTaskManager,
     t.arguments(task_kwargs)
     job = dict(id=gen_id(), job_type=_text('job_type', job_type, 200), payload=text, task=t.name, max_retries=max_retries,
         **{k: _checks[k](v) for k, v in options.items() if v is not None})
-    if alone or held: self.engine.keep(self.store, job['id'], t, alone)
+    if alone or held: engine.keep(store, job['id'], t, alone)
     if not alone:
         registry.add(task_func)
         registry.file_under(job_type, t.name)
-    return self._stored(job), JobTask(self, job['id'], task_func)
+    return job
 
 @patch
 def submit_many(self:BackgroundTaskManager,
@@ -164,55 +206,50 @@ def submit_many(self:BackgroundTaskManager,
     max_retries:int=3, # Most attempts of each
 ) -> list[str]: # The ids of the committed jobs
     "Store many jobs in one commit, all or none; they are due at once"
-    max_retries, registry = _attempts(max_retries), self.engine.registry
+    (engine, store), max_retries = self.here, _attempts(max_retries)
+    registry, tenancy = engine.registry, engine.tenancy(store)
     if stands_for_itself(task_func) or captures(task_func): raise InvalidJob(f"{task_func!r} has no name under which other processes find it: give submit_many a function with @task")
     t, filed, payloads = registry.meet(task_func), _text('job_type', job_type, 200), [*payloads]
     if odd := next((p for p in payloads if not isinstance(p, dict)), None): raise BadPayload(f"payloads holds a {type(odd).__name__}: use a dict of the arguments of task {t.name!r} for each job")
     jobs = [dict(id=gen_id(), job_type=filed, payload=to_json(p, 'payload'), task=t.name, max_retries=max_retries) for p in payloads]
     for p in payloads: t.arguments(p)
     if not jobs: return []
-    limits = self._open_for('default')
+    limits = _open_for('default', engine, store)
     registry.add(task_func)
     registry.file_under(job_type, t.name)
-    self._hint()
-    self.store.add_many(jobs, quota=limits.pending)
-    self.engine.attend(self.store)
-    self._ring(None, 'default')
+    _hint(tenancy)
+    store.add_many(jobs, quota=limits.pending)
+    engine.attend(store)
+    _ring(tenancy, None, 'default')
     return [j['id'] for j in jobs]
 
+
+
+# %% ../nbs/02_utils_bgtsk.ipynb #1a4dd1dd
 @patch
-def _stored(self:BackgroundTaskManager, job):
-    queue = job.get('queue', 'default')
-    limits, served = self._open_for(queue), self.engine.serves(queue)
-    handoff = self.engine.settings.handoff if served else 0
-    self._hint()
-    try: self.store.add(job, handoff, limits.pending)
-    except DatabaseBusy as e:
-        if not self._host and self.db.conn.in_transaction():
-            raise DatabaseBusy(f"{e}. A transaction is open on this manager's db.conn: commit it before submit") from e
-        raise
-    if job.get('run_at'): handoff = min(handoff, max(0, seconds(job['run_at']) - time.time()))
-    self.engine.attend(self.store, handoff)
-    if not served: self._ring(job.get('run_at'), queue)
-    return job['id']
+async def asubmit(self:BackgroundTaskManager,
+    job_type:str, # What the job is filed under
+    task_func:Callable, # The function to run, sync or async
+    max_retries:int=3, # Most attempts before the job has failed
+    **task_kwargs, # As for `submit`
+) -> tuple[str, BackgroundTask]: # The id of the committed job, and the task to return with the response
+    "As `submit`, from an event loop, which goes on while the job is committed together with those of other requests"
+    job = self._made(job_type, task_func, max_retries, task_kwargs)
+    await self._astored(job)
+    return job['id'], JobTask(self, job['id'], task_func)
 
 @patch
-def _open_for(self:BackgroundTaskManager, queue): # The tenant's limits
-    limits = self.engine.limits(self.store)
-    if shut := limits.draining & {'', queue}:
-        raise QueueClosed(f"{'everything' if '' in shut else f'queue {queue!r}'} of {self.store.tenant} is being drained and takes no new jobs: nothing was submitted; try again when an operator has opened it")
-    return limits
-
-@patch
-def _hint(self:BackgroundTaskManager):
-    "Leave a note in the host before the commit, so that somebody will look there whatever becomes of this process"
-    try: self.wakes and self.wakes.hint(self.db.tenant_id)
-    except FhSaasError as e: log.warning('tenant=%s: no note in the host, a sweep will find the job: %s', self.db.tenant_id, e)
-
-@patch
-def _ring(self:BackgroundTaskManager, at, queue):
-    try: self.wakes and self.wakes.ring(self.db.tenant_id, at, queue)
-    except FhSaasError as e: log.warning('tenant=%s: not rung for in the host, its hint will lead there: %s', self.db.tenant_id, e)
+async def _astored(self:BackgroundTaskManager, job):
+    (engine, store), queue = self.here, job.get('queue', 'default')
+    tenancy, served = engine.tenancy(store), engine.serves(queue)
+    def in_thread(f, *args): return asyncio.wrap_future(engine.writers.submit(f, *args))
+    limits = await in_thread(_open_for, queue, engine, store) if tenancy and tenancy.rules.stale else _open_for(queue, engine, store)
+    if tenancy and not tenancy.wakes.hinted(tenancy.tenant_id): await in_thread(_hint, tenancy)
+    handoff = engine.settings.handoff if served else 0
+    try: await store.aadd(job, handoff, limits.pending, engine.writers.submit)
+    except DatabaseBusy as e: self._explain(e)
+    engine.attend(store, _soon(job, handoff))
+    if not served and tenancy: await in_thread(_ring, tenancy, job.get('run_at'), queue)
 
 # %% ../nbs/02_utils_bgtsk.ipynb #a8a2e038
 @patch

@@ -22,8 +22,9 @@ def started(n): return n
 host, dies = HostDatabase(sys.argv[1]), sys.argv[2] == 'dies'
 m = BackgroundTaskManager(get_or_create_tenant_db('acme', host=host), Engine(Settings(concurrency=0, busy=0.5), Registry()))
 if dies:
-    m._ring = lambda *args: sys.exit()
-    m.wakes.bound = 1  # a commit takes a second at most here, so the hint leads to it after two
+    wakes = m.engine.tenancy(m.store).wakes
+    wakes.ring = lambda *args: sys.exit()
+    wakes.bound = 1  # a commit takes a second at most here, so the hint leads to it after two
 sys.stdin.readline()
 for n in range(3): print(m.submit('t', started, n=n)[0], flush=True)
 '''

@@ -61,6 +61,18 @@ class Common:
         return starlette(route, lifespan=runner.lifespan)
 
 
+class Async:
+    "The web route is a coroutine: it awaits `asubmit`"
+    missing = {m: 'as the one with a sync route' for m in ('submit', 'bulk', 'drain', 'drain2', 'latency', 'crash')}
+    def app(self):
+        runner, managers = Runner(self.host, self.settings()), []
+        async def route(request):
+            if not managers: managers.append(self.open())
+            _, bg_task = await managers[0].asubmit('noop', functions['noop'], n=0)
+            return answer(bg_task)
+        return starlette(route, lifespan=runner.lifespan)
+
+
 class Ours(Common, OnSqlite):
     durability, raws = sqlite_full, ('raw-sqlite-full', 'schema-sqlite-full')
     @property
@@ -70,6 +82,9 @@ class Ours(Common, OnSqlite):
 
 class OursNormal(Ours):
     level, durability, raws = 'NORMAL', sqlite_normal, ('raw-sqlite-normal', 'schema-sqlite-normal')
+
+class OursAsync(Async, Ours): ...
+class OursNormalAsync(Async, OursNormal): ...
 
 class OursPostgres(Common, OnPostgres):
     "Host and tenant are databases of one server"
@@ -88,6 +103,8 @@ class OursPostgres(Common, OnPostgres):
     def drop(self):
         super().drop()
         self._admin(f'DROP DATABASE IF EXISTS "host_{self.tenant}" WITH (FORCE)')
+
+class OursPostgresAsync(Async, OursPostgres): ...
 
 
 class Fleet:

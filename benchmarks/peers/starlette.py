@@ -14,3 +14,10 @@ class Plain(Peer):
         def did(n): tasks.say('did', tasks.noop(n), 0.0)  # else nobody could count them
         def route(request): return answer(BackgroundTask(did, 0))
         return starlette(route)
+
+class PlainAsync(Plain):
+    "The same from a route that is a coroutine; the task is still a plain function, so it runs in a thread"
+    def app(self):
+        def did(n): tasks.say('did', tasks.noop(n), 0.0)
+        async def route(request): return answer(BackgroundTask(did, 0))
+        return starlette(route)

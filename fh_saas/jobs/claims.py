@@ -105,17 +105,26 @@ def _rank(age):
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #d00b80e0
 @patch
+def _among(self:Store):
+    "Is the job one of `ids`?"
+    if isinstance(self.kind, SQLite): return self.t.jobs.c.id.in_(sa.select(sa.func.json_each(bind('ids')).table_valued('value').c.value))
+    return self.t.jobs.c.id == sa.any_(bind('ids', type_=sa.ARRAY(sa.String)))
+
+@patch
+def _list(self:Store, ids:list): return json.dumps(ids) if isinstance(self.kind, SQLite) else ids
+
+# as an expression, because PostgreSQL's planner would walk through all that is pending if it knew the condition of the index in it
+def _is(j, status): return sa.func.coalesce(j.c.status, '') == status
+
+@patch
 def _mine(self:Store, cur, now, rows, token, worker, lease):
     "Make `rows`, which this transaction holds, this worker's"
     if not rows: return []
     j = self.t.jobs
-    # as an expression, because PostgreSQL's planner would walk through all that is pending if it knew the condition of the index in it
-    among = (lambda: j.c.id.in_(sa.select(sa.func.json_each(bind('ids')).table_valued('value').c.value))) if isinstance(self.kind, SQLite) else (lambda: j.c.id == sa.any_(bind('ids', type_=sa.ARRAY(sa.String))))
-    stmt = self.statement(('mine', j.name), lambda: j.update().where(among(), sa.func.coalesce(j.c.status, '') == 'pending').values(status='running', claim_token=bind('token'),
+    stmt = self.statement(('mine', j.name), lambda: j.update().where(self._among(), _is(j, 'pending')).values(status='running', claim_token=bind('token'),
         lease_until=bind('lease'), worker=bind('worker'), started_at=bind('now'), attempt=j.c.attempt + 1))
     new = dict(status='running', claim_token=token, lease_until=timestamp(now+lease), worker=worker, started_at=timestamp(now))
-    ids = [r['id'] for r in rows]
-    stmt(cur, ids=json.dumps(ids) if isinstance(self.kind, SQLite) else ids, token=token, worker=worker, lease=new['lease_until'], now=new['started_at'])
+    stmt(cur, ids=self._list([r['id'] for r in rows]), token=token, worker=worker, lease=new['lease_until'], now=new['started_at'])
     for r in rows: r |= new; r['attempt'] += 1
     return rows
 
@@ -123,10 +132,10 @@ def _mine(self:Store, cur, now, rows, token, worker, lease):
 def claiming_these(self:Store, job_ids:list, token:str, worker:str, lease:float, room:Room=None):
     "An operation for `write`: claim these jobs, as far as they are pending and no limit keeps them out, whenever they were due"
     j = self.t.jobs
-    stmt = self.statement(('these', j.name), lambda: sa.select(*_columns(j)).where(j.c.id == bind('job'), j.c.status == PENDING).with_for_update(skip_locked=True))
+    stmt = self.statement(('these', j.name), lambda: sa.select(*_columns(j)).where(self._among(), _is(j, 'pending')).with_for_update(skip_locked=True))
     now_due = self.statement(('now due', j.name), lambda: j.update().where(j.c.id == bind('job'), j.c.status == PENDING).values(run_at=bind('now')))
     def op(cur, now):
-        rows = [r for i in job_ids for r in rows_of(stmt(cur, job=i))]
+        rows = rows_of(stmt(cur, ids=self._list(job_ids)))
         if room and not room.free:
             found, rows = rows, self._chosen(cur, now, rows, room, *self._limits(cur, now, room))
             for r in found:

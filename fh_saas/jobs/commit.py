@@ -8,7 +8,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/commit.html.md"""
 __all__ = ['log', 'Statement', 'compiled', 'SQLite', 'PostgreSQL', 'Committer']
 
 # %% ../../nbs/jobs/04_commit.ipynb #67a0fd21
-import logging, os, threading, time, weakref
+import asyncio, logging, os, threading, time, weakref
 from contextlib import contextmanager
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -16,6 +16,8 @@ from sqlalchemy.dialects.postgresql import psycopg
 from fastcore.basics import patch
 from operator import itemgetter
 from ..db_connect import DatabaseBusy, DatabaseUnavailable, FhSaasError, check_url, connect, open_engine, show_url, typed
+
+from .pool import settle
 
 log = logging.getLogger('fh_saas.jobs')
 
@@ -101,6 +103,7 @@ os.register_at_fork(before=_hold_still, after_in_parent=_go_on, after_in_child=_
 # %% ../../nbs/jobs/04_commit.ipynb #a08ddd33
 class Committer:
     "One database, written to in short transactions on a connection of our own"
+    sight = 0.0 # seconds for which a look at the file is believed
     def __init__(self,
         url, # URL of a database that exists
         synchronous:str='FULL', # SQLite's level: see `fh_saas.db_connect`
@@ -109,8 +112,8 @@ class Committer:
         self.url, self.synchronous, self.busy = check_url(url), synchronous, busy
         self.kind = SQLite() if self.url.get_backend_name() == 'sqlite' else PostgreSQL()
         self._queue, self._queue_lock, self._turn = [], threading.Lock(), threading.Lock()
-        self._writer, self._spare, self._engine, self._leave = None, [], None, False
-        self._file = self.kind.file(self.url)
+        self._writer, self._spare, self._engine, self._leave, self._called = None, [], None, False, None
+        self._file, self._looked = self.kind.file(self.url), 0.0
         _committers.add(self)
 
     def opened(self): "Called when another database was found in place of the one before"
@@ -188,8 +191,9 @@ def _writers_cursor(self:Committer):
 def _look(self:Committer):
     "Is the file still there, and still the same? Else what is open would write into the void"
     self.used()
-    file = self.kind.file(self.url)
-    if file == self._file and file is not None or isinstance(self.kind, PostgreSQL): return
+    if isinstance(self.kind, PostgreSQL) or self.sight and time.monotonic() < self._looked + self.sight: return
+    file, self._looked = self.kind.file(self.url), time.monotonic()
+    if file == self._file and file is not None: return
     while self._spare: self._spare.pop().close()
     writer, self._writer = self._writer, None
     if writer is not None: writer.close()
@@ -204,6 +208,14 @@ class _Write:
     __slots__ = ('op', 'result', 'error', 'done')
     def __init__(self, op, done=None): self.op, self.result, self.error, self.done = op, None, None, done
 
+    def tell(self):
+        if isinstance(self.done, threading.Event): self.done.set()
+        elif self.done is not None: settle(self.done)
+
+    def answer(self):
+        if self.error is not None: raise self.error
+        return self.result
+
 @patch
 def write(self:Committer,
     op, # Called as `op(cur, now)` in a transaction, perhaps together with others' and perhaps twice; `now` is in seconds
@@ -211,8 +223,7 @@ def write(self:Committer,
     "Commit `op`, together with whatever else is to be written at this moment"
     if self._turn.acquire(blocking=False): self._lead(w := _Write(op))
     else: self._follow(w := _Write(op, threading.Event()))
-    if w.error is not None: raise w.error
-    return w.result
+    return w.answer()
 
 @patch
 def _follow(self:Committer, w):
@@ -220,10 +231,41 @@ def _follow(self:Committer, w):
     if not self._turn.acquire(timeout=2*self.busy+1):
         with self._queue_lock:
             if waiting := w in self._queue: self._queue.remove(w)
-        if waiting: raise DatabaseBusy(f"{show_url(self.url)}: the writers before this one did not get the write lock within {2*self.busy+1:g} s; nothing was written")
+        if waiting: raise self._late()
         w.done.wait()
     elif w.done.is_set(): self._pass_on()
     else: self._lead()
+
+@patch
+def _late(self:Committer): return DatabaseBusy(f"{show_url(self.url)}: the writers before this one did not get the write lock within {2*self.busy+1:g} s; nothing was written")
+
+# %% ../../nbs/jobs/04_commit.ipynb #3a2197be
+@patch
+async def awrite(self:Committer,
+    op, # As for `write`
+    call, # Called with a function that a thread is to run
+):
+    "As `write`, for a coroutine; cancelled while it waits, `op` may be written all the same"
+    loop = asyncio.get_running_loop()
+    w = _Write(op, loop.create_future())
+    with self._queue_lock: self._queue.append(w)
+    # at the end of this turn of the loop: the requests that came with this one are in the queue by then
+    if self._called is not loop: self._called = loop; loop.call_soon(call, self._serve)
+    await w.done
+    return w.answer()
+
+@patch
+def _serve(self:Committer):
+    "Commit what coroutines have left in the queue"
+    if own := self._turn.acquire(timeout=2*self.busy+1): self._called = None  # who comes from here on calls again
+    if own: return self._lead()
+    self._called = None
+    with self._queue_lock:
+        late = [w for w in self._queue if not isinstance(w.done, threading.Event)]
+        self._queue = [w for w in self._queue if w not in late]
+    for w in late:
+        w.error = self._late()
+        w.tell()
 
 # %% ../../nbs/jobs/04_commit.ipynb #85acff6e
 @patch
@@ -236,8 +278,7 @@ def _lead(self:Committer, *own):
         if batch: self._commit(batch)
     finally:
         self._pass_on()
-        for w in batch:
-            if w.done: w.done.set()
+        for w in batch: w.tell()
 
 @patch
 def _commit(self:Committer, batch):
@@ -266,13 +307,22 @@ def _transact(self:Committer, batch, again=True):
         if not again or isinstance(self.kind, SQLite): raise self._error(e) from e
         return self._transact(batch, again=False)
     try:
-        results = [w.op(cur, now) for w in batch]
+        results = _results([w.op for w in batch], cur, now)
         self.kind.commit(cur)
     except BaseException as e:
         self._undo()
         if (known := self._error(e)) is e: raise
         raise known from e
     for w, r in zip(batch, results): w.result, w.error = r, None
+
+def _results(ops, cur, now) -> list:
+    "What each operation comes to; those of a kind that is quicker together are run together"
+    alike = {}
+    for i, op in enumerate(ops):
+        if len(ops) > 1 and (together := getattr(op, 'together', None)): alike.setdefault(together, []).append(i)
+    found = {}
+    for together, where in alike.items(): found.update(zip(where, together([ops[i] for i in where], cur, now)))
+    return [found[i] if i in found else op(cur, now) for i, op in enumerate(ops)]
 
 @patch
 def _undo(self:Committer):

@@ -36,7 +36,7 @@ class Desk:
         self.local = Registry()  # functions that hold on to something are for this database only
         self.live, self.functions, self.paused, self._own, self._strange = {}, {}, False, frozenset(), set()
         self.due, self.asked, self.turning, self.again, self.beating = None, False, False, False, False  # the engine's schedule
-        self.ends, self.wanted, self.since = [], [], 0.0  # outcomes and claims by id that wait for the next turn
+        self.ends, self.wanted, self.since, self.called = [], [], 0.0, None  # outcomes and claims by id that wait for the next turn
         self.unwritten, self.retry_at, self.pause = deque(), 0.0, 0.0  # outcomes the database did not take yet
         self.freed = []  # desks that wait for a slot which turned out not to be needed
         self.quiet, self.hungry, self._beat, self.checked, self.checked_place, self.barred = 0.0, False, 0.0, 0.0, None, 0.0

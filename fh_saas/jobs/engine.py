@@ -44,7 +44,7 @@ class Engine(Recorder, Rounds):
         self.settings, self.registry, self.pid = settings or Settings.from_env(), registry, os.getpid()
         self.worker = f'{socket.gethostname()}:{self.pid}:{gen_id()[-8:]}'
         self.line, self._ring = Line(self.settings.concurrency, queues), Ring()
-        self.crew, self.house = Crew(self.settings.concurrency + 32, 'fh_saas-job', self._find), Pool(32, 'fh_saas-house')
+        self.crew, self.house, self.writers = Crew(self.settings.concurrency + 32, 'fh_saas-job', self._find), Pool(32, 'fh_saas-house'), Pool(64, 'fh_saas-write')
         self.slot, self.stale, self.stopping, self.closed, self.quiet = Slot(), 0, False, False, False
         self.hurry = False  # set while it stops: wait no longer for what runs
         self._stores, self._gates, self._desks, self._open, self._reserved = {}, {}, {}, {}, {}
@@ -98,6 +98,9 @@ class Engine(Recorder, Rounds):
     def limits(self, store:Store) -> Limits:
         "What the host's rules come to for the tenant of a database"
         return self._desks[store].limits
+
+    def tenancy(self, store:Store) -> Tenancy: # None for a database of no host
+        return self._desks[store].tenancy
 
     def knows(self, store:Store) -> bool: return store in self._desks
 
@@ -155,39 +158,49 @@ async def handle(self:Engine, store:Store, job_id:str, func):
     if self.stopping or self.quiet or self._desks[store].paused or not self.settings.concurrency: return  # asks nobody: this is the event loop
     try:
         if is_async(func): await self._handle_async(store, job_id, func)
-        else: await self._until_stop(self._want(store, job_id, func, True))
+        else: await self._told(self._want(store, job_id, func, True))
     except Exception: log.exception('tenant=%s job=%s: not run now; it stays in its database and will be', store.tenant, job_id)
 
 @patch
 def _want(self:Engine, store, job_id, func, here:bool):
-    "Have a job claimed in the next turn of its desk; `here`: and run in the crew"
-    desk, future = self._desks[store], Future()
-    with desk._lock: desk.wanted.append((job_id, func, future, here))
+    "Have a job claimed in the next turn of its desk, with those of other requests; `here`: and run in the crew"
+    desk, loop = self._desks[store], asyncio.get_running_loop()
+    with desk._lock: desk.wanted.append((job_id, func, future := loop.create_future(), here))
     self._start()
-    self._errand(desk)
+    if desk.called is not loop: desk.called = loop; loop.call_soon(self._called, desk)
     return future
+
+@patch
+def _called(self:Engine, desk):
+    desk.called = None
+    self._errand(desk)
+
+@patch
+async def _told(self:Engine, future):
+    "What `future` comes to; None if the engine stops before"
+    self._waiting.add(future)
+    try: return await future
+    finally: self._waiting.discard(future)
 
 # %% ../../nbs/jobs/14_engine.ipynb #598e54ba
 @patch
 async def _handle_async(self:Engine, store, job_id, func):
     claim = self._want(store, job_id, func, False)
-    try: a = await self._until_stop(claim)
-    except asyncio.CancelledError: claim.add_done_callback(lambda f: f.result() and self._release([f.result()])); raise
+    try: a = await asyncio.shield(claim)
+    except asyncio.CancelledError: claim.add_done_callback(lambda f: f.result() and self.house.submit(self._release, [f.result()])); raise
     if a is None: return
     running = asyncio.create_task(self._arun(a))
     try: await self._until_stop(running)
     except asyncio.CancelledError: running.cancel(); await asyncio.wait({running}, timeout=2); raise
 
 @patch
-async def _until_stop(self:Engine, future):
-    "Wait for `future`, or until the engine has stopped"
-    future = asyncio.wrap_future(future) if isinstance(future, Future) else future
-    loop = asyncio.get_running_loop()
-    self._waiting.add(me := (loop, over := loop.create_future()))
+async def _until_stop(self:Engine, task):
+    "Wait for `task`, or until the engine has stopped"
+    self._waiting.add(over := asyncio.get_running_loop().create_future())
     try:
-        await asyncio.wait({future, over}, return_when=asyncio.FIRST_COMPLETED)
-        return future.result() if future.done() else None
-    finally: self._waiting.discard(me); over.cancel()
+        await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally: self._waiting.discard(over); over.cancel()
 
 # %% ../../nbs/jobs/14_engine.ipynb #e13df353
 @patch
@@ -196,8 +209,8 @@ async def _arun(self:Engine, a):
     try: o = await a.acall()
     finally: self._off(a); self._fed()
     a.async_task = None
-    if self._record(a, o, done := a.done or Future()): self._errand(a.desk)
-    await self._until_stop(done)
+    if self._record(a, o, done := a.done or a.loop.create_future()): self._errand(a.desk)
+    await self._told(done)
     if asyncio.current_task().cancelling(): raise asyncio.CancelledError
 
 @patch
@@ -237,7 +250,7 @@ def stop(self:Engine, grace:float=None):
     self.closed = True
     self._leave(abandoned)
     if first:
-        self.crew.close(); self.house.close()
+        for pool in (self.crew, self.house, self.writers): pool.close()
         for d in list(self._desks.values()): d.tell(); d.store.close()
 
 @patch
@@ -255,8 +268,7 @@ def resize(self:Engine, concurrency:int):
 @patch
 def _leave(self:Engine, tasks):
     "Nobody waits any longer: not the handles, and not the loop of an async task that does not hear that it was cancelled"
-    for loop, over in list(self._waiting):
-        if not loop.is_closed(): loop.call_soon_threadsafe(over.cancel)
+    for future in list(self._waiting): settle(future)
     until = time.monotonic() + 0.5
     for loop, t in tasks:
         while not t.done() and not loop.is_closed() and time.monotonic() < until: time.sleep(0.02)
@@ -304,11 +316,20 @@ def _release(self:Engine, attempts):
 # %% ../../nbs/jobs/14_engine.ipynb #8625af39
 _default, _default_lock, _ending = None, threading.Lock(), False
 
-def _usable(engine): return engine is not None and engine.pid == os.getpid() and not engine.closed
+def _usable(engine): return engine is not None and not engine.closed and engine.pid == _pid
+
+_pid = os.getpid()
+
+def _forked():
+    global _pid
+    _pid = os.getpid()
+
+os.register_at_fork(after_in_child=_forked)
 
 def default_engine() -> Engine:
     "The engine of this process, for managers that were not given one"
     global _default
+    if _usable(e := _default): return e
     with _default_lock:
         if _default is None or not (_usable(_default) or _ending): _default = Engine()
         return _default

@@ -114,12 +114,16 @@ class Rules:
     def now(self) -> list[Rule]:
         "The rules as they were at most `fresh` seconds ago"
         with self._lock:
-            if self._read is not None and time.monotonic() < self._read + self.fresh: return self._rules
+            if not self.stale: return self._rules
             self._read = time.monotonic()
         try: rules = self.all()
         except FhSaasError as e: log.warning('the rules of the host cannot be read, those from before hold: %s', e); rules = self._rules
         if rules != self._rules: self._rules, self._limits = rules, {}
         return self._rules
+
+    @property
+    def stale(self) -> bool: # Is the host asked at the next look?
+        return self._read is None or time.monotonic() >= self._read + self.fresh
 
     def of(self, tenant:str) -> Limits:
         "What they come to for one tenant"

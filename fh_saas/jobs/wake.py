@@ -28,6 +28,7 @@ for _c in ('wake_at', 'hint_at', 'swept_at'):
 
 class Wakes(Committer):
     "The wake rows of a host"
+    sight = 0.1
     def __init__(self,
         host:HostDatabase,
         busy:float=5.0, # Seconds to wait for another's write lock
@@ -46,7 +47,7 @@ _all, _all_lock = {}, threading.Lock()
 
 def wakes_of(host:HostDatabase) -> Wakes:
     "The wake rows of `host`, opened once in a process"
-    key = os.getpid(), host.url, host.id  # a forked process has connections of its own
+    key = os.getpid(), str(host.url), host.id  # a forked process has connections of its own
     with _all_lock:
         if key not in _all: _all[key] = Wakes(host)
         return _all[key]
@@ -63,11 +64,15 @@ def _has(self:Wakes, queue):
     return sa.or_(w.c.queues.is_(None), place(w.c.queues, queue) > 0)
 
 @patch
+def hinted(self:Wakes, tenant_id:str) -> bool:
+    "Does an earlier hint still cover a commit that begins now?"
+    return self._hinted.get(tenant_id, 0) > time.monotonic() + self.bound
+
+@patch
 def hint(self:Wakes, tenant_id:str):
     "Before a commit in a tenant's database: somebody will look there, even if this process ends right after the commit"
-    now = time.monotonic()
-    if self._hinted.get(tenant_id, 0) > now + self.bound: return  # an earlier one still covers it
-    w = wakes_table
+    if self.hinted(tenant_id): return
+    w, now = wakes_table, time.monotonic()
     def build():
         new = self.kind.insert(w).values(tenant_id=bind('tenant'), hint_at=bind('at'), seq=1)
         return new.on_conflict_do_update(index_elements=[w.c.tenant_id], set_=dict(hint_at=_later(w.c.hint_at, new.excluded.hint_at), seq=w.c.seq + 1))
@@ -90,14 +95,28 @@ def ring(self:Wakes,
         have, its = w.c.queues, new.excluded.queues
         sooner = sa.case((sa.or_(w.c.wake_at.is_(None), w.c.wake_at > new.excluded.wake_at), new.excluded.wake_at), else_=w.c.wake_at)
         more = sa.case((w.c.wake_at.is_(None), its), (sa.or_(have.is_(None), its.is_(None)), sa.null()), (self._has(its), have), else_=have + its)
-        known = sa.and_(w.c.wake_at.is_not(None), w.c.wake_at <= new.excluded.wake_at, w.c.visitor.is_(None), w.c.passed == 0, self._has(sa.func.coalesce(its, '-')))
-        return new.on_conflict_do_update(index_elements=[w.c.tenant_id], set_=dict(wake_at=sooner, queues=more, seq=w.c.seq + 1, passed=0), where=sa.not_(known))
+        return new.on_conflict_do_update(index_elements=[w.c.tenant_id], set_=dict(wake_at=sooner, queues=more, seq=w.c.seq + 1, passed=0), where=sa.not_(self._stands(new.excluded.wake_at, its)))
+    its = queue and _between(queue)
+    if at is None and self._known(tenant_id, its): return
     stmt, tell = self.statement(('wake ring',), build), self._telling()
     def op(cur, now):
-        stmt(cur, tenant=tenant_id, at=at or timestamp(now), queue=queue and _between(queue))
-        if tell and cur.rowcount: tell(cur, channel=channel, tenant=tenant_id)
-    self.write(op)
-    if self.bell: self.bell.ring(tenant_id)
+        rung = stmt(cur, tenant=tenant_id, at=at or timestamp(now), queue=its).rowcount
+        if tell and rung: tell(cur, channel=channel, tenant=tenant_id)
+        return rung
+    if self.write(op) and self.bell: self.bell.ring(tenant_id)
+
+@patch
+def _stands(self:Wakes, at, queue):
+    "Is the tenant due by then, and nobody there or passed by? Then a ring says nothing new"
+    w = wakes_table
+    return sa.and_(w.c.wake_at.is_not(None), w.c.wake_at <= at, w.c.visitor.is_(None), w.c.passed == 0, self._has(sa.func.coalesce(queue, '-')))
+
+@patch
+def _known(self:Wakes, tenant_id, queue) -> bool:
+    "Asked without a lock, after the commit: a visit that is leased from here on sees what was committed"
+    w = wakes_table
+    stmt = self.statement(('wake known',), lambda: sa.select(w.c.seq).where(w.c.tenant_id == bind('tenant'), self._stands(bind('now'), bind('queue', type_=sa.String))))
+    with self.cursor() as cur: return stmt(cur, tenant=tenant_id, now=timestamp(self.kind.now(cur)), queue=queue).fetchone() is not None
 
 @patch
 def _telling(self:Wakes): # On PostgreSQL the ring is part of the transaction
