@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml settings.ini setup.py
 
-.PHONY: demo test bench soak export dist clean
+.PHONY: demo test bench report soak export dist clean
 
 demo: .venv/demo
 	@$(BIN)/python examples/shop/main.py
@@ -16,6 +16,10 @@ test: .venv/test
 bench: .venv/bench  ## measurements side by side with peers; never a part of the tests
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.tenants
+
+report: .venv/test  ## the page of the benchmarks, made anew from the saved results
+	$(BIN)/nbdev-test --save nbs/explains/03_benchmarks.ipynb
+	$(BIN)/nbdev-clean --fname nbs/explains/03_benchmarks.ipynb
 
 soak: .venv/test  ## the long variants of the fault tests
 	$(BIN)/python -m pytest tests/soak_*.py

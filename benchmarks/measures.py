@@ -88,18 +88,27 @@ def drain2(peer, o):
 
 def latency(peer, o, jobs=200, warm=5):
     "One job at a time, 10 to 20 ms apart, submitted by one process and run by another: from the call of submit to the first line of the task, in ms"
+    with workers(peer) as [w]:
+        w.go()
+        return lone(peer.submit, jobs, warm)
+
+def inside(peer, o, jobs=200, warm=5):
+    "The same in one process, which submits the jobs and runs them itself"
+    peer.begin()
+    return lone(peer.submit_here, jobs, warm)
+
+def lone(submit, jobs, warm):
+    "The waits of lone jobs"
     called = {}
     def call(n):
         time.sleep(random.uniform(0.01, 0.02))
         called[n] = time.time()
-        peer.submit('stamp', n)
-    with workers(peer) as [w]:
-        w.go()
-        for n in range(-warm, 0):
-            call(n)
-            wait_for('a first job', lambda: len(said('ran')) > n + warm, 20)
-        for n in range(jobs): call(n)
-        wait_for('all jobs run', lambda: len(said('ran')) >= jobs + warm, 30)
+        submit('stamp', n)
+    for n in range(-warm, 0):
+        call(n)
+        wait_for('a first job', lambda: len(said('ran')) > n + warm, 20)
+    for n in range(jobs): call(n)
+    wait_for('all jobs run', lambda: len(said('ran')) >= jobs + warm, 30)
     ran = {n: at for n, at in said('ran') if n >= 0}
     check('jobs run', sorted(ran), list(range(jobs)))
     s = spread(ran[n] - called[n] for n in range(jobs))
@@ -166,4 +175,4 @@ def settled(peer, pause=0.3):
     time.sleep(pause)
     return peer.done() == before
 
-measures = dict(submit=submit, bulk=bulk, drain=drain, drain2=drain2, latency=latency, crash=crash, web=web)
+measures = dict(submit=submit, bulk=bulk, drain=drain, drain2=drain2, latency=latency, inside=inside, crash=crash, web=web)

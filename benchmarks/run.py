@@ -55,9 +55,9 @@ def median(values):
     v = [x for x in values if x is not None]
     return statistics.median(v) if v else None
 
-def ratios(by_peer, key):
-    "To each raw side: the median of the ratios of the rounds"
-    own = by_peer[key]
+def ratios(by_peer, key, beside=None):
+    "To each raw side: the median of the ratios of the rounds; `beside`: the raw side's measure, where it is another"
+    own, by_peer = by_peer[key], by_peer if beside is None else beside
     out = {}
     for raw in own.get('raws') or ():
         pairs = zip(own['runs'], by_peer.get(raw, {}).get('runs', ()))
@@ -66,17 +66,17 @@ def ratios(by_peer, key):
     return out
 
 def summary(results):
-    for by_peer in results.values():
+    for measure, by_peer in results.items():
         for key, r in by_peer.items():
             figures = [f for f in r['runs'] if f]
             r['median'] = {k: median(f.get(k) for f in figures) for k in dict.fromkeys(k for f in figures for k, v in f.items() if isinstance(v, (int, float)) and not isinstance(v, bool))}
-            r['ratio'] = ratios(by_peer, key)
+            r['ratio'] = ratios(by_peer, key, results.get('latency', {}) if measure == 'inside' else None)
     return results
 
 # heading, key of the median, format
 columns = dict(
     submit=[('jobs/s', 'value', ',.0f')], bulk=[('jobs/s', 'value', ',.0f')], drain=[('jobs/s', 'value', ',.0f')], drain2=[('jobs/s', 'value', ',.0f')],
-    latency=[('p50 ms', 'p50', '.2f'), ('p99 ms', 'p99', '.1f')], crash=[('not back', 'lost', '.0f'), ('twice', 'twice', '.0f'), ('seconds', 'value', '.1f')],
+    latency=[('p50 ms', 'p50', '.2f'), ('p99 ms', 'p99', '.1f')], inside=[('p50 ms', 'p50', '.2f'), ('p99 ms', 'p99', '.1f')], crash=[('not back', 'lost', '.0f'), ('twice', 'twice', '.0f'), ('seconds', 'value', '.1f')],
     web=[('requests/s', 'value', ',.0f'), ('p99 ms', 'p99', '.0f'), ('behind s', 'behind', '.1f')])
 
 def show(measure, by_peer):

@@ -2,9 +2,9 @@
 
     python -m benchmarks.tenants --only drain,idle,noise --sizes 1,100,1000,10000
 
-`drain`: ten no-op jobs in each of 1,000 databases, from the start of the first to the last result stored; beside it what
-`sqlite3` alone does, that opens each file, claims and finishes its ten in two transactions and closes it, and the same
-over files that are held open. `idle`: one runner over n tenants that have nothing to do: its CPU time in 20 s, its memory
+`drain`: 10,000 no-op jobs, ten in each of 1,000 databases (and in 1, 100 and 10,000), from the start of the first to the last
+result stored; beside it what `sqlite3` alone does, that opens each file, claims and finishes its ten in two transactions and
+closes it, and the same over files that are held open. `idle`: one runner over n tenants that have nothing to do: its CPU time in 20 s, its memory
 and open files, and the latency of the lone jobs that another process submits for one of them. `noise`: one tenant has
 50,000 jobs of 2 ms in its queue; how long a job waits that another tenant submits each second."""
 import argparse, json, os, random, resource, sqlite3, subprocess, sys, time, traceback
@@ -85,11 +85,11 @@ def drain_ours(o):
 
 def drain_raw(o, held):
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(65536, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),)*2)
-    from .peers.raw import SchemaSqlite
+    from .peers.raw import SchemaSqlite, batch
     class File(SchemaSqlite):
         path = property(lambda self: self.file)
         def visit(self):
-            if got := self.claim('t'): self.finish('t', [(json.dumps(task(**json.loads(p))), id) for id, _, p in got])
+            for _ in range(0, o.each, batch): self.finish('t', [(json.dumps(task(**json.loads(p))), id) for id, _, p in self.claim('t')])
     def file(i):
         f = File('raw', place())
         f.file = fl.path(i)
@@ -161,7 +161,11 @@ def work(n):
 def plan(a):
     "`(name, step, options)` of each measurement of a round"
     out = []
-    if 'drain' in a.only: out += [(s, s, dict(tenants=a.tenants, each=10, limit=a.limit - 60)) for s in steps if s.startswith('drain')]
+    if 'drain' in a.only:
+        jobs = 10*a.tenants
+        for n in dict.fromkeys([a.tenants, *(n for n in a.sizes if n <= jobs)]):
+            kinds = [s for s in steps if s.startswith('drain') and (n <= a.tenants or 'held' not in s)]  # so many files are not held open
+            out += [(s if n == a.tenants else f'{s}; {n:,} tenants', s, dict(tenants=n, each=jobs//n, limit=a.limit - 60)) for s in kinds]
     if 'idle' in a.only: out += [(f'idle, {n:,} tenants', 'idle', dict(n=n, seconds=a.seconds, lone=a.lone)) for n in a.sizes]
     if 'noise' in a.only: out += [(f'noise: {label}', 'noise', dict(noise=task, jobs=a.noise, seconds=a.seconds))
         for label, task in (('none', ''), ('jobs that wait 2 ms', 'chew'), ('jobs that compute 2 ms', 'burn'))]
@@ -172,13 +176,13 @@ columns = dict(drain=[('jobs/s', 'value', ',.0f'), ('ratio', 'ratio', '.2f'), ('
     noise=[('p50 ms', 'p50', '.2f'), ('p99 ms', 'p99', '.1f'), ('jobs', 'jobs', '.0f'), ('noise left', 'noise_left', ',.0f'), ('ratio', 'ratio', '.2f')])
 
 def summarise(results):
-    "Medians, and the median of the ratios within a round: to raw, to one tenant, to no noise"
+    "Medians, and the median of the ratios within a round: to raw with as many tenants, to one tenant, to no noise"
     groups = {}
     for name, r in results.items(): groups.setdefault(name.split()[0].strip(',:'), []).append(name)
     for kind, names in groups.items():
-        base = next((n for n in names if 'opened' in n), names[0])
         key = 'p50' if kind == 'idle' else 'value'
         for n in names:
+            base = next((b for b in names if 'opened' in b and b.partition(';')[2] == n.partition(';')[2]), names[0])
             figures = [f for f in results[n]['runs'] if f]
             results[n]['median'] = {k: median(f.get(k) for f in figures) for k in (figures[0] if figures else ())}
             pairs = [(f[key], b[key]) for f, b in zip(results[n]['runs'], results[base]['runs']) if f and b]
@@ -188,17 +192,17 @@ def summarise(results):
 def show(results, groups):
     for kind, names in groups.items():
         cols = columns[kind]
-        print(f'\n{"":36}' + ''.join(f'{h:>13}' for h, *_ in cols))
+        print(f'\n{"":46}' + ''.join(f'{h:>13}' for h, *_ in cols))
         for n in names:
             m = results[n]['median']
-            print(f'{n:36}' + ''.join(f'{m[k]:>13{f}}' if m.get(k) is not None else f'{"-":>13}' for _, k, f in cols), *(f'FAILED: {x}' for x in results[n]['failed']))
+            print(f'{n:46}' + ''.join(f'{m[k]:>13{f}}' if m.get(k) is not None else f'{"-":>13}' for _, k, f in cols), *(f'FAILED: {x}' for x in results[n]['failed']))
 
 def main():
     p = argparse.ArgumentParser(prog='python -m benchmarks.tenants', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--only', default='drain,idle,noise')
-    p.add_argument('--sizes', default='1,100,1000,10000', type=lambda s: [int(n) for n in s.split(',')], help='tenants of an idle runner')
+    p.add_argument('--sizes', default='1,100,1000,10000', type=lambda s: [int(n) for n in s.split(',')], help='tenants of an idle runner, and with a share each of the jobs to drain')
     p.add_argument('--tenants', type=int, default=1000, help='tenants with ten jobs each')
-    p.add_argument('--runs', type=int, default=1, help='rounds')
+    p.add_argument('--runs', type=int, default=3, help='rounds')
     p.add_argument('--seconds', type=int, default=20, help='of idling, and of noise')
     p.add_argument('--lone', type=int, default=100, help='lone jobs among idle tenants')
     p.add_argument('--noise', type=int, default=50_000, help='jobs of the noisy tenant')
@@ -206,7 +210,7 @@ def main():
     p.add_argument('--quick', action='store_true', help='few tenants, few seconds: to see that all works')
     p.add_argument('--save', type=Path, default=here/'results'/'tenants.json')
     a = p.parse_args()
-    if a.quick: a.sizes, a.tenants, a.seconds, a.lone, a.noise = [1, 100], 100, 5, 20, 5000
+    if a.quick: a.runs, a.sizes, a.tenants, a.seconds, a.lone, a.noise = 1, [1, 100], 100, 5, 20, 5000
     began = time.time()
     results = {name: dict(runs=[], failed=[]) for name, *_ in plan(a)}
     for n in range(a.runs):
@@ -214,7 +218,7 @@ def main():
             got = launch(['benchmarks.tenants', 'measure', step, json.dumps(options)], a.limit)
             results[name]['runs'].append(got.get('figure'))
             if got.get('failed'): results[name]['failed'].append(got['failed'])
-            print(f'{time.time()-began:6.0f} s  round {n+1}  {name:36}', got.get('failed') or {k: round(v, 3) if v is not None else v for k, v in got['figure'].items()}, flush=True)
+            print(f'{time.time()-began:6.0f} s  round {n+1}  {name:46}', got.get('failed') or {k: round(v, 3) if v is not None else v for k, v in got['figure'].items()}, flush=True)
     show(results, summarise(results))
     a.save.parent.mkdir(parents=True, exist_ok=True)
     a.save.write_text(json.dumps(dict(machine=machine(), options=vars(a) | dict(save=a.save.name), seconds=round(time.time() - began), results=results), indent=1)+'\n')

@@ -215,10 +215,13 @@ def set_state(self:HostDatabase, tenant_id:str, state:str):
     with writing(self.engine) as conn: conn.execute(_catalog.update().where(_catalog.c.id == tenant_id).values(state=state))
 
 @patch
-def hold(self:HostDatabase, tenant_id:str, reason:str) -> bool: # False: it is held already, or there is none
+def hold(self:HostDatabase, tenant_id:str, reason:str,
+    **known, # `created_at` and `epoch` of the tenant that is meant
+) -> bool: # False: it is held already, or there is none
     "Start no job of a tenant until an operator has decided; its pages go on"
     with writing(self.engine) as conn:
-        return conn.execute(_catalog.update().where(_catalog.c.id == tenant_id, _catalog.c.held.is_(None)).values(held=reason, held_at=timestamp())).rowcount > 0
+        return conn.execute(_catalog.update().where(_catalog.c.id == tenant_id, _catalog.c.held.is_(None),
+            *(_catalog.c[k].is_not_distinct_from(v) for k, v in known.items())).values(held=reason, held_at=timestamp())).rowcount > 0
 
 @patch
 def let_go(self:HostDatabase, tenant_id:str, epoch:int):

@@ -7,6 +7,7 @@ import asyncio, os, sqlite3
 from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
+from ..measures import Missing
 
 postgres_url = os.environ.get('BENCH_POSTGRES', 'postgresql://postgres@127.0.0.1:5432/postgres')
 redis_url = os.environ.get('BENCH_REDIS', 'redis://127.0.0.1:6379')
@@ -44,6 +45,12 @@ class Peer:
         (self.submit_each if 'bulk' in self.missing else self.submit_many)(task, ns)
 
     def work(self): raise NotImplementedError
+    def begin(self):
+        "Run jobs in this process, too"
+        raise Missing('jobs are run by a process of their own')
+    def submit_here(self, task, n):
+        "Submit a job that this process runs"
+        self.submit(task, n)
     def stored(self) -> int: raise NotImplementedError
     def done(self) -> int: raise NotImplementedError
     def over(self, n) -> bool:

@@ -21,4 +21,4 @@ class Celery(OnRedis):
 
 class CeleryLate(Celery):
     late, durability = True, f'{no_aof}; acknowledged after it ran'
-    missing = {m: 'only for the crash; see celery' for m in ('submit', 'bulk', 'drain', 'drain2', 'latency', 'web')}
+    missing = {m: 'only for the crash; see celery' for m in ('submit', 'bulk', 'drain', 'drain2', 'latency', 'inside', 'web')}

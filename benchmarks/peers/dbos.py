@@ -40,6 +40,7 @@ class Dbos:
         with self.client._sys_db.engine.begin() as conn:
             for n in ns: self.client.enqueue_in_transaction(conn, self.options(task), n)
 
+    def begin(self): self.launch()
     def work(self):
         self.launch()
         while True: time.sleep(1)

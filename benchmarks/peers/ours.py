@@ -1,7 +1,7 @@
 """fh_saas itself: a host, one tenant, and `Runner`s in the worker processes. The submitting process runs nothing.
 
 Everything that knows the API is in this file."""
-import sqlite3, time
+import asyncio, sqlite3, time
 from contextlib import closing
 from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import get_or_create_tenant_db
@@ -18,7 +18,7 @@ for f in functions.values(): registry.add(f)
 
 class Common:
     "A tenant of a host"
-    level, tenant, web_worker = 'FULL', 'acme', False
+    level, tenant, web_worker, package = 'FULL', 'acme', False, 'fh-saas'
     missing = {}
     stored_sql = 'SELECT count(*) FROM tenant_jobs'
     done_sql = "SELECT count(*) FROM tenant_jobs WHERE status = 'completed' AND result IS NOT NULL"
@@ -51,6 +51,14 @@ class Common:
         Runner(self.host, self.settings()).start()
         while True: time.sleep(1)
 
+    def begin(self):
+        self._runner, self._loop = Runner(self.host, self.settings()).start(), asyncio.new_event_loop()
+        self._manager = self.open()
+
+    def submit_here(self, task, n):
+        _, bg_task = self.manager.submit(task, functions[task], n=n)
+        self._loop.run_until_complete(bg_task())  # as Starlette does it after the response
+
     def app(self):
         "The app runs the jobs itself, after the response"
         runner, managers = Runner(self.host, self.settings()), []
@@ -63,7 +71,7 @@ class Common:
 
 class Async:
     "The web route is a coroutine: it awaits `asubmit`"
-    missing = {m: 'as the one with a sync route' for m in ('submit', 'bulk', 'drain', 'drain2', 'latency', 'crash')}
+    missing = {m: 'as the one with a sync route' for m in ('submit', 'bulk', 'drain', 'drain2', 'latency', 'inside', 'crash')}
     def app(self):
         runner, managers = Runner(self.host, self.settings()), []
         async def route(request):

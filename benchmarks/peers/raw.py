@@ -48,7 +48,7 @@ class Schema:
 
 class Raw:
     "What both databases have in common"
-    missing = dict(crash='a bare loop has no lease: what it had claimed would stay claimed')
+    missing = dict(inside='the measure is compared to `latency` of the raw side, from another process', crash='a bare loop has no lease: what it had claimed would stay claimed')
     schema = Plain()
     _conn = None
 

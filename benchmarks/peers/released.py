@@ -44,6 +44,9 @@ class Released(OnSqlite):
         self.manager
         while True: time.sleep(1)
 
+    def begin(self): self._loop = asyncio.new_event_loop()
+    def submit_here(self, task, n): self._loop.run_until_complete(self.submit(task, n)())
+
     async def all(self, jobs):
         for j in jobs: await j()
 

@@ -6,7 +6,7 @@ from .. import tasks
 class Plain(Peer):
     package, raws, web_worker = 'starlette', ('raw-sqlite-full',), False
     durability = 'none: jobs live in the memory of the web process'
-    missing = {m: 'nothing is stored, and there is no other process' for m in ('submit', 'bulk', 'drain', 'drain2', 'latency', 'crash')}
+    missing = {m: 'nothing is stored, and there is no other process' for m in ('submit', 'bulk', 'drain', 'drain2', 'latency', 'inside', 'crash')}
 
     def done(self): return len(tasks.said('did'))
 

@@ -113,7 +113,8 @@ class Committer:
         self.kind = SQLite() if self.url.get_backend_name() == 'sqlite' else PostgreSQL()
         self._queue, self._queue_lock, self._turn = [], threading.Lock(), threading.Lock()
         self._writer, self._spare, self._engine, self._leave, self._called = None, [], None, False, None
-        self._file, self._looked = self.kind.file(self.url), 0.0
+        self._file = self._written = self.kind.file(self.url)  # what is there, and what the writer writes to
+        self._looked = 0.0
         _committers.add(self)
 
     def opened(self): "Called when another database was found in place of the one before"
@@ -157,7 +158,7 @@ class Committer:
 @contextmanager
 def cursor(self:Committer):
     "A driver's cursor for reading, which waits for no writer"
-    self._look()
+    file = self._look()
     if isinstance(self.kind, PostgreSQL) and not self._spare and self._turn.acquire(blocking=False):
         with self._writers_cursor() as cur: yield cur
         return
@@ -170,7 +171,7 @@ def cursor(self:Committer):
         if conn is not None: conn.close()
         if (known := self._error(e)) is e: raise
         raise known from e
-    if self._spare or self._leave: conn.close()
+    if self._spare or self._leave or file != self._file: conn.close()
     else: self._spare.append(conn)
 
 @patch
@@ -188,19 +189,22 @@ def _writers_cursor(self:Committer):
     finally: self._pass_on()
 
 @patch
-def _look(self:Committer):
+def _look(self:Committer): # The file
     "Is the file still there, and still the same? Else what is open would write into the void"
     self.used()
-    if isinstance(self.kind, PostgreSQL) or self.sight and time.monotonic() < self._looked + self.sight: return
+    if isinstance(self.kind, PostgreSQL) or self.sight and self._file and time.monotonic() < self._looked + self.sight: return self._file
     file, self._looked = self.kind.file(self.url), time.monotonic()
-    if file == self._file and file is not None: return
-    while self._spare: self._spare.pop().close()
-    writer, self._writer = self._writer, None
-    if writer is not None: writer.close()
+    if file == self._file and file is not None: return file
+    self._file = None  # what is in use now is not kept
+    # the writer is left to who has the turn: closed while another thread is at work on it, it would take the process along
+    while True:
+        try: self._spare.pop().close()
+        except IndexError: break
     if self._engine is not None: self._engine.dispose()
     if file is None: raise DatabaseUnavailable(f"{show_url(self.url)}: the file is gone; put it back, or delete the tenant")
     self.opened()
     self._file = file
+    return file
 
 # %% ../../nbs/jobs/04_commit.ipynb #b95d527c
 class _Write:
@@ -296,9 +300,10 @@ def _commit(self:Committer, batch):
 # %% ../../nbs/jobs/04_commit.ipynb #4b2fd006
 @patch
 def _transact(self:Committer, batch, again=True):
-    self._look()
     try:
-        if self._writer is None: self._writer = connect(self.url, self.synchronous, self.busy)
+        file = self._look()
+        if self._written != file: self._drop()
+        if self._writer is None: self._writer, self._written = connect(self.url, self.synchronous, self.busy), file
         cur = self._writer.cursor()
         now = self.kind.begin(cur)
     except Exception as e:

@@ -37,7 +37,11 @@ def noting(self:Store, mark:bool=True):
     return op
 
 # %% ../../nbs/jobs/17_tenancy.ipynb #e99805f2
-class Held(FhSaasError): "The tenant's database is not the one the host knows: its open jobs wait for an operator."
+class Held(FhSaasError):
+    "The tenant's database is not the one the host knows: its open jobs wait for an operator."
+    def __init__(self, text:str, facts:dict): super().__init__(text); self.facts = facts  # with which it does not agree
+
+def _which(facts): return facts and (facts['created'], facts['epoch'])
 
 class Tenancy:
     "What the host says about one tenant, for the engine that runs its jobs"
@@ -58,7 +62,7 @@ class Tenancy:
             if self.facts is None: raise
             log.warning('tenant=%s: the host does not answer, what it said last holds: %s', self.tenant_id, e)
         else:
-            if self.facts and facts['created'] != self.facts['created']: self.seen = self.told = 0  # another tenant of the same name
+            if _which(facts) != _which(self.facts): self.seen = self.told = 0  # another tenant of the same name, or another file of the same tenant
             self.facts = facts
         self.read = time.monotonic()
 
@@ -77,30 +81,28 @@ class Tenancy:
         elif epoch != facts['epoch']: why = f"it is of epoch {epoch}, the host knows epoch {facts['epoch']}"
         elif mark < known: why = f'it is an earlier state of itself (mark {mark}, the host knows {known})'
         else: return
-        raise Held(f"tenant {self.tenant_id!r}: open jobs are held, because its database was replaced: {why}")
+        raise Held(f"tenant {self.tenant_id!r}: open jobs are held, because its database was replaced: {why}", facts)
 
     def advanced(self, notes:dict):
         "The step that went with `notes` is committed"
-        self.seen = max(self.seen, int(notes.get('mark', 0)) + 1)
+        if int(notes.get('epoch', 1)) == self.facts['epoch']: self.seen = max(self.seen, int(notes.get('mark', 0)) + 1)
 
 # %% ../../nbs/jobs/17_tenancy.ipynb #9bf9cc58
 @patch
 def tell(self:Tenancy, every:float=0.0):
     "Let the host know how far the database has come, at most once in `every` seconds"
     if self.seen <= self.told or time.monotonic() < self.told_at + every: return
-    mark, self.told_at = self.seen, time.monotonic()
-    self.wakes.marked(self.tenant_id, mark)
-    self.told = mark
+    mark, facts, self.told_at = self.seen, self.facts, time.monotonic()
+    self.wakes.marked(self.tenant_id, mark, facts['created'], facts['epoch'])
+    if _which(self.facts) == _which(facts): self.told = mark
 
 @patch
 def hold(self:Tenancy, why:Held) -> bool: # False: it is another tenant by now, of the same name
     "Write down that the tenant is held"
-    known = self.facts and self.facts['created']
+    known = dict(created_at=why.facts['created'], epoch=why.facts['epoch'])
+    if self.host.hold(self.tenant_id, str(why), **known): log.error('tenant=%s: %s; look at it, then release or discard them', self.tenant_id, why)
     self.refresh()
-    if self.facts['created'] != known: return False
-    if self.host.hold(self.tenant_id, str(why)): log.error('tenant=%s: %s; look at it, then release or discard them', self.tenant_id, why)
-    self.refresh()
-    return True
+    return bool(self.facts['held'])
 
 _all, _all_lock = {}, threading.Lock()
 

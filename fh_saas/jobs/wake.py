@@ -228,14 +228,17 @@ def facts(self:Wakes, tenant_id:str) -> dict: # None if there is no such tenant
     return row and dict(state=row[0], held=row[1], epoch=row[2], mark=row[3] or 0, created=row[4])
 
 @patch
-def marked(self:Wakes, tenant_id:str, mark:int):
+def marked(self:Wakes, tenant_id:str, mark:int,
+    created:str, epoch:int, # Of the tenant that is meant: there may be another of that name by now, or another epoch
+):
     "A tenant's database has come so far"
-    w = wakes_table
+    w, c = wakes_table, catalog_table.c
     def build():
-        new = self.kind.insert(w).values(tenant_id=bind('tenant'), mark=bind('mark'), seq=1)
+        its = sa.select(c.id, sa.cast(bind('mark'), sa.Integer), sa.literal_column('1')).where(c.id == bind('tenant'), c.created_at.is_not_distinct_from(bind('created', type_=sa.String)), c.epoch == bind('epoch'))
+        new = self.kind.insert(w).from_select(['tenant_id', 'mark', 'seq'], its)
         return new.on_conflict_do_update(index_elements=[w.c.tenant_id], set_=dict(mark=new.excluded.mark), where=w.c.mark < new.excluded.mark)
     stmt = self.statement(('wake mark',), build)
-    self.write(lambda cur, now: stmt(cur, tenant=tenant_id, mark=mark) and None)
+    self.write(lambda cur, now: stmt(cur, tenant=tenant_id, mark=mark, created=created, epoch=epoch) and None)
 
 @patch
 def shut(self:Wakes) -> set:
