@@ -1,0 +1,85 @@
+"Tenants that are made anew and files that are replaced while processes still remember the ones before"
+import subprocess, sys
+import pytest
+from fh_saas.db_host import HostDatabase
+from fh_saas.db_tenant import delete_tenant, get_or_create_tenant_db
+from fh_saas.jobs.store import Store
+from fh_saas.jobs.tenancy import Held, Tenancy, settle_held
+
+swapping = '''
+import shutil, sys, threading, time
+from pathlib import Path
+import fh_saas.jobs.claims
+from fh_saas.jobs.store import Store
+path, until, done = Path(sys.argv[1]), time.time() + 4, dict(written=0, read=0, swapped=0)
+path.touch()
+s = Store(f'sqlite:///{path}', synchronous='NORMAL')
+s.close()
+shutil.copy(path, copy := path.with_name('copy.db'))
+def loop(what, f):
+    while time.time() < until:
+        try: f()
+        except Exception: continue  # a write may fail here, but must not take the process along
+        done[what] += 1
+def write(): s.add_many([dict(id=f'{time.time_ns()}-{threading.get_ident()}', job_type='t', task='t')])
+def read(): s.next_due(('t',), ())
+def swap():
+    time.sleep(0.02)
+    shutil.copy(copy, new := path.with_suffix('.new'))
+    for x in ('-wal', '-shm'): Path(f'{path}{x}').unlink(missing_ok=True)
+    new.replace(path)
+threads = [threading.Thread(target=loop, args=a) for a in [('written', write)]*2 + [('read', read)]*2 + [('swapped', swap)]]
+for t in threads: t.start()
+for t in threads: t.join()
+assert all(done.values()), done
+'''
+
+
+@pytest.fixture
+def host(tmp_path):
+    h = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    get_or_create_tenant_db('acme', host=h).close()
+    yield h
+    h.close()
+
+def tenancy(host):
+    t = Tenancy(host, 'acme')
+    t.refresh()
+    return t
+
+def notes(host):
+    s = Store(host.url_of(host.find('acme')), tenant='acme')
+    try: return s.write(s.noting(False))
+    finally: s.close()
+
+
+def test_a_replaced_file_ends_no_process(tmp_path):
+    p = subprocess.run([sys.executable, '-c', swapping, tmp_path/'t.db'], capture_output=True, text=True, timeout=60)
+    assert p.returncode == 0, (p.returncode, p.stderr[-2000:])
+
+def test_a_mark_of_the_tenant_before_is_not_held_against_the_one_made_anew(host):
+    before = tenancy(host)
+    before.advanced(dict(mark='41'))
+    delete_tenant('acme', host)
+    get_or_create_tenant_db('acme', host=host).close()
+    before.tell()
+    after = tenancy(host)
+    assert after.facts['mark'] == 0
+    after.check(notes(host))
+
+def test_an_untold_mark_does_not_hold_again_what_an_operator_has_released(host):
+    told, untold = tenancy(host), tenancy(host)
+    told.advanced(dict(mark='41'))
+    told.tell()
+    untold.advanced(dict(mark='44'))
+    host.hold('acme', 'put back')
+    settle_held(host, 'acme', discard=False)
+    untold.refresh()
+    untold.check(notes(host))
+
+def test_facts_of_the_epoch_before_do_not_hold_what_an_operator_has_released(host):
+    late = tenancy(host)
+    host.hold('acme', 'put back')
+    settle_held(host, 'acme', discard=False)
+    with pytest.raises(Held) as e: late.check(notes(host))
+    assert not late.hold(e.value) and host.find('acme').held is None
