@@ -115,10 +115,15 @@ class Rules:
         "The rules as they were at most `fresh` seconds ago"
         with self._lock:
             if not self.stale: return self._rules
-            self._read = time.monotonic()
+            if self._read is None: return self._ask()  # nothing is known yet, or it was changed here: all wait for it
+            self._read = time.monotonic()  # the others go on with what they know
+        return self._ask()
+
+    def _ask(self):
         try: rules = self.all()
         except FhSaasError as e: log.warning('the rules of the host cannot be read, those from before hold: %s', e); rules = self._rules
         if rules != self._rules: self._rules, self._limits = rules, {}
+        self._read = time.monotonic()
         return self._rules
 
     @property
