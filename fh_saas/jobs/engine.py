@@ -73,7 +73,7 @@ class Engine(Recorder, Rounds):
     def tie(self, store:Store, host:HostDatabase, tenant_id:str, rung:bool=False):
         "Let the host say what holds for this database, and whether it is the right one"
         desk = self._desks[store]
-        desk.rung = desk.rung or rung
+        desk.rung, desk.met = desk.rung or rung, desk.met or not rung
         if desk.tenancy is None: desk.tenancy = Tenancy(host, tenant_id)
 
     @property

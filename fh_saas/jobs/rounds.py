@@ -83,6 +83,15 @@ def opened(self:Rounds, url, table:str='tenant_jobs') -> Store:
     return self._stores.get((check_url(url), table))
 
 @patch
+def tidy(self:Rounds,
+    keep:int, # So many databases may be known
+    but=(), # Tenants that are being visited
+):
+    "Forget those that have nothing to do and that the host will ring for, the first to be met first"
+    for desk in list(self._desks.values())[:max(0, len(self._desks) - keep)]:
+        if desk.tenancy and desk.tenancy.tenant_id not in but and desk not in self._blocked and desk.retire(): self.forget(desk.store)
+
+@patch
 def forget(self:Rounds, store:Store):
     "Look after a database no longer, and close it"
     with self._lock:
