@@ -144,6 +144,10 @@ def _ring(tenancy, at, queue):
     try: tenancy and tenancy.wakes.ring(tenancy.tenant_id, at, queue)
     except FhSaasError as e: log.warning('tenant=%s: not rung for in the host, its hint will lead there: %s', tenancy.tenant_id, e)
 
+def _slow(tenancy, begun) -> bool:
+    "Has the commit taken longer than the hint covers?"
+    return bool(tenancy) and time.monotonic() > begun + tenancy.wakes.bound
+
 def _soon(job, handoff):
     "Seconds until somebody looks after a job that its response does not bring"
     return handoff if not job.get('run_at') else min(handoff, max(0, seconds(job['run_at']) - time.time()))
@@ -152,12 +156,12 @@ def _soon(job, handoff):
 def _stored(self:BackgroundTaskManager, job):
     (engine, store), queue = self.here, job.get('queue', 'default')
     limits, served, tenancy = _open_for(queue, engine, store), engine.serves(queue), engine.tenancy(store)
-    handoff = engine.settings.handoff if served else 0
+    handoff, begun = engine.settings.handoff if served else 0, time.monotonic()
     _hint(tenancy)
     try: store.add(job, handoff, limits.pending)
     except DatabaseBusy as e: self._explain(e)
     engine.attend(store, _soon(job, handoff))
-    if not served: _ring(tenancy, job.get('run_at'), queue)
+    if not served or _slow(tenancy, begun): _ring(tenancy, job.get('run_at'), queue)
 
 @patch
 def _explain(self:BackgroundTaskManager, e):
@@ -243,13 +247,14 @@ async def _astored(self:BackgroundTaskManager, job):
     (engine, store), queue = self.here, job.get('queue', 'default')
     tenancy, served = engine.tenancy(store), engine.serves(queue)
     def in_thread(f, *args): return asyncio.wrap_future(engine.writers.submit(f, *args))
+    begun = time.monotonic()
     limits = await in_thread(_open_for, queue, engine, store) if tenancy and tenancy.rules.stale else _open_for(queue, engine, store)
     if tenancy and not tenancy.wakes.hinted(tenancy.tenant_id): await in_thread(_hint, tenancy)
     handoff = engine.settings.handoff if served else 0
     try: await store.aadd(job, handoff, limits.pending, engine.writers.submit)
     except DatabaseBusy as e: self._explain(e)
     engine.attend(store, _soon(job, handoff))
-    if not served and tenancy: await in_thread(_ring, tenancy, job.get('run_at'), queue)
+    if tenancy and (not served or _slow(tenancy, begun)): await in_thread(_ring, tenancy, job.get('run_at'), queue)
 
 # %% ../nbs/02_utils_bgtsk.ipynb #a8a2e038
 @patch

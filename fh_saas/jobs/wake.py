@@ -35,7 +35,7 @@ class Wakes(Committer):
     ):
         # a note lost in a power cut is found by the sweep; the jobs themselves are in the tenants' databases
         super().__init__(host.url, 'NORMAL', busy)
-        self.host, self.bound, self._hinted, self._lock = host, 2*busy + 1, {}, threading.Lock()
+        self.host, self.bound, self._hinted, self._lock = host, 5.0, {}, threading.Lock()  # who needs longer for a commit rings after it
         self.bell = Bell(host.id) if isinstance(self.kind, SQLite) else None
         with db_errors(self.url), writing(self.engine) as conn:
             lock_schema(conn)
