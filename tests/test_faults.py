@@ -1,6 +1,6 @@
 "Faults that are really injected: each ends in a typed error or a recorded outcome, and harms nobody else."
 import asyncio, ctypes, os, signal, subprocess, sqlite3, threading, time, uuid
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 import httpx2, psycopg, pytest
 import sqlalchemy as sa
@@ -291,15 +291,18 @@ def test_a_file_that_is_no_database(tmp_path, new_sqlite, open_manager, new_engi
 def test_corrupt_pages(new_sqlite, open_manager, new_engine):
     url, e = new_sqlite(), new_engine(handoff=0)
     m, other = open_manager(url, e), open_manager(new_sqlite(), e)
+    e.pause(m.store)
     for n in range(40): m.submit('echo', echo, n='x'*2000, run_at='2999-01-01T00:00:00')
-    with sqlite3.connect(path := Path(url.removeprefix('sqlite:///'))) as conn: assert conn.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchone()[0] == 0
+    wait_until(lambda: not e._desks[m.store].turning)
     m.store.close()
+    # a connection that is open while this process reads the file as a file loses its locks, and is in the way afterwards
+    with closing(sqlite3.connect(path := Path(url.removeprefix('sqlite:///')))) as conn: assert conn.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchone()[0] == 0
     good = path.read_bytes()
     path.write_bytes(good[:4096*3] + os.urandom(len(good) - 4096*3))
     with pytest.raises(DatabaseCorrupt, match='good copy'):
         m.list_jobs(limit=None)
         for n in range(10): m.submit('echo', echo, n=n)
-    m.engine.attend(m.store)
+    e.pause(m.store, False)
     assert max(by_engine(other) for _ in range(5)) < 1
 
 def test_a_newer_database(url, open_manager, new_engine):

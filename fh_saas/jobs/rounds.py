@@ -306,7 +306,7 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts):
 @patch
 def _given(self:Rounds, desk, got, job_id, func, future, here):
     "The attempt of a job that a response brought; it runs in the crew, or where its future is awaited"
-    if (row := got.get(job_id)) is None: return settle(future)
+    if (row := got.pop(job_id, None)) is None: return settle(future)  # two handles of one job may have come together
     [a] = desk._take([row], func)
     if here: a.done = future; return a
     with self.line._lock: self.line.started(a); self.line._count(a, 1)
