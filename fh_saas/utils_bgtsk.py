@@ -227,8 +227,6 @@ def submit_many(self:BackgroundTaskManager,
     _ring(tenancy, None, 'default')
     return [j['id'] for j in jobs]
 
-
-
 # %% ../nbs/02_utils_bgtsk.ipynb #1a4dd1dd
 @patch
 async def asubmit(self:BackgroundTaskManager,

@@ -16,7 +16,6 @@ from sqlalchemy.dialects.postgresql import psycopg
 from fastcore.basics import patch
 from operator import itemgetter
 from ..db_connect import DatabaseBusy, DatabaseUnavailable, FhSaasError, check_url, connect, open_engine, show_url, typed
-
 from .pool import settle
 
 log = logging.getLogger('fh_saas.jobs')
@@ -144,7 +143,14 @@ class Committer:
     def _drop(self):
         writer, self._writer = self._writer, None
         if writer is not None: writer.close()
-        while self._spare: self._spare.pop().close()
+        self._drop_spare()
+
+    def _unused(self):
+        try: return self._spare.pop()
+        except IndexError: return None  # other threads take them too
+
+    def _drop_spare(self):
+        while (conn := self._unused()) is not None: conn.close()
 
     def _pass_on(self):
         try:
@@ -164,7 +170,7 @@ def cursor(self:Committer):
         return
     conn = None
     try:
-        while self._spare and not self.kind.alive(conn := self._spare.pop()): conn.close(); conn = None
+        while (conn := self._unused()) is not None and not self.kind.alive(conn): conn.close()
         conn = conn or connect(self.url, self.synchronous, self.busy)
         yield conn.cursor()
     except BaseException as e:
@@ -197,9 +203,7 @@ def _look(self:Committer): # The file
     if file == self._file and file is not None: return file
     self._file = None  # what is in use now is not kept
     # the writer is left to who has the turn: closed while another thread is at work on it, it would take the process along
-    while True:
-        try: self._spare.pop().close()
-        except IndexError: break
+    self._drop_spare()
     if self._engine is not None: self._engine.dispose()
     if file is None: raise DatabaseUnavailable(f"{show_url(self.url)}: the file is gone; put it back, or delete the tenant")
     self.opened()

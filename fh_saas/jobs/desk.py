@@ -71,9 +71,8 @@ class Desk:
 
     def claim(self, job_id:str, func=None) -> Attempt: # None if the job is not pending
         "Claim one job, whenever it was due"
-        self.verify()
-        row = self.store.claim_one(job_id, gen_id(), self.worker, self.settings.lease)
-        return row and self._take([row], func)[0]
+        got, *_ = self.turn([], [job_id], None)
+        return self._take(list(got.values()), func)[0] if got else None
 
     def _take(self, rows, func=None):
         attempts, until = [], time.monotonic() + self.settings.lease
@@ -124,10 +123,11 @@ def turn(self:Desk,
     check = self._checking() if these or claim else None
     def op(cur, now):
         if done: done(cur, now)
-        notes = check(cur, now) if check else None
+        notes = check(cur) if check else None
         got, rows, due = these(cur, now) if these else [], claim(cur, now) if claim else [], (0.0, None)
         if claim and len(rows) < room.n: due = self.store.due_in(cur, now, *names, room.closed, self.only)
-        return got, rows, due, notes
+        if stepped := notes and (got or rows): self.store.step(cur, notes)  # who takes nothing writes nothing
+        return got, rows, due, notes if stepped else None
     got, rows, due, notes = self.store.write(op)
     if notes: self._checked(notes)
     return {r['id']: r for r in got}, self._take(rows), *due
@@ -135,17 +135,16 @@ def turn(self:Desk,
 # %% ../../nbs/jobs/11_desk.ipynb #74d5d974
 @patch
 def _checking(self:Desk):
-    "An operation: is this the database that the host knows?"
+    "Called with a cursor: is this the database that the host knows?"
     if self.tenancy is None: return None
     # on PostgreSQL each step of the mark would keep other claimers waiting for its row: once a second there
     old = isinstance(self.store.kind, SQLite) or time.monotonic() > self.checked + 1
     if old: self.tenancy.refresh(1.0)
-    noting = self.store.noting()
-    def op(cur, now):
+    def check(cur):
         if not old and self.store.place == self.checked_place: return None
-        self.tenancy.check(notes := noting(cur, now))
+        self.tenancy.check(notes := self.store.noting(cur))
         return notes
-    return op
+    return check
 
 @patch
 def _checked(self:Desk, notes):
@@ -155,7 +154,8 @@ def _checked(self:Desk, notes):
 @patch
 def verify(self:Desk):
     "Raise `Held` if the database was replaced"
-    if (check := self._checking()) and (notes := self.store.write(check)): self._checked(notes)
+    if check := self._checking():
+        with self.store.cursor() as cur: check(cur)
 
 @patch
 def tell(self:Desk, every:float=0.0):

@@ -155,7 +155,8 @@ def _run_until_done(coro):
 @patch
 async def handle(self:Engine, store:Store, job_id:str, func):
     "Run one attempt of a job for a response that was sent; never raises, never waits for a retry time"
-    if self.stopping or self.quiet or self._desks[store].paused or not self.settings.concurrency: return  # asks nobody: this is the event loop
+    desk = self._desks.get(store)
+    if self.stopping or self.quiet or desk is None or desk.paused or not self.settings.concurrency: return  # asks nobody: this is the event loop
     try:
         if is_async(func): await self._handle_async(store, job_id, func)
         else: await self._told(self._want(store, job_id, func, True))

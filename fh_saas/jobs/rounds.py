@@ -180,9 +180,11 @@ def _fed(self:Rounds, but=None):
     if not self._ring or self.stopping: return
     with self._lock:
         first = next((d for d in self._ring if not d.turning), None)
-        if first is not None and first is not but and self.line.free() + self.line.ahead() > 0: self._errands[first] = None
-        else: return
-    self.crew.call()
+        if first is None or first is but or self.line.free() + self.line.ahead() <= 0: return
+        room, until = self._left(first)
+        if room > 0: self._errands[first] = None
+    if room > 0: self.crew.call()
+    else: self._at(first, until)  # a turn has the room to itself: its end calls again, unless it is stuck
 
 @patch
 def _visit_soon(self:Rounds, desks):
@@ -194,10 +196,8 @@ reserve = 0.1  # seconds for which a turn has its room to itself; one that is st
 @patch
 def _allot(self:Rounds, desk) -> int:
     "How many jobs a desk may claim now; if none, it waits in the ring"
-    now = time.monotonic()
     with self._lock:
-        ahead = self.line.ahead()
-        room = self.line.free() + ahead - sum(n for d, (n, until) in self._reserved.items() if until > now and d is not desk)
+        ahead, (room, _) = self.line.ahead(), self._left(desk)
         first = next((d for d in self._ring if d is desk or not d.turning), None)
         self._ring.join(desk)
         if room <= 0 or first not in (None, desk): return 0
@@ -205,8 +205,15 @@ def _allot(self:Rounds, desk) -> int:
         if len(self._ring) > 1:
             n = self._ring.grant(desk, batch if ahead >= batch else 1, room)
             self._ring.took(desk, n)
-        self._reserved[desk] = n, now + reserve
+        self._reserved[desk] = n, time.monotonic() + reserve
         return n
+
+@patch
+def _left(self:Rounds, desk) -> tuple: # And until when the rest is reserved
+    "The room that no other turn has to itself"
+    now = time.monotonic()
+    others = [(n, until) for d, (n, until) in self._reserved.items() if until > now and d is not desk]
+    return self.line.free() + self.line.ahead() - sum(n for n, _ in others), min((until for _, until in others), default=now)
 
 @patch
 def _room(self:Rounds, desk, n, **kw):
@@ -328,7 +335,7 @@ def _after(self:Rounds, desk, room, found, due, lapse, attempts):
     if suspects: return 0.0
     with self._lock: self._blocked[desk] = self._blocked.pop(desk, None)
     # a limit keeps it out: the end of a job calls it, a rate or another process does not
-    desk.barred = min(5.0, max(0.2, 2*desk.barred))
+    desk.barred = min(max(5.0, 0.05*len(self._blocked)), max(0.2, 2*desk.barred))
     return desk.barred
 
 @patch

@@ -108,7 +108,7 @@ class Adding:
             return QuotaExceeded(f"{s.tenant} has {n:,}{'' if n < quota else ' or more'} pending jobs, and may have {quota:,}: nothing was submitted; try again when some have run, or raise the limit")
         common = dict(created_at=timestamp(now), run_at=timestamp(now + self.delay))
         payloads = _alike(jobs) and {j['id']: j.get('payload') for j in jobs}
-        if payloads and len(payloads) == len(jobs): s._add_alike()(cur, **_blank | common | jobs[0], payloads=json.dumps(payloads))
+        if payloads and len(payloads) == len(jobs): s._add_alike()(cur, **_rows(jobs[:1], common)[0], payloads=json.dumps(payloads))
         else:
             stmt = s.statement(('add', s.t.jobs.name), lambda: s.t.jobs.insert().values({c: bind(c) for c in _new}))
             stmt.many(cur, rows) if len(rows := _rows(jobs, common)) > 1 else stmt(cur, **rows[0])

@@ -21,20 +21,19 @@ log = logging.getLogger('fh_saas.jobs')
 
 # %% ../../nbs/jobs/17_tenancy.ipynb #73bbd7ce
 @patch
-def noting(self:Store, mark:bool=True):
-    "An operation for `write`: what the database says about itself; with `mark`, it then says that it has come one step further"
+def noting(self:Store, cur) -> dict:
+    "What the database says about itself"
+    return dict(self.statement(('notes',), lambda: sa.select(meta_table.c.key, meta_table.c.value))(cur).fetchall())
+
+@patch
+def step(self:Store, cur, notes:dict):
+    "Let the database say, in the transaction that has read `notes`, that it has come one step further"
     m = meta_table
-    read = self.statement(('notes',), lambda: sa.select(m.c.key, m.c.value))
     def build():
         new = self.kind.insert(m).values(key='mark', value=bind('mark'))
         # on PostgreSQL two who claim at once may have read the same number: it never falls
         return new.on_conflict_do_update(index_elements=[m.c.key], set_=dict(value=new.excluded.value), where=sa.cast(m.c.value, sa.BigInteger) < sa.cast(new.excluded.value, sa.BigInteger))
-    step = self.statement(('mark',), build)
-    def op(cur, now):
-        notes = dict(read(cur).fetchall())
-        if mark: step(cur, mark=str(int(notes.get('mark', 0)) + 1))
-        return notes
-    return op
+    self.statement(('mark',), build)(cur, mark=str(int(notes.get('mark', 0)) + 1))
 
 # %% ../../nbs/jobs/17_tenancy.ipynb #e99805f2
 class Held(FhSaasError):
