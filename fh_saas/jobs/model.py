@@ -36,8 +36,9 @@ def tables(name:str='tenant_jobs') -> SimpleNamespace:
     meta = sa.MetaData()
     j = sa.Table(name, meta, *map(_column, fields(JobRecord)))
     pending, running = j.c.status == sa.literal_column("'pending'"), j.c.status == sa.literal_column("'running'")
-    for nm, cols, where in (('ready', (j.c.queue, j.c.priority, j.c.run_at, j.c.id), pending), ('lease', (j.c.lease_until,), running), ('created', (j.c.created_at, j.c.id), None)):
+    for nm, cols, where in (('ready', (j.c.queue, j.c.priority, j.c.run_at, j.c.id), pending), ('lease', (j.c.lease_until,), running)):
         sa.Index(f'ix_{name}_{nm}', *cols, sqlite_where=where, postgresql_where=where)
+    sa.Index(f'ix_{name}_created', j.c.created_at, j.c.id, info=dict(only='postgresql'))
     one = name.removesuffix('s')
     def part(suffix, keys, *cols):
         return sa.Table(f'{one}_{suffix}', meta, sa.Column('job_id', sa.String, sa.ForeignKey(j.c.id, ondelete='CASCADE'), primary_key=True),
@@ -49,7 +50,7 @@ def tables(name:str='tenant_jobs') -> SimpleNamespace:
         logs=part('logs', ['attempt', 'line'], *text('at', 'level', 'message', 'item')))
 
 # %% ../../nbs/jobs/03_model.ipynb #789ff7ca
-schema_version = 2
+schema_version = 3
 
 def ensure_tables(eng:sa.Engine, name:str='tenant_jobs'):
     "Bring the job tables of a database to this version, whoever made them; safe to call from many processes at once"
@@ -65,6 +66,9 @@ def ensure_tables(eng:sa.Engine, name:str='tenant_jobs'):
         t = tables(name)
         if sa.inspect(conn).has_table(name): add_columns(conn, t.jobs)
         for part in t.meta.sorted_tables: conn.execute(sa.schema.CreateTable(part, if_not_exists=True))
-        for ix in t.jobs.indexes: conn.execute(sa.schema.CreateIndex(ix, if_not_exists=True))
-        conn.execute(sa.schema.DropIndex(sa.Index(f'ix_{name}_due', sa.Column('id')), if_exists=True))  # version 1 had it in place of `ready`
+        old = [sa.Index(f'ix_{name}_due', sa.Column('id'))]  # version 1 had it in place of `ready`
+        for ix in t.jobs.indexes:
+            if ix.info.get('only', conn.dialect.name) == conn.dialect.name: conn.execute(sa.schema.CreateIndex(ix, if_not_exists=True))
+            else: old.append(ix)  # version 2 had it everywhere
+        for ix in old: conn.execute(sa.schema.DropIndex(ix, if_exists=True))
         write_meta(conn, **{key: schema_version})

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from fastsql.core import NotFoundError
 from ..db_connect import FhSaasError, connect, db_errors, meta_table, show_url
 from ..db_host import timestamp
-from .commit import Committer
+from .commit import Committer, SQLite
 from .model import ensure_tables, schema_version, tables
 from .payload import clean
 from .states import Status
@@ -169,7 +169,8 @@ def list(self:Store, limit:int=100, **equal) -> list[dict]:
     "Rows whose columns have the given values, newest first"
     j = self.t.jobs
     def build():
-        q = sa.select(j).where(*(j.c[k] == bind(k) for k in equal)).order_by(j.c.created_at.desc(), j.c.id.desc())
+        newest = [sa.literal_column('rowid')] if isinstance(self.kind, SQLite) else [j.c.created_at, j.c.id]
+        q = sa.select(j).where(*(j.c[k] == bind(k) for k in equal)).order_by(*(c.desc() for c in newest))
         return q if limit is None else q.limit(bind('n', type_=sa.Integer))
     with self.cursor() as cur: return rows_of(self.statement(('list', self.t.jobs.name, limit is None, *equal), build)(cur, n=limit, **{k: _bound(v) for k, v in equal.items()}))
 
