@@ -158,7 +158,7 @@ def _stored(self:BackgroundTaskManager, job):
     limits, served, tenancy = _open_for(queue, engine, store), engine.serves(queue), engine.tenancy(store)
     handoff, begun = engine.settings.handoff if served else 0, time.monotonic()
     _hint(tenancy)
-    try: store.add(job, handoff, limits.pending)
+    try: store.add_many([job], handoff, limits.pending)
     except DatabaseBusy as e: self._explain(e)
     engine.attend(store, _soon(job, handoff))
     if not served or _slow(tenancy, begun): _ring(tenancy, job.get('run_at'), queue)

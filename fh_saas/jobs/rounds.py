@@ -34,9 +34,9 @@ def attend(self:Rounds,
 ):
     "Look after a database: run what is due there, now and from then on"
     desk = self._desks.get(store)
-    if self.stopping or desk is None: return
+    if self.stopping or desk is None or not self.settings.concurrency: return  # others run what this process submits
     if delay <= self.settings.poll: desk.quiet = 0.0
-    if self.settings.concurrency: self._start()
+    self._start()
     if delay > 0: return self._at(desk, time.monotonic() + delay)
     desk.hungry = True
     self._errand(desk)

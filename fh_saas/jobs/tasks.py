@@ -93,6 +93,7 @@ class Registry:
     def meet(self, func, name:str=None, **options) -> Task:
         "The task of `func` under `name`, else under its qualified name; an error if another function has that name"
         if not callable(func): raise TypeError(f"{func!r} is not callable: a task is a function")
+        if not (name or options) and (t := self._met(func)): return t
         name = name or getattr(func, '__task_name__', None) or getattr(_bare(func), '__qualname__', None)
         if not name: raise NoTaskName(f"a {type(func).__name__} object has no name of its own: register it with task('a_name')(…)")
         old = self._tasks.get(name)
@@ -102,8 +103,13 @@ class Registry:
                 f"{':'.join(map(str, _where(func)))} a name of its own: @task('…'), or task('…')(function) for a lambda")
         return old if old.func is func and not options else Task(func, name, **dict(backoff=old.backoff) | options)
 
+    def _met(self, func): # Each submit asks
+        t = self._tasks.get(getattr(func, '__task_name__', None) or getattr(func, '__qualname__', None))
+        return t if t is not None and t.func is func else None
+
     def add(self, func, name:str=None, **options) -> Task:
         "Register `func`"
+        if not (name or options) and (t := self._met(func)): return t
         with self._lock:
             t = self.meet(func, name, **options)
             new = t.name not in self._tasks
