@@ -55,6 +55,8 @@ class Desk:
         self.local = other.local
 
     @property
+    def busy(self) -> bool: return bool(self.turning or self.live or self.ends or self.wanted)
+    @property
     def limits(self) -> Limits: return self.tenancy.limits if self.tenancy else self._free
     @property
     def weight(self): return self.limits.weight
@@ -197,10 +199,6 @@ def give_back(self:Desk, attempts):
 @patch
 def rest(self:Desk, *moments) -> float: # Seconds until the next look; None: the host will ring
     "There is nothing to do now"
-    if not (self.live or self.ends or self.wanted):
-        self.store.close()  # an idle tenant has no open file
-        self.checked = 0.0  # and what is opened next may be another
-        self.tell()
     self.quiet = min(30.0, self.quiet*1.5 + 0.5)
     known = [m for m in (*moments, None if self.rung else max(self.settings.poll, self.quiet)) if m is not None]
     return max(0.05, min(known)) if known else None

@@ -359,6 +359,7 @@ def _beats(self:Rounds):
     while not self.closed:
         for desk in list(self._desks.values()):
             if (desk.live or desk.unwritten) and not desk.beating: desk.beating = True; self.house.submit(self._beat, desk)
+        self._close_idle()
         time.sleep(tick)
 
 @patch

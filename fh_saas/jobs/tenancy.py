@@ -52,6 +52,8 @@ class Tenancy:
 
     @property
     def limits(self) -> Limits: return self.rules.of(self.tenant_id)
+    @property
+    def untold(self) -> bool: return self.seen > self.told # Does the host not know yet how far the database has come?
 
     def refresh(self, older:float=0.0):
         "Ask the host, unless what it said is less than `older` seconds old"

@@ -97,6 +97,7 @@ def ring(self:Wakes,
         more = sa.case((w.c.wake_at.is_(None), its), (sa.or_(have.is_(None), its.is_(None)), sa.null()), (self._has(its), have), else_=have + its)
         return new.on_conflict_do_update(index_elements=[w.c.tenant_id], set_=dict(wake_at=sooner, queues=more, seq=w.c.seq + 1, passed=0), where=sa.not_(self._stands(new.excluded.wake_at, its)))
     its = queue and _between(queue)
+    if at is None and self.bell: self.bell.call(tenant_id)
     if at is None and self._known(tenant_id, its): return
     stmt, tell = self.statement(('wake ring',), build), self._telling()
     def op(cur, now):
