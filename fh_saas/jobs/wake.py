@@ -205,13 +205,12 @@ def adopt(self:Wakes):
     self.write(lambda cur, now: new(cur, now=timestamp(now)) and None)
 
 @patch
-def sweep(self:Wakes, n:int, older:float) -> int: # How many there were
-    "Have those `n` looked at who were not for the longest time, if it is more than `older` seconds"
+def sweep(self:Wakes, n:int, older:float) -> list: # Their ids
+    "The turn of those `n` at whom nobody has looked for the longest time, if it is more than `older` seconds"
     w = wakes_table
     first = lambda: sa.select(w.c.tenant_id).where(w.c.fails == 0, sa.or_(w.c.swept_at < bind('before'), w.c.swept_at.is_(None))).order_by(w.c.swept_at).limit(bind('n', type_=sa.Integer))
-    stmt = self.statement(('wakes sweep',), lambda: w.update().where(w.c.tenant_id.in_(first())).values(swept_at=bind('now'), queues=sa.null(), seq=w.c.seq + 1,
-        wake_at=sa.case((w.c.wake_at < bind('now'), w.c.wake_at), else_=bind('now'))))
-    return self.write(lambda cur, now: stmt(cur, now=timestamp(now), before=timestamp(now-older), n=n).rowcount)
+    stmt = self.statement(('wakes sweep',), lambda: w.update().where(w.c.tenant_id.in_(first())).values(swept_at=bind('now')).returning(w.c.tenant_id))
+    return self.write(lambda cur, now: [t for t, in stmt(cur, now=timestamp(now), before=timestamp(now-older), n=n).fetchall()])
 
 @patch
 def drop(self:Wakes, tenant_id:str):
