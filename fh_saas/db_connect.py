@@ -35,10 +35,18 @@ def show_url(url) -> str:
     u = sa.make_url(url)
     return u.set(query={k: '***' if 'pass' in k.lower() else v for k, v in u.query.items()}).render_as_string(hide_password=True)
 
+_checked = set()  # what came out of `check_url`: the hot path brings it back for each connection
+
+def _keep(u):
+    if len(_checked) > 20_000: _checked.clear()
+    _checked.add(u)
+    return u
+
 def check_url(
     url, # URL text or `sqlalchemy.URL`: `sqlite:///path` or `postgresql://user:password@host:port/name`
 ) -> sa.URL: # With the driver that fh_saas uses, and a file's path in full
     "Refuse what is not the URL of a SQLite file or a PostgreSQL database"
+    if type(url) is sa.URL and url in _checked: return url
     try: u = sa.make_url(url)
     except (ArgumentError, ValueError, TypeError):
         raise InvalidDatabaseURL(f"{type(url).__name__} value is not a database URL; use sqlite:///path/to/file.db or postgresql://user:password@host:port/name") from None
@@ -46,10 +54,10 @@ def check_url(
     if name == 'sqlite':
         if u.database in (None, '', ':memory:') or u.query.get('mode') == 'memory' or 'mode=memory' in u.database or u.database.startswith('file::memory:'):
             raise UnsupportedDatabase(f"{u}: an in-memory database lives in one connection, and jobs need several (and must outlive the process); use a file, for example sqlite:///jobs.db")
-        return u.set(drivername='sqlite', database=u.database if u.database.startswith('file:') else str(Path(u.database).resolve()))
+        return _keep(u.set(drivername='sqlite', database=u.database if u.database.startswith('file:') else str(Path(u.database).resolve())))
     if name == 'postgresql':
         if not u.database: raise InvalidDatabaseURL(f"{show_url(u)} names no database; add it: postgresql://user:password@host:port/name")
-        return u.set(drivername='postgresql+psycopg')
+        return _keep(u.set(drivername='postgresql+psycopg'))
     raise InvalidDatabaseURL(f"{show_url(u)}: fh_saas runs on SQLite and PostgreSQL, not on {name!r}")
 
 # %% ../nbs/00_db_connect.ipynb #71421063

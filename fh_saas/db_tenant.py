@@ -124,9 +124,11 @@ class TenantMismatch(FhSaasError): "The database belongs to another tenant."
 class TenantSuspended(FhSaasError): "The tenant is not active."
 
 @patch
-def url_of(self:HostDatabase, tenant:TenantCatalog) -> sa.URL:
+def url_of(self:HostDatabase,
+    tenant, # Its record, or the `db_url` of it
+) -> sa.URL:
     "The URL of a tenant's database: files are relative to the host's folder, a server's password is the host's"
-    u = sa.make_url(tenant.db_url)
+    u = sa.make_url(getattr(tenant, 'db_url', tenant))
     if u.get_backend_name() == 'sqlite' and not u.database.startswith('file:'): u = u.set(database=str(Path(self.url.database).parent/u.database))
     u = check_url(u)
     return u if u.password or u.host != self.url.host else u.set(password=self.url.password)

@@ -393,13 +393,13 @@ def _in(t, now):
     except ValueError: return -1.0  # no moment at all: due
 
 @patch
-def due_in(self:Store, cur, now, names, old_types, closed=(), only=None) -> tuple:
+def due_in(self:Store, cur, now, names, old_types, closed=(), only=None) -> tuple: # As `next_due`; and the queues in which anything waits
     j = self.t.jobs
-    first = self._candidates(names, old_types)
+    first, queues = self._candidates(names, old_types), self.queues(cur)
+    due = [_in(r['run_at'] or timestamp(0), now) for q in queues if q not in closed and (only is None or q in only) for r in rows_of(first(cur, queue=q, n=1))]
     lease = self.statement(('next lease', j.name), lambda: sa.select(sa.func.min(sa.func.coalesce(j.c.lease_until, timestamp(0))), sa.func.max(j.c.lease_until)).where(j.c.status == RUNNING))
-    due = [_in(r['run_at'] or timestamp(0), now) for q in self.queues(cur) if q not in closed and (only is None or q in only) for r in rows_of(first(cur, queue=q, n=1))]
     lapse, last = (_in(t, now) for t in lease(cur).fetchone())
-    return min(due, default=None), -1.0 if last and last > max_lease else lapse
+    return min(due, default=None), -1.0 if last and last > max_lease else lapse, queues
 
 @patch
 def next_due(self:Store, names:tuple, old_types:tuple,
@@ -407,12 +407,16 @@ def next_due(self:Store, names:tuple, old_types:tuple,
     only=None, # The queues that are; None: all
 ) -> tuple: # Seconds from now, negative if past; None if there is nothing
     "When a job becomes due, and when a lease runs out"
-    with self.cursor() as cur: return self.due_in(cur, self.kind.now(cur), names, old_types, closed, only)
+    with self.cursor(brief=True) as cur: return self.due_in(cur, self.kind.now(cur), names, old_types, closed, only)[:2]
 
 @patch
-def waiting(self:Store) -> dict: # Queue -> seconds from now, negative if past
-    "When the first job of each queue is due, whoever can run it"
+def outlook(self:Store, names:tuple, old_types:tuple, closed=(), only=None) -> tuple: # As `next_due`; and queue -> seconds from now, negative if past
+    "The same, and when the first job of each queue is due, whoever can run it"
     first = self._candidates(None, ())
-    with self.cursor() as cur:
+    with self.cursor(brief=True) as cur:
+        self.kind.snapshot(cur)
         now = self.kind.now(cur)
-        return {q: min(_in(r['run_at'] or timestamp(0), now) for r in rows) for q in self.queues(cur) if (rows := rows_of(first(cur, queue=q, n=1)))}
+        due, lapse, queues = self.due_in(cur, now, names, old_types, closed, only)
+        waiting = {q: min(_in(r['run_at'] or timestamp(0), now) for r in rows) for q in queues if (rows := rows_of(first(cur, queue=q, n=1)))}
+        self.kind.commit(cur)
+    return due, lapse, waiting

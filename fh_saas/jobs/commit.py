@@ -64,6 +64,7 @@ class SQLite:
     def begin(self, cur):
         cur.execute('BEGIN IMMEDIATE')
         return time.time()
+    def snapshot(self, cur): cur.execute('BEGIN')
     def now(self, cur): return time.time()
     def alone(self, cur): return  # a writer is alone anyway
     def commit(self, cur): cur.execute('COMMIT')
@@ -80,6 +81,7 @@ class PostgreSQL:
         cur.execute('BEGIN; SELECT extract(epoch FROM clock_timestamp())')  # one trip to the server
         cur.nextset()
         return float(cur.fetchone()[0])
+    def snapshot(self, cur): cur.execute('BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY')
     def now(self, cur): return float(cur.execute('SELECT extract(epoch FROM clock_timestamp())').fetchone()[0])
     def alone(self, cur): cur.execute('SELECT pg_advisory_xact_lock(7307)')  # arbitrary, the same in every version
     def commit(self, cur): cur.execute('COMMIT')
@@ -162,11 +164,13 @@ class Committer:
 # %% ../../nbs/jobs/04_commit.ipynb #589add0f
 @patch
 @contextmanager
-def cursor(self:Committer):
+def cursor(self:Committer,
+    brief:bool=False, # Will it be used for so short a time that a writer can wait for it?
+):
     "A driver's cursor for reading, which waits for no writer"
     file = self._look()
-    if isinstance(self.kind, PostgreSQL) and not self._spare and self._turn.acquire(blocking=False):
-        with self._writers_cursor() as cur: yield cur
+    if (brief or isinstance(self.kind, PostgreSQL)) and not self._spare and self._turn.acquire(blocking=False):
+        with self._writers_cursor(file) as cur: yield cur
         return
     conn = None
     try:
@@ -182,11 +186,11 @@ def cursor(self:Committer):
 
 @patch
 @contextmanager
-def _writers_cursor(self:Committer):
-    # a server has few connections for many processes: one that nobody writes on will do
+def _writers_cursor(self:Committer, file):
+    # a server has few connections for many processes, and opening a file takes as long as a commit: one that nobody writes on will do
     try:
-        if self._writer is not None and not self.kind.alive(self._writer): self._drop()
-        if self._writer is None: self._writer = connect(self.url, self.synchronous, self.busy)
+        if self._writer is not None and (self._written != file or not self.kind.alive(self._writer)): self._drop()
+        if self._writer is None: self._writer, self._written = connect(self.url, self.synchronous, self.busy), file
         yield self._writer.cursor()
     except BaseException as e:
         self._drop()
@@ -307,7 +311,7 @@ def _transact(self:Committer, batch, again=True):
     try:
         file = self._look()
         if self._written != file: self._drop()
-        if self._writer is None: self._writer, self._written = connect(self.url, self.synchronous, self.busy), file
+        if self._writer is None: self._writer, self._written = self._unused() or connect(self.url, self.synchronous, self.busy), file
         cur = self._writer.cursor()
         now = self.kind.begin(cur)
     except Exception as e:

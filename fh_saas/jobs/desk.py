@@ -116,7 +116,7 @@ def turn(self:Desk,
     wanted:list, # Ids of jobs to claim, whenever they are due
     room:Room, # What else may be claimed; None: nothing
     spare:Room=Room(0), # The limits for `wanted`, if there is no `room`
-) -> tuple: # Attempts of `wanted`, other attempts to run, seconds until something is due, and until a lease runs out
+) -> tuple: # Attempts of `wanted`, other attempts to run, and, if there were fewer than there is room for, as `Store.due_in`
     "Everything there is to write, in one transaction"
     names, me = self.names, (gen_id(), self.worker, self.settings.lease)
     done = self.store.finishing_all([(a.row, a.outcome, a.last_note) for a in ends]) if ends else None
@@ -126,13 +126,13 @@ def turn(self:Desk,
     def op(cur, now):
         if done: done(cur, now)
         notes = check(cur) if check else None
-        got, rows, due = these(cur, now) if these else [], claim(cur, now) if claim else [], (0.0, None)
+        got, rows, due = these(cur, now) if these else [], claim(cur, now) if claim else [], None
         if claim and len(rows) < room.n: due = self.store.due_in(cur, now, *names, room.closed, self.only)
         if stepped := notes and (got or rows): self.store.step(cur, notes)  # who takes nothing writes nothing
         return got, rows, due, notes if stepped else None
     got, rows, due, notes = self.store.write(op)
     if notes: self._checked(notes)
-    return {r['id']: r for r in got}, self._take(rows), *due
+    return {r['id']: r for r in got}, self._take(rows), due
 
 # %% ../../nbs/jobs/11_desk.ipynb #74d5d974
 @patch
@@ -157,7 +157,7 @@ def _checked(self:Desk, notes):
 def verify(self:Desk):
     "Raise `Held` if the database was replaced"
     if check := self._checking():
-        with self.store.cursor() as cur: check(cur)
+        with self.store.cursor(brief=True) as cur: check(cur)
 
 @patch
 def tell(self:Desk, every:float=0.0):
@@ -197,10 +197,14 @@ def give_back(self:Desk, attempts):
     self.let_go(*attempts, ended=False)
 
 @patch
-def rest(self:Desk, *moments) -> float: # Seconds until the next look; None: the host will ring
-    "There is nothing to do now"
-    self.quiet = min(30.0, self.quiet*1.5 + 0.5)
-    known = [m for m in (*moments, None if self.rung else max(self.settings.poll, self.quiet)) if m is not None]
+def rest(self:Desk,
+    due:float, lapse:float, # As of the last look
+    found:bool=False, # Was there something to do?
+) -> float: # Seconds until the next look; None: the host will ring
+    "There is nothing more to do now"
+    self.quiet = 0.0 if found else min(30.0, self.quiet*1.5 + 0.5)
+    own = () if self.rung else (lapse, max(self.settings.poll, self.quiet))  # a visit sees to the leases of a tenant that is rung for
+    known = [m for m in (due, *own) if m is not None]
     return max(0.05, min(known)) if known else None
 
 @patch

@@ -71,11 +71,11 @@ class Engine(Recorder, Rounds):
                 self._desks[store].only, store.used = self.line.queues, lambda: self._used(store)
             return self._stores[u, table]
 
-    def tie(self, store:Store, host:HostDatabase, tenant_id:str, rung:bool=False):
+    def tie(self, store:Store, host:HostDatabase, tenant_id:str, rung:bool=False, facts:dict=None):
         "Let the host say what holds for this database, and whether it is the right one"
         desk = self._desks[store]
         desk.rung, desk.met = desk.rung or rung, desk.met or not rung
-        if desk.tenancy is None: desk.tenancy = Tenancy(host, tenant_id)
+        if desk.tenancy is None: desk.tenancy = Tenancy(host, tenant_id, facts)
 
     @property
     def backlog(self) -> int:
@@ -116,7 +116,7 @@ class Engine(Recorder, Rounds):
             extra = len(self._open) - max_open
             idle = self._idle_stores()[:extra] if extra > 0 else []
             for s in idle: self._open.pop(s)
-        for s in idle: self._close(s)
+        for s in idle: self.house.submit(self._close, s) if self.house.busy < 16 else self._close(s)
 
     def _idle_stores(self): return [s for s in self._open if s not in self._desks or not self._desks[s].busy]
 

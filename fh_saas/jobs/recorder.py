@@ -40,7 +40,7 @@ def _record(self:Recorder,
         desk.ends.append(a)
         first, waits = len(desk.ends) == 1, len(desk.ends) < 200 and now < desk.since + patience
     if not waits or not self.line.of(desk): return True
-    if first: self._at(desk, now + patience)
+    if first: self._remind(now + patience, desk, only_ends=True)
     return False
 
 # %% ../../nbs/jobs/12_recorder.ipynb #8c621a87

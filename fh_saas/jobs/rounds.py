@@ -42,12 +42,27 @@ def attend(self:Rounds,
     self._errand(desk)
 
 @patch
+def take_turn(self:Rounds, store:Store) -> tuple: # As `Store.due_in`, if all that is due was claimed
+    "As `attend`, in this thread: what can be claimed now is claimed when it returns"
+    desk, view = self._desks.get(store), []
+    if self.stopping or desk is None or not self.settings.concurrency: return
+    desk.quiet, desk.hungry = 0.0, True
+    self._start()
+    self._turn(desk, view=view)
+    return view[0] if view else None
+
+@patch
 def _at(self:Rounds, desk, at):
     with self._wake:
         if desk.due is not None and desk.due <= at: return
         desk.due = at
-        heapq.heappush(self._agenda, (at, id(desk), desk))
-        if self._agenda[0][2] is desk: self._wake.notify()
+        self._remind(at, desk)
+
+@patch
+def _remind(self:Rounds, at, desk, only_ends=False):
+    with self._wake:
+        heapq.heappush(self._agenda, (at, id(desk), only_ends, desk))
+        if self._agenda[0][0] == at: self._wake.notify()
 
 @patch
 def _errand(self:Rounds, desk):
@@ -72,10 +87,11 @@ def reconsider(self:Rounds, tenants=None):
         if desk.tenancy and (tenants is None or desk.tenancy.tenant_id in tenants): desk.tenancy.read = 0.0; self.attend(desk.store)
 
 @patch
-def next_due(self:Rounds, store:Store) -> tuple: # Seconds until a job is due that this process can run, and until a lease runs out
-    "As `Store.next_due`; nothing while an operator has stopped it"
-    due, lapse = self._desks[store].look()
-    return None if self._desks[store].shut else due, lapse
+def outlook(self:Rounds, store:Store) -> tuple: # As `Store.outlook`
+    "When there is something to do: for this process nothing, while an operator has stopped it"
+    desk = self._desks[store]
+    due, *others = store.outlook(*desk.names, desk.limits.closed, desk.only)
+    return None if desk.shut else due, *others
 
 @patch
 def opened(self:Rounds, url, table:str='tenant_jobs') -> Store:
@@ -121,9 +137,9 @@ def _schedule(self:Rounds):
         with self._wake:
             now = time.monotonic()
             while self._agenda and self._agenda[0][0] <= now:
-                at, _, desk = heapq.heappop(self._agenda)
-                if desk.due != at: continue  # it was made earlier, and had its turn
-                desk.due, desk.asked = None, True
+                at, _, only_ends, desk = heapq.heappop(self._agenda)
+                if not desk.ends if only_ends else desk.due != at: continue  # it was made earlier, and had its turn
+                if not only_ends: desk.due, desk.asked = None, True
                 self._errand(desk)
             self._wake.wait(min(60, self._agenda[0][0] - now) if self._agenda else 60)
 
@@ -233,6 +249,7 @@ def _may_claim(self:Rounds, desk) -> bool:
 def _turn(self:Rounds,
     desk,
     crew:bool=False, # Is this a thread of the crew, which will look for work itself?
+    view:list=None, # Gets what the claim has seen of the time to come
 ):
     "Write what a desk has to write, and claim what it may"
     with desk._lock:
@@ -240,7 +257,7 @@ def _turn(self:Rounds,
         desk.turning, desk.again = True, False
         ends, desk.ends = desk.ends, []
     wanted, again, attempts = [], None, []
-    try: again = self._have_turn(desk, ends, wanted, attempts)
+    try: again = self._have_turn(desk, ends, wanted, attempts, [] if view is None else view)
     except FhSaasError as e: again = self._troubled(desk, ends, wanted, e)
     except Exception as e:
         log.exception('tenant=%s: cannot be looked after', desk.store.tenant)
@@ -280,7 +297,7 @@ def _given_up(self:Rounds, desk, e) -> bool:
 
 # %% ../../nbs/jobs/13_rounds.ipynb #d00b048d
 @patch
-def _have_turn(self:Rounds, desk, ends, wanted, attempts):
+def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
     claims = self._may_claim(desk)
     if not claims:
         with self._lock: self._ring.leave(desk)
@@ -297,7 +314,7 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts):
     with desk._lock: wanted[:], desk.wanted[:n] = desk.wanted[:n], []
     room = self._room(desk, n - len(wanted)) if desk.hungry and n > len(wanted) else None
     if not (ends or wanted or room): return self.settings.poll if claims or desk.tenancy and not desk.rung and not self.stopping else None
-    try: got, found, due, lapse = desk.turn(ends, [w[0] for w in wanted], room, self._room(desk, 0))
+    try: got, found, due = desk.turn(ends, [w[0] for w in wanted], room, self._room(desk, 0))
     except FhSaasError: raise
     except Exception:
         if not ends: raise
@@ -307,7 +324,8 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts):
     ends.clear()
     attempts += [a for w in wanted if (a := self._given(desk, got, *w))] + found
     wanted.clear()
-    return self._after(desk, room, found, due, lapse, attempts) if room else None
+    if due: view.append(due)
+    return self._after(desk, room, found, due, attempts) if room else None
 
 # %% ../../nbs/jobs/13_rounds.ipynb #1211845d
 @patch
@@ -321,16 +339,17 @@ def _given(self:Rounds, desk, got, job_id, func, future, here):
     settle(future, a)
 
 @patch
-def _after(self:Rounds, desk, room, found, due, lapse, attempts):
+def _after(self:Rounds, desk, room, found, due, attempts):
     "The claim found as many as there was room for, or fewer: when is the next one?"
     if found: desk.barred = 0.0
-    if len(found) >= room.n: return None  # there may be more: it stays in the ring
+    if due is None: return None  # there may be more: it stays in the ring
+    due, lapse, _ = due
     desk.hungry = False
     with self._lock: self._ring.leave(desk)
     if lapse is not None and lapse <= 0:
         desk.rescue()
         return 0.0
-    if due is None or due > 0: return desk.rest(due, lapse) if not found else min(self.settings.poll, *(m for m in (due, lapse) if m is not None), 3600)
+    if due is None or due > 0: return desk.rest(due, lapse, bool(found))
     attempts += (suspects := desk.suspect(self.slot, self._room(desk, 1, suspects=True)))
     if suspects: return 0.0
     with self._lock: self._blocked[desk] = self._blocked.pop(desk, None)

@@ -108,18 +108,19 @@ class Rules:
         db.engine.dispose()
 
     def all(self) -> list[Rule]:
-        "The rules as they are now"
+        "The rules, read from the host"
         with self.db.cursor() as cur: return [Rule(**r) for r in rows_of(self.db.statement(('rules',), lambda: sa.select(rules_table).order_by(*rules_table.primary_key))(cur))]
 
     def now(self) -> list[Rule]:
         "The rules as they were at most `fresh` seconds ago"
         with self._lock:
             if not self.stale: return self._rules
-            if self._read is None: return self._ask()  # nothing is known yet, or it was changed here: all wait for it
+            if self._read is None: return self.ask()  # nothing is known yet, or it was changed here: all wait for it
             self._read = time.monotonic()  # the others go on with what they know
-        return self._ask()
+        return self.ask()
 
-    def _ask(self):
+    def ask(self) -> list[Rule]:
+        "The rules as they are now; those from before, if the host does not answer"
         try: rules = self.all()
         except FhSaasError as e: log.warning('the rules of the host cannot be read, those from before hold: %s', e); rules = self._rules
         if rules != self._rules: self._rules, self._limits = rules, {}

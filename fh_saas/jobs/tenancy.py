@@ -44,9 +44,11 @@ def _which(facts): return facts and (facts['created'], facts['epoch'])
 
 class Tenancy:
     "What the host says about one tenant, for the engine that runs its jobs"
-    def __init__(self, host:HostDatabase, tenant_id:str):
+    def __init__(self, host:HostDatabase, tenant_id:str,
+        facts:dict=None, # What the host has just said: `Wakes.facts`
+    ):
         self.host, self.tenant_id, self.wakes, self.rules = host, tenant_id, wakes_of(host), rules_of(host)
-        self.facts, self.read, self.seen, self.told, self.told_at = None, 0.0, 0, 0, 0.0
+        self.facts, self.read, self.seen, self.told, self.told_at = facts, time.monotonic() if facts else 0.0, 0, 0, 0.0
 
     def __repr__(self): return f'Tenancy({self.tenant_id!r}, {self.facts})'
 

@@ -221,11 +221,11 @@ def drop(self:Wakes, tenant_id:str):
 # %% ../../nbs/jobs/15_wake.ipynb #3a708ea0
 @patch
 def facts(self:Wakes, tenant_id:str) -> dict: # None if there is no such tenant
-    "State, epoch, mark and the reason why it is held"
+    "Where it is, its state, epoch and mark, and the reason why it is held"
     w, c = wakes_table, catalog_table.c
-    stmt = self.statement(('wake facts',), lambda: sa.select(c.state, c.held, c.epoch, w.c.mark, c.created_at).select_from(catalog_table.outerjoin(w, w.c.tenant_id == c.id)).where(c.id == bind('tenant')))
+    stmt = self.statement(('wake facts',), lambda: sa.select(c.state, c.held, c.epoch, w.c.mark, c.created_at, c.db_url).select_from(catalog_table.outerjoin(w, w.c.tenant_id == c.id)).where(c.id == bind('tenant')))
     with self.cursor() as cur: row = stmt(cur, tenant=tenant_id).fetchone()
-    return row and dict(state=row[0], held=row[1], epoch=row[2], mark=row[3] or 0, created=row[4])
+    return row and dict(state=row[0], held=row[1], epoch=row[2], mark=row[3] or 0, created=row[4], url=row[5])
 
 @patch
 def marked(self:Wakes, tenant_id:str, mark:int,
