@@ -6,6 +6,7 @@ from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import get_or_create_tenant_db
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.settings import Settings
+from fh_saas.jobs.store import Store
 from fh_saas.jobs.tasks import Registry, task
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from fh_saas.workers.runner import Runner
@@ -70,3 +71,40 @@ def test_one_that_dies_before_it_rings_has_left_a_hint(host, serve):
     p.wait(20)
     wait_until(lambda: serve, 8)
     assert len(serve) == 1
+
+def test_one_of_the_listeners_is_called_before_the_note_is_there(tmp_path):
+    from fh_saas.jobs.bell import Bell, Ear
+    h = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    ears = [Ear(h.url, h.id, f'w:{n}') for n in range(2)]
+    web = Engine(Settings(concurrency=0), Registry())
+    m = BackgroundTaskManager(get_or_create_tenant_db('acme', host=h), web)
+    bell = web.tenancy(m.store).wakes.bell
+    bell.call('acme'); bell.call('acme')  # two within a few milliseconds are one
+    heard = [e.wait(0.2) for e in ears]
+    assert sorted(heard) == [[], ['!acme']]
+    time.sleep(0.02)
+    m.submit('t', print)
+    heard = [e.wait(1) for e in ears]
+    assert sorted(heard, key=len) == [['acme'], ['!acme', 'acme']]
+    for e in ears: e.close()
+    bell.call('acme')  # nobody listens any more
+    web.stop(0); h.close()
+
+def test_the_sweep_finds_what_nobody_rang_for_and_visits_nobody_else(tmp_path):
+    h = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    ran, visited = [], []
+    task('swept')(lambda n: ran.append(n))
+    for id in ('acme', 'globex', 'initech'): get_or_create_tenant_db(id, host=h).close()
+    with Runner(h, Settings(poll=3600), sweep=1) as r:
+        wait_until(lambda: len(r._stores) == 3, 10)  # each is visited once at the start
+        time.sleep(1)
+        visit = r.wakes.lease
+        r.wakes.lease = lambda id, *args: visited.append(id) or visit(id, *args)
+        try:
+            other = Store(h.url_of(h.find('globex')))
+            other.add(dict(id='unrung', job_type='swept', task='swept', payload='{"n": 7}', max_retries=1))
+            other.close()
+            wait_until(lambda: ran == [7], 15)
+        finally: r.wakes.lease = visit
+    assert set(visited) == {'globex'}
+    h.close()

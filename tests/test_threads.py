@@ -1,5 +1,5 @@
 "Many at once: threads on one database, processes on one new tenant."
-import re, threading, uuid
+import os, re, threading, time, uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 import pytest
@@ -7,6 +7,7 @@ from fastsql import Database
 from children.launch import Child
 from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import delete_tenant, open_tenant_db
+from fh_saas.jobs.store import Store
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 
 
@@ -73,3 +74,35 @@ def test_sixteen_processes_open_the_same_new_tenant(new_url):
         c.close()
         delete_tenant(name, host, force=True)
         host.close()
+
+
+def test_writers_that_wait_are_told_when_the_one_before_them_fails(new_sqlite):
+    "Each of many threads gets its own answer, whether its operation works or not"
+    store = Store(new_sqlite())
+    def write(n):
+        def op(cur, now):
+            if n % 7 == 0: raise ValueError(n)
+            return n
+        try: return store.write(op)
+        except ValueError as e: return f'{e} failed'
+    with ThreadPoolExecutor(40) as pool: got = list(pool.map(write, range(2000)))
+    assert got == [f'{n} failed' if n % 7 == 0 else n for n in range(2000)]
+    store.close()
+
+
+def test_a_fork_leaves_what_waits_to_be_written_to_its_parent(new_sqlite):
+    store, gate = Store(new_sqlite(), busy=2), threading.Event()
+    def slow(cur, now): gate.set(); time.sleep(0.5)
+    def add(id): return lambda: store.add(dict(id=id, job_type='t', task='t'))
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(store.write, slow)
+        gate.wait(5)
+        waits = pool.submit(add('parent'))  # behind the slow one, when the fork comes
+        time.sleep(0.1)
+        if (pid := os.fork()) == 0:
+            try: os._exit(store._queue != [] or add('child')() is None)
+            except BaseException: os._exit(9)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        first.result(5); waits.result(5)
+    assert {r['id'] for r in store.list()} == {'parent', 'child'}
+    store.close()

@@ -1,7 +1,7 @@
-"""fh_saas itself: a host, one tenant, and `Runner`s in the worker processes. The submitting process runs nothing.
+"""fh_saas itself: a host, one tenant, and `Worker`s, what `fh-saas worker` starts, in the worker processes. The submitting process runs nothing.
 
 Everything that knows the API is in this file."""
-import asyncio, sqlite3, time
+import asyncio, sqlite3
 from contextlib import closing
 from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import get_or_create_tenant_db
@@ -10,6 +10,7 @@ from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.tasks import registry
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from fh_saas.workers.runner import Runner
+from fh_saas.workers.worker import Worker
 from .base import OnPostgres, OnSqlite, answer, pg_durable, sqlite_full, sqlite_normal, starlette
 from ..tasks import functions
 
@@ -48,8 +49,7 @@ class Common:
         self.manager.submit_many(task, functions[task], [dict(n=n) for n in ns])
 
     def work(self):
-        Runner(self.host, self.settings()).start()
-        while True: time.sleep(1)
+        Worker(self.host, self.settings()).run()
 
     def begin(self):
         self._runner, self._loop = Runner(self.host, self.settings()).start(), asyncio.new_event_loop()
@@ -156,5 +156,4 @@ class Fleet:
         manager.submit_many(task, functions[task], [dict(n=n) for n in ns])
 
     def work(self):
-        Runner(self.host, Settings(synchronous=self.level)).start()
-        while True: time.sleep(1)
+        Worker(self.host, Settings(synchronous=self.level)).run()

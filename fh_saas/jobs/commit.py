@@ -8,7 +8,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/commit.html.md"""
 __all__ = ['log', 'Statement', 'compiled', 'SQLite', 'PostgreSQL', 'Committer']
 
 # %% ../../nbs/jobs/04_commit.ipynb #67a0fd21
-import asyncio, logging, os, threading, time, weakref
+import asyncio, logging, os, queue, threading, time, weakref
 from contextlib import contextmanager
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -97,9 +97,13 @@ def _hold_still():
             c._drop()
 
 def _go_on():
-    while _held: _held.pop()._turn.release()
+    while _held: _held.pop()._pass_on()
 
-os.register_at_fork(before=_hold_still, after_in_parent=_go_on, after_in_child=_go_on)
+def _begin_anew():
+    for c in list(_committers): c._queue, c._queue_lock, c._called = [], threading.Lock(), None  # who waits there waits in the parent
+    _go_on()
+
+os.register_at_fork(before=_hold_still, after_in_parent=_go_on, after_in_child=_begin_anew)
 
 # %% ../../nbs/jobs/04_commit.ipynb #a08ddd33
 class Committer:
@@ -157,7 +161,13 @@ class Committer:
     def _pass_on(self):
         try:
             if self._leave: self._leave = False; self._drop()
-        finally: self._turn.release()
+        finally: self._turn.release(); self._call_next()
+
+    def _call_next(self):
+        "Whoever came while the turn was taken gets it now"
+        if not self._queue: return
+        with self._queue_lock: w = next((w for w in self._queue if isinstance(w.done, queue.SimpleQueue)), None)
+        if w is not None: w.done.put(None)
 
     def _error(self, e): return typed(self.url, e) or e
 
@@ -217,11 +227,12 @@ def _look(self:Committer): # The file
 # %% ../../nbs/jobs/04_commit.ipynb #b95d527c
 class _Write:
     "An operation in the queue, and who waits for it"
-    __slots__ = ('op', 'result', 'error', 'done')
-    def __init__(self, op, done=None): self.op, self.result, self.error, self.done = op, None, None, done
+    __slots__ = ('op', 'result', 'error', 'done', 'over')
+    def __init__(self, op, done=None): self.op, self.result, self.error, self.done, self.over = op, None, None, done, False
 
     def tell(self):
-        if isinstance(self.done, threading.Event): self.done.set()
+        self.over = True
+        if isinstance(self.done, queue.SimpleQueue): self.done.put(None)
         elif self.done is not None: settle(self.done)
 
     def answer(self):
@@ -234,19 +245,21 @@ def write(self:Committer,
 ): # What `op` returned, once it is committed
     "Commit `op`, together with whatever else is to be written at this moment"
     if self._turn.acquire(blocking=False): self._lead(w := _Write(op))
-    else: self._follow(w := _Write(op, threading.Event()))
+    else: self._follow(w := _Write(op, queue.SimpleQueue()))
     return w.answer()
 
 @patch
 def _follow(self:Committer, w):
+    until = time.monotonic() + 2*self.busy + 1
     with self._queue_lock: self._queue.append(w)
-    if not self._turn.acquire(timeout=2*self.busy+1):
-        with self._queue_lock:
-            if waiting := w in self._queue: self._queue.remove(w)
-        if waiting: raise self._late()
-        w.done.wait()
-    elif w.done.is_set(): self._pass_on()
-    else: self._lead()
+    while not w.over:
+        if self._turn.acquire(blocking=False): self._lead()
+        try: w.over or w.done.get(timeout=max(0.0, until - time.monotonic()))  # told that it is written, or that the turn is free
+        except queue.Empty:
+            with self._queue_lock:
+                if waiting := w in self._queue: self._queue.remove(w)
+            if waiting: raise self._late() from None
+            until += 60  # it is being committed
 
 @patch
 def _late(self:Committer): return DatabaseBusy(f"{show_url(self.url)}: the writers before this one did not get the write lock within {2*self.busy+1:g} s; nothing was written")
@@ -273,7 +286,7 @@ def _serve(self:Committer):
     if own: return self._lead()
     self._called = None
     with self._queue_lock:
-        late = [w for w in self._queue if not isinstance(w.done, threading.Event)]
+        late = [w for w in self._queue if not isinstance(w.done, queue.SimpleQueue)]
         self._queue = [w for w in self._queue if w not in late]
     for w in late:
         w.error = self._late()

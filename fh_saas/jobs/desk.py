@@ -211,7 +211,7 @@ def rest(self:Desk,
 def retire(self:Desk) -> bool:
     "Is there nothing here that only this process knows? Then it has no further turn"
     with self._lock:
-        busy = self.turning or self.hungry or self.beating or self.live or self.ends or self.wanted or self.unwritten or self.functions or self._own or self.local.names[0]
+        busy = self.turning or self.hungry or self.beating or self.live or self.ends or self.wanted or self.unwritten or self.functions or self._own or self.local.names[0] or self.tenancy and self.tenancy.untold
         if busy or self.met or not self.rung: return False
         self.turning = True
         return True

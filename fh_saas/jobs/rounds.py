@@ -8,7 +8,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/rounds.html.md"""
 __all__ = ['log', 'reserve', 'Rounds', 'supervising']
 
 # %% ../../nbs/jobs/13_rounds.ipynb #f65618cd
-import asyncio, heapq, logging, sys, threading, time
+import asyncio, heapq, itertools, logging, sys, threading, time
 from functools import partial
 from fastcore.basics import patch
 from ..db_connect import FhSaasError, check_url
@@ -25,7 +25,7 @@ log = logging.getLogger('fh_saas.jobs')
 # %% ../../nbs/jobs/13_rounds.ipynb #856c7916
 class Rounds:
     "The part of an engine that knows when to look where"
-    _ran = 0
+    _ran, _count = 0, itertools.count()
 
 @patch
 def attend(self:Rounds,
@@ -61,7 +61,7 @@ def _at(self:Rounds, desk, at):
 @patch
 def _remind(self:Rounds, at, desk, only_ends=False):
     with self._wake:
-        heapq.heappush(self._agenda, (at, id(desk), only_ends, desk))
+        heapq.heappush(self._agenda, (at, next(self._count), only_ends, desk))
         if self._agenda[0][0] == at: self._wake.notify()
 
 @patch

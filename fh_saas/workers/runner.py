@@ -128,7 +128,8 @@ def _visits(self:Runner):
 @patch
 def _next(self:Runner, me): # None if there is none
     with self._looking:
-        if not self._todo and self._more and not self._stopped.is_set(): self._find()
+        if self._stopped.is_set(): return
+        if not self._todo and self._more: self._find()
         if not self._todo: return self._began.pop(me, None) and None
         self._began[me] = time.monotonic()
         return self._todo.popleft()
