@@ -100,6 +100,7 @@ def main():
     p.add_argument('--crash-limit', type=int, default=40, help='seconds until all jobs must have ended after a crash')
     p.add_argument('--quick', action='store_true', help='one round, few jobs: to see that all works')
     p.add_argument('--save', type=Path, default=here/'results'/'peers.json', help='where the figures go, as JSON')
+    p.add_argument('--add', action='store_true', help='keep the measures of the saved file that are not taken now')
     a = p.parse_args()
     if a.quick: a.runs, a.jobs, a.seconds = 1, 2000, 2
     chosen, wanted = a.only.split(','), [k for k in peers if any(map(k.startswith, a.peers.split(',')))]
@@ -118,13 +119,17 @@ def main():
                     value = (r['runs'][-1] or {}).get('value')
                     print(f'{time.time()-began:6.0f} s  round {n+1}  {m:8} {k:22}', f'{value:,.2f}' if value else failed or r.get('missing') or r['runs'][-1], flush=True)
     except KeyboardInterrupt: print('\nstopped; what was measured so far:')
-    summary(results)
-    for m in chosen: show(m, results[m])
+    m = machine()
+    saved = json.loads(a.save.read_text()) if a.add and a.save.exists() else dict(machine={}, results={}, seconds=0)
+    earlier = saved.get('taken') or dict.fromkeys(saved['results'], saved['machine'].get('date'))
+    found, taken = saved['results'] | results, earlier | dict.fromkeys(chosen, m['date'])
+    results = summary({k: found[k] for k in measures if k in found})
+    for k in chosen: show(k, results[k])
     print('\nDurability:')
     for k in wanted:
         if d := next((results[m][k].get('durability') for m in chosen if results[m][k].get('durability')), None): print(f'{k:22} {d}')
     a.save.parent.mkdir(parents=True, exist_ok=True)
-    a.save.write_text(json.dumps(dict(machine=machine(), options=vars(a) | dict(save=str(a.save.name)), seconds=round(time.time() - began), results=results), indent=1)+'\n')
+    a.save.write_text(json.dumps(dict(machine=m, options=vars(a) | dict(save=str(a.save.name)), seconds=round(saved['seconds'] + time.time() - began), taken=taken, results=results), indent=1)+'\n')
     print(f'\n{a.save}')
 
 if __name__ == '__main__': main()

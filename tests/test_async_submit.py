@@ -1,6 +1,7 @@
 "`asubmit`: the promises of `submit`, kept from an event loop"
 import asyncio, sqlite3, time
 import pytest
+from conftest import wait_until
 from fh_saas.db_connect import DatabaseBusy
 from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import get_or_create_tenant_db
@@ -104,3 +105,34 @@ def test_a_stopping_engine_lets_no_response_wait(new_engine, new_sqlite):
     assert engine.closed and job_id
 
 def slow(): time.sleep(3)
+
+def test_an_engine_that_has_run_a_response_is_at_rest(manager):
+    "It neither looks again and again, nor stands in the way of others"
+    e, turns = manager.engine, []
+    _, bg_task = manager.submit('double', double, n=2)
+    asyncio.run(bg_task())
+    wait_until(lambda: e.idle, 5)
+    have = e._have_turn
+    e._have_turn = lambda *args: turns.append(1) or have(*args)
+    time.sleep(1)
+    assert len(turns) < 10 and e.backlog == 0
+
+def test_claims_that_cannot_be_given_back_are_tried_again(manager):
+    "A job that got no thread within a second, in a database that takes no write just then"
+    e = manager.engine
+    desk, given = e._desks[manager.store], []
+    back = desk.give_back
+    def refuse(attempts):
+        given.append(len(attempts))
+        if len(given) == 1: raise DatabaseBusy('somebody has the lock')
+        back(attempts)
+    desk.give_back = refuse
+    size, e.line.size = e.line.size, 0  # no thread takes a job
+    ids = [manager.submit('double', double, n=n, run_at='2020-01-01T00:00:00Z')[0] for n in range(3)]
+    desk._take(manager.store.claim(*desk.names, 'tok', e.worker, 30, 3))
+    e.line.put(desk, list(desk.live.values()))
+    e._start()
+    wait_until(lambda: len(given) >= 2, 10)
+    e.line.size = size
+    e.attend(manager.store)
+    wait_until(lambda: all(manager.get_job(i).status == 'completed' for i in ids), 10)

@@ -241,6 +241,18 @@ def test_a_killed_worker_and_a_stopped_one(shop):
     attempts = shop.manager('acme').attempts(job)
     assert [a['outcome'] for a in attempts] == ['lost', 'completed']
 
+def test_what_a_killed_worker_ran_is_done_within_its_lease_and_five_seconds(shop):
+    workers = [shop.worker('--concurrency', '4', lease=5) for _ in range(2)]
+    for w in workers: w.says('jobs at once')
+    jobs = [shop.submit('acme', nap, seconds=0.6) for _ in range(4)]
+    wait_until(lambda: shop.said('begin'))
+    next(w for w in workers if str(w.pid) == shop.said('begin')[0][1]).kill()
+    killed = time.monotonic()
+    wait_until(lambda: all(shop.row('acme', j).status == 'completed' for j in jobs), 30)
+    assert time.monotonic() - killed < 5 + 5
+    ends = [[a['outcome'] for a in shop.manager('acme').attempts(j)] for j in jobs]
+    assert all(e in (['completed'], ['lost', 'completed']) for e in ends) and ['lost', 'completed'] in ends
+
 
 def put_back(shop, tenant_id, copy):
     "As an operator does it: the copy becomes the tenant's file"

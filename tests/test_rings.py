@@ -104,7 +104,7 @@ def test_the_sweep_finds_what_nobody_rang_for_and_visits_nobody_else(tmp_path):
             other = Store(h.url_of(h.find('globex')))
             other.add(dict(id='unrung', job_type='swept', task='swept', payload='{"n": 7}', max_retries=1))
             other.close()
-            wait_until(lambda: ran == [7], 15)
+            wait_until(lambda: ran == [7] and visited, 15)
         finally: r.wakes.lease = visit
     assert set(visited) == {'globex'}
     h.close()

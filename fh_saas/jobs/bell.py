@@ -55,8 +55,8 @@ class Bell:
         if now > self._listed + 1:
             try: self._near, self._listed = list(self.folder.iterdir()), now
             except OSError: return
-        self._next, self._turn = now + pause, self._turn + 1
-        if self._near: self._send(self._near[self._turn % len(self._near)], f'!{tenant_id}')
+        self._next, self._turn, near = now + pause, self._turn + 1, self._near  # `ring` may list them anew meanwhile
+        if near: self._send(near[self._turn % len(near)], f'!{tenant_id}')
 
     def _send(self, p, text):
         try: self._out.sendto(text.encode(), str(p))

@@ -15,7 +15,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import psycopg
 from fastcore.basics import patch
 from operator import itemgetter
-from ..db_connect import DatabaseBusy, DatabaseUnavailable, FhSaasError, check_url, connect, open_engine, show_url, typed
+from ..db_connect import DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, NewerDatabase, check_url, connect, open_engine, show_url, typed
 from .pool import settle
 
 log = logging.getLogger('fh_saas.jobs')
@@ -162,6 +162,7 @@ class Committer:
         try:
             if self._leave: self._leave = False; self._drop()
         finally: self._turn.release(); self._call_next()
+        if self._leave and self._turn.acquire(blocking=False): self._pass_on()  # asked for while the turn was given back
 
     def _call_next(self):
         "Whoever came while the turn was taken gets it now"
@@ -258,8 +259,12 @@ def _follow(self:Committer, w):
         except queue.Empty:
             with self._queue_lock:
                 if waiting := w in self._queue: self._queue.remove(w)
-            if waiting: raise self._late() from None
+            if waiting: self._call_next(); raise self._late() from None  # it may just have been this one that was called
             until += 60  # it is being committed
+        except BaseException:
+            with self._queue_lock: self._queue = [x for x in self._queue if x is not w]
+            self._call_next()
+            raise
 
 @patch
 def _late(self:Committer): return DatabaseBusy(f"{show_url(self.url)}: the writers before this one did not get the write lock within {2*self.busy+1:g} s; nothing was written")
@@ -302,13 +307,16 @@ def _lead(self:Committer, *own):
             with self._queue_lock: batch, self._queue = batch + self._queue, []
         if batch: self._commit(batch)
     finally:
-        self._pass_on()
-        for w in batch: w.tell()
+        try: self._pass_on()
+        finally:
+            for w in batch: w.tell()
+
+_for_all = DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, NewerDatabase
 
 @patch
 def _commit(self:Committer, batch):
     try: self._transact(batch)
-    except FhSaasError as e: # the database as a whole: it would say the same to each of them
+    except _for_all as e: # the database as a whole: it would say the same to each of them
         for w in batch: w.error = e
     except Exception as e:
         if len(batch) == 1: batch[0].error = e

@@ -122,13 +122,13 @@ def turn(self:Desk,
     done = self.store.finishing_all([(a.row, a.outcome, a.last_note) for a in ends]) if ends else None
     these = self.store.claiming_these(wanted, *me, replace(room or spare, n=len(wanted), sure=None)) if wanted else None
     claim = self.store.claiming(*names, *me, room) if room else None
-    check = self._checking() if these or claim else None
+    check = self._checking(bool(these or claim))
     def op(cur, now):
         if done: done(cur, now)
         notes = check(cur) if check else None
         got, rows, due = these(cur, now) if these else [], claim(cur, now) if claim else [], None
         if claim and len(rows) < room.n: due = self.store.due_in(cur, now, *names, room.closed, self.only)
-        if stepped := notes and (got or rows): self.store.step(cur, notes)  # who takes nothing writes nothing
+        if stepped := notes and (got or rows or ends): self.store.step(cur, notes)  # who has nothing to say writes nothing
         return got, rows, due, notes if stepped else None
     got, rows, due, notes = self.store.write(op)
     if notes: self._checked(notes)
@@ -136,7 +136,7 @@ def turn(self:Desk,
 
 # %% ../../nbs/jobs/11_desk.ipynb #74d5d974
 @patch
-def _checking(self:Desk):
+def _checking(self:Desk, judge:bool=True):
     "Called with a cursor: is this the database that the host knows?"
     if self.tenancy is None: return None
     # on PostgreSQL each step of the mark would keep other claimers waiting for its row: once a second there
@@ -144,7 +144,8 @@ def _checking(self:Desk):
     if old: self.tenancy.refresh(1.0)
     def check(cur):
         if not old and self.store.place == self.checked_place: return None
-        self.tenancy.check(notes := self.store.noting(cur))
+        notes = self.store.noting(cur)
+        if judge: self.tenancy.check(notes)  # an outcome is guarded by its token
         return notes
     return check
 
@@ -203,8 +204,8 @@ def rest(self:Desk,
 ) -> float: # Seconds until the next look; None: the host will ring
     "There is nothing more to do now"
     self.quiet = 0.0 if found else min(30.0, self.quiet*1.5 + 0.5)
-    own = () if self.rung else (lapse, max(self.settings.poll, self.quiet))  # a visit sees to the leases of a tenant that is rung for
-    known = [m for m in (due, *own) if m is not None]
+    known = [m for m in (due, lapse, max(self.settings.poll, self.quiet)) if m is not None]
+    if self.rung: known = [due] if due is not None and due < 60 else []  # a visit sees to the rest
     return max(0.05, min(known)) if known else None
 
 @patch

@@ -259,6 +259,7 @@ def stop(self:Engine, grace:float=None):
     for a in self._live(): a.ctx.stop()
     for d in list(self._desks.values()): self._settle_wanted(d)
     if unbegun := self.line.pull(): self._undo(unbegun)
+    for d in list(self._desks.values()): d.ends and self._errand(d)  # nobody reminds them any more
     while (self._live() or self._landing()) and time.monotonic() < until and not self.hurry: time.sleep(0.02)
     until = time.monotonic() + 2*self.settings.busy + 2
     while self._landing() and time.monotonic() < until: time.sleep(0.02)
@@ -373,7 +374,7 @@ def use_engine(engine:Engine) -> Engine:
     with _default_lock: old, _default, _ending = _default, engine, False
     if old is engine or not _usable(old): return engine
     for d in list(old._desks.values()):
-        if d.due is not None or d.turning: engine.take_over(d)
+        if d.due is not None or d.busy or d.met or d.functions or d._own: engine.take_over(d)
     threading.Thread(target=old.stop, daemon=True).start()
     return engine
 

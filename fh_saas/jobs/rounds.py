@@ -104,8 +104,11 @@ def tidy(self:Rounds,
     but=(), # Tenants that are being visited
 ):
     "Forget those that have nothing to do and that the host will ring for, the first to be met first"
-    for desk in list(self._desks.values())[:max(0, len(self._desks) - keep)]:
-        if desk.tenancy and desk.tenancy.tenant_id not in but and desk not in self._blocked and desk.retire(): self.forget(desk.store)
+    extra = len(self._desks) - keep
+    for n, desk in enumerate(list(self._desks.values())):
+        if not desk.tenancy or desk.busy: continue
+        if desk.tenancy.untold: self.house.submit(desk.tell, 5)
+        elif n < extra and desk.tenancy.tenant_id not in but and desk not in self._blocked and desk.retire(): self.forget(desk.store)
 
 @patch
 def forget(self:Rounds, store:Store):
@@ -266,11 +269,14 @@ def _turn(self:Rounds,
         if attempts:
             for a in attempts: a.counted = True
             self.line.put(desk, attempts)
-        with self._lock: self._reserved.pop(desk, None)
+        with self._lock:
+            self._reserved.pop(desk, None)
+            if not (desk.hungry or desk.wanted): self._ring.leave(desk)
+            room, _ = self._left(desk)
         freed, desk.freed = desk.freed, []
         self._visit_soon(freed)
         with desk._lock: desk.turning, more = False, desk.again
-        if more or desk.wanted and self.line.free() > 0: self._errand(desk)
+        if more or desk.wanted and room > 0: self._errand(desk)
         if again is not None: self._at(desk, time.monotonic() + again)
         self._fed(desk if desk.hungry and self.line.waiting else None)
         if attempts and (not crew or len(attempts) > 1): self.crew.call()
@@ -313,11 +319,14 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
     n = self._allot(desk) if claims and (desk.hungry or desk.wanted) else 0
     with desk._lock: wanted[:], desk.wanted[:n] = desk.wanted[:n], []
     room = self._room(desk, n - len(wanted)) if desk.hungry and n > len(wanted) else None
+    if not desk.hungry and wanted:
+        with self._lock: self._reserved[desk] = len(wanted), time.monotonic() + reserve
     if not (ends or wanted or room): return self.settings.poll if claims or desk.tenancy and not desk.rung and not self.stopping else None
+    if room: desk.hungry = False  # who calls from here on may mean a job that this claim does not see
     try: got, found, due = desk.turn(ends, [w[0] for w in wanted], room, self._room(desk, 0))
-    except FhSaasError: raise
-    except Exception:
-        if not ends: raise
+    except Exception as e:
+        desk.hungry = desk.hungry or bool(room)
+        if isinstance(e, FhSaasError) or not ends: raise
         with desk._lock: desk.wanted[:0], wanted[:], desk.again = wanted, [], True
         return self._one_by_one([ends.pop(0) for _ in range(len(ends))])
     self._all_written(desk, ends)
@@ -342,10 +351,8 @@ def _given(self:Rounds, desk, got, job_id, func, future, here):
 def _after(self:Rounds, desk, room, found, due, attempts):
     "The claim found as many as there was room for, or fewer: when is the next one?"
     if found: desk.barred = 0.0
-    if due is None: return None  # there may be more: it stays in the ring
+    if due is None: desk.hungry = True; return None  # there may be more: it stays in the ring
     due, lapse, _ = due
-    desk.hungry = False
-    with self._lock: self._ring.leave(desk)
     if lapse is not None and lapse <= 0:
         desk.rescue()
         return 0.0
@@ -384,8 +391,19 @@ def _beats(self:Rounds):
 @patch
 def _beat(self:Rounds, desk):
     try:
-        if late := self.line.pull(1.0, desk): desk.give_back(late); desk.hungry = True; self._errand(desk)
+        if late := self.line.pull(1.0, desk): self._not_begun(desk, late)
         desk.beat()
     except FhSaasError as e: log.warning('tenant=%s: heartbeat not written: %s', desk.store.tenant, e); time.sleep(self.settings.lease/10)
     except Exception: log.exception('tenant=%s: heartbeat failed', desk.store.tenant)
     finally: self._try_again(desk); desk.beating = False
+
+@patch
+def _not_begun(self:Rounds, desk, late):
+    "Give back what got no thread"
+    try: desk.give_back(late)
+    except BaseException: self.line.put(desk, late); raise
+    for a in late:
+        if a.done: settle(a.done)
+        if a.suspect: self._visit_soon(self.slot.give())
+    desk.hungry = True
+    self._errand(desk)

@@ -122,7 +122,7 @@ class Rules:
     def ask(self) -> list[Rule]:
         "The rules as they are now; those from before, if the host does not answer"
         try: rules = self.all()
-        except FhSaasError as e: log.warning('the rules of the host cannot be read, those from before hold: %s', e); rules = self._rules
+        except Exception as e: log.warning('the rules of the host cannot be read, those from before hold: %s', e); rules = self._rules
         if rules != self._rules: self._rules, self._limits = rules, {}
         self._read = time.monotonic()
         return self._rules

@@ -76,7 +76,7 @@ glance = 0.1 # seconds between looks at a SQLite host for which nobody rang; one
 def _watch(self:Runner):
     "Hear the bell, see to rules and registration every second, and look where something is due"
     ear, conn, seen, second, again = None, None, None, 0.0, 0.0
-    own, called, until = None, None, 0.0
+    own, called, until, place = None, None, 0.0, None
     while not self._stopped.is_set():
         try:
             if own is None: self.engine.attend(own := self.engine.store(self.host.url, 'sys_jobs', 'host'))
@@ -86,14 +86,15 @@ def _watch(self:Runner):
                 if id[:1] == '!' and self._hurry(id[1:]): called, until = id[1:], now + headstart
                 elif id[:1] != '!': again = min(again, until if id == called else now)
             if self.wakes.bell:
-                if conn is None: conn = connect(self.host.url)
+                if conn is not None and place != self.wakes.place: conn.close(); conn = None
+                if conn is None: conn, place, seen = connect(self.host.url), self.wakes.place, None
                 if (version := conn.execute('PRAGMA data_version').fetchone()[0]) != seen: seen, again, self._news = version, min(again, max(now, until)), True
             if now >= second: second = now + 1; self._each_second()
             if time.monotonic() >= again: again = time.monotonic() + self._look()
         except Exception as e:
             log.warning('the host cannot be read, next try in a second: %s', e, exc_info=not isinstance(e, FhSaasError))
             if ear: self._quietly(ear.close)
-            ear = conn = None
+            ear = conn = seen = None
             self._stopped.wait(1)
     for c in filter(None, (ear, conn)): self._quietly(c.close)
 
@@ -102,16 +103,16 @@ def _look(self:Runner) -> float: # Seconds until the next look
     "Visit those who are due, as many as there is room for"
     with self._looking:
         again, active = self._find(), sum(at > time.monotonic() - stuck for at in self._began.values())
-        n = min(len(self._todo), visitors - active)
+        n = min(len(self._todo), (visitors if self.wakes.bell else 8) - active)  # a server takes its time, and none of ours
     for _ in range(n): self._pool.submit(self._quietly, self._visits)
-    return again
+    return min(again, glance) if self._todo else again
 
 @patch
 def _find(self:Runner) -> float:
     room = 2*self.engine.line.size - self.engine.backlog - len(self._visiting)
     if room <= 0 or self.engine.quiet: return glance
-    for id in [id for id, (_, until) in self._passed.items() if until < time.monotonic()]: self._passed.pop(id, None)
-    found, soon = self.wakes.due(room, self.queues and tuple(self.queues), {id: seq for id, (seq, _) in self._passed.items()})
+    for id in [id for id, (_, until) in list(self._passed.items()) if until < time.monotonic()]: self._passed.pop(id, None)
+    found, soon = self.wakes.due(room, self.queues and tuple(self.queues), {id: seq for id, (seq, _) in list(self._passed.items())})
     new, self._more = [id for id in found if id not in self._visiting][:room], len(found) >= room
     self._visiting.update(new)
     self._todo.extend(new)
@@ -140,7 +141,7 @@ def _hurry(self:Runner, id) -> bool:
     e, store = self.engine, self._stores.get(id)
     if e.quiet or e.backlog or e.line.free() <= 0: return False
     if store is not None and e.opened(store.url) is store: e.attend(store)
-    else: e.house.submit(self._quietly, self._meet, id)
+    else: self._pool.submit(self._quietly, self._meet, id)
     return True
 
 @patch
@@ -163,6 +164,8 @@ def _visit(self:Runner, id):
         while leased := self.wakes.lease(id, self.engine.worker, max(2, min(30, self.engine.settings.lease))):
             if (store := self._store_of(id)) is None: return
             seen = self.engine.take_turn(store)
+            if self._stopped.is_set(): self.wakes.settle(id, self.engine.worker, *leased, 0.0); return
+            if not self.engine.knows(store): continue  # it went with its tenant
             after, queues, foreign = self._next_due(store, seen)
             if foreign: self._passed[id] = leased[0], time.monotonic() + min(60.0, foreign)
             if self.wakes.settle(id, self.engine.worker, *leased, after, queues, bool(foreign)): return
@@ -175,8 +178,9 @@ def _visit(self:Runner, id):
 def _store_of(self:Runner, id): # None if the tenant is gone
     if (store := self._stores.get(id)) is not None and self.engine.opened(store.url) is store: return store
     if (facts := self.wakes.facts(id)) is None: return self.wakes.drop(id)
-    self._stores[id] = store = self.engine.store(self.host.url_of(facts['url']), 'tenant_jobs', id)
+    store = self.engine.store(self.host.url_of(facts['url']), 'tenant_jobs', id)
     self.engine.tie(store, self.host, id, True, facts)
+    self._stores[id] = store  # others take it from here: not before its tenant is known
     return store
 
 @patch
@@ -196,12 +200,12 @@ sweep_every = 5 # seconds; two tenants for each of them
 @patch
 def _each_second(self:Runner):
     e = self.engine
-    if self._news or not self.wakes.bell or e.registry.names is not self._names: self._news, self._names = False, e.registry.names; self._heed()
+    if self._news or not self.wakes.bell or e.registry.names is not self._names: self._heed(); self._news, self._names = False, e.registry.names
     if time.monotonic() > self._swept + min(sweep_every, self.sweep):
         self._swept = time.monotonic()
-        for id in self.wakes.sweep(sweep_every*2, self.sweep): e.house.submit(self._quietly, self._peek, id)
+        for id in self.wakes.sweep(sweep_every*2, self.sweep): self._pool.submit(self._quietly, self._peek, id)
     e.tidy(known, self._visiting)
-    for id in [id for id, store in self._stores.items() if not e.knows(store)]: del self._stores[id]
+    for id in [id for id, store in list(self._stores.items()) if not e.knows(store)]: self._stores.pop(id, None)
     if time.monotonic() > self._adopted + self.sweep: self._adopted = time.monotonic(); self.wakes.adopt()
     if time.monotonic() > self._beaten + beat_every:
         self._beaten = time.monotonic()
@@ -227,6 +231,7 @@ def _peek(self:Runner, id):
     if (facts := self.wakes.facts(id)) is None: return self.wakes.drop(id)
     try: open_ = any_open(self.host.url_of(facts['url']))
     except FhSaasError: open_ = True  # the visit will say what is wrong
+    except Exception as e: return log.debug('tenant=%s: has no tables of jobs: %s', id, e)
     if open_: self.wakes.ring(id)
 
 @patch
