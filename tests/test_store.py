@@ -437,7 +437,7 @@ def in_one_batch(store, ops):
     with store._turn, ThreadPoolExecutor(len(ops)) as pool:
         futures = [pool.submit(op) for op in ops]
         wait_until(lambda: len(store._queue) == len(ops))
-        store._turn.release()
+        store._pass_on()
         try: return [f.exception() or f.result() for f in futures]
         finally: store._turn.acquire()
 
