@@ -1,5 +1,5 @@
 "Many at once: threads on one database, processes on one new tenant."
-import os, re, threading, time, uuid
+import os, queue, re, threading, uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 import pytest
@@ -7,7 +7,8 @@ from fastsql import Database
 from children.launch import Child
 from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import delete_tenant, open_tenant_db
-from fh_saas.jobs.store import Store
+from fh_saas.jobs.commit import _Write
+from fh_saas.jobs.store import Adding, Store
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 
 
@@ -91,18 +92,16 @@ def test_writers_that_wait_are_told_when_the_one_before_them_fails(new_sqlite):
 
 
 def test_a_fork_leaves_what_waits_to_be_written_to_its_parent(new_sqlite):
-    store, gate = Store(new_sqlite(), busy=2), threading.Event()
-    def slow(cur, now): gate.set(); time.sleep(0.5)
-    def add(id): return lambda: store.add(dict(id=id, job_type='t', task='t'))
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(store.write, slow)
-        gate.wait(5)
-        waits = pool.submit(add('parent'))  # behind the slow one, when the fork comes
-        time.sleep(0.1)
-        if (pid := os.fork()) == 0:
-            try: os._exit(store._queue != [] or add('child')() is None)
-            except BaseException: os._exit(9)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        first.result(5); waits.result(5)
-    assert {r['id'] for r in store.list()} == {'parent', 'child'}
+    store = Store(new_sqlite())
+    def job(id): return dict(id=id, job_type='t', task='t')
+    waits = _Write(Adding(store, [job('parent')]), queue.SimpleQueue())
+    store._queue.append(waits)  # as a writer that has come while another had the turn
+    if (pid := os.fork()) == 0:
+        try:
+            store.add(job('child'))
+            os._exit([r['id'] for r in store.list()] != ['child'])
+        except BaseException: os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    store.add(job('last'))
+    assert waits.over and waits.error is None and sorted(r['id'] for r in store.list()) == ['child', 'last', 'parent']
     store.close()
