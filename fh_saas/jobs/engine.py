@@ -48,7 +48,7 @@ class Engine(Recorder, Rounds):
         self.crew, self.house, self.writers = Crew(self.settings.concurrency + 32, 'fh_saas-job', self._find), Pool(32, 'fh_saas-house'), Pool(64, 'fh_saas-write')
         self.slot, self.stale, self.stopping, self.closed, self.quiet = Slot(), 0, False, False, False
         self.hurry = False  # set while it stops: wait no longer for what runs
-        self._stores, self._gates, self._desks, self._open, self._reserved = {}, {}, {}, {}, {}
+        self._stores, self._gates, self._desks, self._open, self._reserved, self._turning = {}, {}, {}, {}, {}, {}
         self._errands, self._blocked, self._agenda, self._watched = OrderedDict(), OrderedDict(), [], (0.0, False)
         self._waiting, self._claims, self._running, self._loop = set(), set(), False, None
         self._lock, self._wake = threading.RLock(), threading.Condition()
