@@ -10,7 +10,7 @@ from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.store import QuotaExceeded
 from fh_saas.jobs.tasks import Registry
-from fh_saas.jobs.tenancy import rules_of, settle_held
+from fh_saas.jobs.tenancy import Held, rules_of, settle_held
 from fh_saas.jobs.wake import wakes_of
 from fh_saas.utils_bgtsk import BackgroundTaskManager, QueueClosed
 from fh_saas.workers.fleet import Fleet
@@ -288,6 +288,24 @@ def test_a_copy_of_yesterday_runs_nothing_until_an_operator_says_so(files, tmp_p
     wait_until(lambda: files.row('acme', new).status == 'completed', 15)
     if discard: assert len(files.said('ping')) == 4 and {files.row('acme', j).status for j in jobs} == {'cancelled'}
     else: wait_until(lambda: len(files.said('ping')) == 7, 10)
+
+def test_a_copy_put_back_a_moment_after_the_host_was_asked(files, tmp_path):
+    "One process has learnt from the host what another has told it meanwhile more of"
+    def desk():
+        e = Engine(Settings(concurrency=0), files.registry)
+        m = BackgroundTaskManager(get_or_create_tenant_db('acme', host=files.host), e)
+        return e._desks[m.store]
+    job = files.submit('acme')
+    copy, asked, other = copy_of(files, 'acme', tmp_path/'copy.db'), desk(), desk()
+    asked.tenancy.refresh()
+    assert other.claim(job)
+    other.tell()
+    put_back(files, 'acme', copy)
+    new = files.submit('acme')
+    asked.tenancy.read = time.monotonic()
+    with pytest.raises(Held, match='earlier state of itself'): asked.claim(new)
+    assert files.row('acme', new).status == 'pending'
+    for d in (asked, other): d.store.close()
 
 def test_another_tenants_file(files, tmp_path):
     for n in range(3): files.submit('acme', n=n)

@@ -143,7 +143,9 @@ def _checking(self:Desk, judge:bool=True):
     old = isinstance(self.store.kind, SQLite) or time.monotonic() > self.checked + 1
     if old: self.tenancy.refresh(1.0)
     def check(cur):
-        if not old and self.store.place == self.checked_place: return None
+        new = self.store.place != self.checked_place
+        if not (old or new): return None
+        if new: self.tenancy.refresh()  # what the host said a moment before may be older than the file
         notes = self.store.noting(cur)
         if judge: self.tenancy.check(notes)  # an outcome is guarded by its token
         return notes
