@@ -1,5 +1,6 @@
 "Faults that are really injected: each ends in a typed error or a recorded outcome, and harms nobody else."
 import asyncio, ctypes, os, signal, subprocess, sqlite3, threading, time, uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 import httpx2, psycopg, pytest
@@ -11,6 +12,7 @@ from conftest import absent, free_port, wait_until
 from fh_saas.db_connect import (DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, NewerDatabase, UnsupportedDatabase, writing)
 from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import close_tenant_db, delete_tenant, get_or_create_tenant_db, open_tenant_db
+from fh_saas.jobs.store import Store
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 
 ended = ('completed', 'completed_with_warnings', 'failed', 'cancelled')
@@ -345,6 +347,30 @@ def test_backends_killed_while_a_job_runs(new_pg, server, open_manager):
     gate.go.set()
     j = end(m, job_id)
     assert (j.status, j.attempt, m.engine.stale) == ('completed', 1, 0)
+
+def test_a_transaction_that_stalls_keeps_its_rows_from_nobody(new_pg, monkeypatch):
+    "As that of a process which was stopped in the middle of it"
+    monkeypatch.setattr('fh_saas.db_connect.stalled', 0.3)
+    stopped, other = Store(url := new_pg()), Store(url)
+    stopped.add(dict(id='j', job_type='t', task='t'))
+    stopped.close()
+    held, gate = threading.Event(), threading.Event()
+    rename = lambda cur, name: cur.execute("UPDATE tenant_jobs SET task = %s WHERE id = 'j'", [name])
+    def op(cur, now):
+        rename(cur, 'stopped')
+        held.set()
+        gate.wait(20)
+        rename(cur, 'late')
+    with ThreadPoolExecutor() as pool:
+        late = pool.submit(stopped.write, op)
+        assert held.wait(5)
+        other.write(lambda cur, now: rename(cur, 'other') and None)
+        gate.set()
+        with pytest.raises(DatabaseUnavailable, match='idle-in-transaction'): late.result(10)
+    assert stopped.get('j')['task'] == 'other'
+    stopped.write(lambda cur, now: rename(cur, 'again') and None)
+    assert other.get('j')['task'] == 'again'
+    for s in (stopped, other): s.close()
 
 def test_a_database_dropped_under_a_running_engine(new_pg, server, open_manager, new_engine):
     e, gate = new_engine(handoff=0, lease=2), Gate()
