@@ -1,13 +1,16 @@
 "Many at once: threads on one database, processes on one new tenant."
-import os, queue, re, threading, uuid
+import os, queue, re, threading, time, uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 import pytest
 from fastsql import Database
 from children.launch import Child
+from conftest import wait_until
 from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import delete_tenant, open_tenant_db
 from fh_saas.jobs.commit import _Write
+from fh_saas.jobs.desk import Desk
+from fh_saas.jobs.rounds import most_turns, reserve
 from fh_saas.jobs.store import Adding, Store
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 
@@ -75,6 +78,38 @@ def test_sixteen_processes_open_the_same_new_tenant(new_url):
         c.close()
         delete_tenant(name, host, force=True)
         host.close()
+
+
+def test_short_jobs_of_many_databases_are_claimed_some_at_a_time(new_engine, new_sqlite, monkeypatch):
+    "Where all threads have turns, nobody runs jobs, and each that begins makes room for a claim of one"
+    fill, work = new_engine(concurrency=0), new_engine()
+    managers = [BackgroundTaskManager(Database(new_sqlite()), fill) for _ in range(40)]
+    def short(n): return n
+    for m in managers: m.submit_many('short', short, [dict(n=n) for n in range(64)])
+    claimed, turn = [], Desk.turn
+    def counted(self, *args):
+        got = turn(self, *args)
+        if got[1]: claimed.append(len(got[1]))
+        return got
+    monkeypatch.setattr(Desk, 'turn', counted)
+    work.registry.add(short)
+    managers = [BackgroundTaskManager(m.db, work) for m in managers]
+    wait_until(lambda: sum(claimed) >= 40*64 and work.idle, 60)
+    assert sum(claimed) == 40*64
+    assert sum(claimed)/len(claimed) > 16, sorted(Counter(claimed).items())
+
+
+def test_turns_that_are_stuck_are_not_counted(new_engine):
+    e = new_engine()
+    now = time.monotonic()
+    e._turning = {n: now for n in range(most_turns - 1)}
+    assert not e._crowded()
+    e._turning['stuck'] = now - 2*reserve
+    assert not e._crowded()
+    e._turning['one more'] = time.monotonic()
+    e._turning |= {n: time.monotonic() for n in range(most_turns - 1)}
+    assert e._crowded()
+    e._turning.clear()
 
 
 def test_writers_that_wait_are_told_when_the_one_before_them_fails(new_sqlite):
