@@ -152,6 +152,7 @@ def _soon(job, handoff):
     "Seconds until somebody looks after a job that its response does not bring"
     return handoff if not job.get('run_at') else min(handoff, max(0, seconds(job['run_at']) - time.time()))
 
+# %% ../nbs/02_utils_bgtsk.ipynb #c551880c
 @patch
 def _stored(self:BackgroundTaskManager, job):
     (engine, store), queue = self.here, job.get('queue', 'default')
@@ -181,6 +182,7 @@ def submit(self:BackgroundTaskManager,
     self._stored(job)
     return job['id'], JobTask(self, job['id'], task_func)
 
+# %% ../nbs/02_utils_bgtsk.ipynb #4a139a1e
 @patch
 def _made(self:BackgroundTaskManager, job_type, task_func, max_retries, task_kwargs) -> dict: # The columns of the new row
     engine, store = self.here
@@ -202,6 +204,7 @@ def _made(self:BackgroundTaskManager, job_type, task_func, max_retries, task_kwa
         registry.file_under(job_type, t.name)
     return job
 
+# %% ../nbs/02_utils_bgtsk.ipynb #5138e2c7
 @patch
 def submit_many(self:BackgroundTaskManager,
     job_type:str, # What the jobs are filed under

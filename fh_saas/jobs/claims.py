@@ -62,6 +62,7 @@ def queues(self:Store, cur) -> list:
     def build(): return sa.select((s := _steps(j)).c.q).where(s.c.q.is_not(None))
     return [q for q, in self.statement(('queues', j.name), build)(cur).fetchall()]
 
+# %% ../../nbs/jobs/05_store_claims.ipynb #0873696c
 def _known(j, names, old_types):
     if names is None: return sa.true()
     names, types = (sa.bindparam(k, [*v], expanding=True) for k, v in (('names', names), ('types', old_types)))
@@ -81,6 +82,7 @@ def _first(j, queue, names, old_types, suspects):
     arms = [arm(f'p{p}', j.c.priority == p, when) for p in priorities]
     return sa.union_all(*arms, arm('undated', j.c.priority.in_(priorities), j.c.run_at.is_(None)))  # somebody else's row: long due
 
+# %% ../../nbs/jobs/05_store_claims.ipynb #a0c82f3b
 @patch
 def _candidates(self:Store, names, old_types, suspects=None):
     "Jobs of one queue that may be claimed, or only the next one, which need not be due"
@@ -128,6 +130,7 @@ def _mine(self:Store, cur, now, rows, token, worker, lease):
     for r in rows: r |= new; r['attempt'] += 1
     return rows
 
+# %% ../../nbs/jobs/05_store_claims.ipynb #94a1b7ac
 @patch
 def claiming_these(self:Store, job_ids:list, token:str, worker:str, lease:float, room:Room=None):
     "An operation for `write`: claim these jobs, as far as they are pending and no limit keeps them out, whenever they were due"
@@ -202,6 +205,7 @@ def _chosen(self:Store, cur, now, rows, room, n, most, left):
     for task in starts.keys() & room.rates.keys(): self._start(cur, now, task, starts[task], room.rates[task][1])
     return taken
 
+# %% ../../nbs/jobs/05_store_claims.ipynb #1f1e1275
 @patch
 def _running(self:Store, cur) -> dict:
     "Running jobs of each queue"
@@ -274,6 +278,7 @@ def finish(self:Store, job:dict, o:Outcome, note=None) -> bool: # False: the cla
     "Record the end of an attempt, if it still owns its job"
     return self.write(self.finishing(job, o, note))
 
+# %% ../../nbs/jobs/05_store_claims.ipynb #99d87399
 @patch
 def _done_sql(self:Store):
     "For the completed jobs of one claim: their new state, and their attempts"

@@ -129,48 +129,58 @@ class Committer:
     def place(self): # Device and inode of a SQLite file, as of the last use
         return self._file
 
-    @property
-    def engine(self):
-        "For transactions of a task's or an operator's own, which may take long"
-        with self._queue_lock:
-            if self._engine is None: self._engine = open_engine(self.url, self.synchronous, self.busy, pool_size=1, max_overflow=-1)
-            return self._engine
+# %% ../../nbs/jobs/04_commit.ipynb #aed5a16c
+@patch(as_prop=True)
+def engine(self:Committer):
+    "For transactions of a task's or an operator's own, which may take long"
+    with self._queue_lock:
+        if self._engine is None: self._engine = open_engine(self.url, self.synchronous, self.busy, pool_size=1, max_overflow=-1)
+        return self._engine
 
-    def statement(self, key, build) -> Statement:
-        "The compiled statement of that name"
-        return compiled(self.kind, key, build)
+@patch
+def statement(self:Committer, key, build) -> Statement:
+    "The compiled statement of that name"
+    return compiled(self.kind, key, build)
 
-    def close(self):
-        "Close what is open; the next use opens it again"
-        self._leave = True
-        if self._turn.acquire(blocking=False): self._pass_on()  # else whoever has the turn closes
-        if self._engine is not None: self._engine.dispose()
+# %% ../../nbs/jobs/04_commit.ipynb #9ee64636
+@patch
+def close(self:Committer):
+    "Close what is open; the next use opens it again"
+    self._leave = True
+    if self._turn.acquire(blocking=False): self._pass_on()  # else whoever has the turn closes
+    if self._engine is not None: self._engine.dispose()
 
-    def _drop(self):
-        writer, self._writer = self._writer, None
-        if writer is not None: writer.close()
-        self._drop_spare()
+@patch
+def _drop(self:Committer):
+    writer, self._writer = self._writer, None
+    if writer is not None: writer.close()
+    self._drop_spare()
 
-    def _unused(self):
-        try: return self._spare.pop()
-        except IndexError: return None  # other threads take them too
+@patch
+def _unused(self:Committer):
+    try: return self._spare.pop()
+    except IndexError: return None  # other threads take them too
 
-    def _drop_spare(self):
-        while (conn := self._unused()) is not None: conn.close()
+@patch
+def _drop_spare(self:Committer):
+    while (conn := self._unused()) is not None: conn.close()
 
-    def _pass_on(self):
-        try:
-            if self._leave: self._leave = False; self._drop()
-        finally: self._turn.release(); self._call_next()
-        if self._leave and self._turn.acquire(blocking=False): self._pass_on()  # asked for while the turn was given back
+@patch
+def _pass_on(self:Committer):
+    try:
+        if self._leave: self._leave = False; self._drop()
+    finally: self._turn.release(); self._call_next()
+    if self._leave and self._turn.acquire(blocking=False): self._pass_on()  # asked for while the turn was given back
 
-    def _call_next(self):
-        "Whoever came while the turn was taken gets it now"
-        if not self._queue: return
-        with self._queue_lock: w = next((w for w in self._queue if isinstance(w.done, queue.SimpleQueue)), None)
-        if w is not None: w.done.put(None)
+@patch
+def _call_next(self:Committer):
+    "Whoever came while the turn was taken gets it now"
+    if not self._queue: return
+    with self._queue_lock: w = next((w for w in self._queue if isinstance(w.done, queue.SimpleQueue)), None)
+    if w is not None: w.done.put(None)
 
-    def _error(self, e): return typed(self.url, e) or e
+@patch
+def _error(self:Committer, e): return typed(self.url, e) or e
 
 # %% ../../nbs/jobs/04_commit.ipynb #589add0f
 @patch
@@ -209,6 +219,7 @@ def _writers_cursor(self:Committer, file):
         raise known from e
     finally: self._pass_on()
 
+# %% ../../nbs/jobs/04_commit.ipynb #adde02ea
 @patch
 def _look(self:Committer): # The file
     "Is the file still there, and still the same? Else what is open would write into the void"
@@ -266,6 +277,7 @@ def _follow(self:Committer, w):
             self._call_next()
             raise
 
+# %% ../../nbs/jobs/04_commit.ipynb #ed721196
 @patch
 def _late(self:Committer): return DatabaseBusy(f"{show_url(self.url)}: the writers before this one did not get the write lock within {2*self.busy+1:g} s; nothing was written")
 
@@ -349,6 +361,7 @@ def _transact(self:Committer, batch, again=True):
         raise known from e
     for w, r in zip(batch, results): w.result, w.error = r, None
 
+# %% ../../nbs/jobs/04_commit.ipynb #ea3dd9c3
 def _results(ops, cur, now) -> list:
     "What each operation comes to; those of a kind that is quicker together are run together"
     alike = {}

@@ -43,54 +43,64 @@ class Desk:
 
     def __repr__(self): return f'Desk({self.store!r}, {len(self.live)} running)'
 
-    def keep(self, job_id:str, t:Task, alone:bool):
-        "Remember the very function of a job; `alone` if nobody else can run it"
-        with self._lock:
-            self.functions[job_id] = t.func
-            if alone: self._own |= {t.name}
+# %% ../../nbs/jobs/11_desk.ipynb #193ee2e4
+@patch
+def keep(self:Desk, job_id:str, t:Task, alone:bool):
+    "Remember the very function of a job; `alone` if nobody else can run it"
+    with self._lock:
+        self.functions[job_id] = t.func
+        if alone: self._own |= {t.name}
 
-    def adopt(self, other):
-        "Take over what another desk of this process remembers"
-        with self._lock: self.functions.update(other.functions); self._own |= other._own
-        self.local = other.local
+@patch
+def adopt(self:Desk, other):
+    "Take over what another desk of this process remembers"
+    with self._lock: self.functions.update(other.functions); self._own |= other._own
+    self.local = other.local
 
-    @property
-    def busy(self) -> bool: return bool(self.turning or self.live or self.ends or self.wanted)
-    @property
-    def limits(self) -> Limits: return self.tenancy.limits if self.tenancy else self._free
-    @property
-    def weight(self): return self.limits.weight
-    @property
-    def shut(self) -> bool: # Is nothing to be started here now?
-        return self.paused or bool(self.tenancy) and (not self.tenancy.serving or self.limits.paused)
+@patch(as_prop=True)
+def busy(self:Desk) -> bool: return bool(self.turning or self.live or self.ends or self.wanted)
 
-    @property
-    def names(self) -> tuple: # As `Registry.names`, without what is paused
-        (names, types), (local, local_types) = self.registry.names, self.local.names
-        names, types = names + local + tuple(sorted(self._own)), types + local_types
-        if not (off := self.limits.off): return names, types
-        return tuple(n for n in names if n not in off), tuple(t for t in types if t not in off)
+@patch(as_prop=True)
+def limits(self:Desk) -> Limits: return self.tenancy.limits if self.tenancy else self._free
 
-    def claim(self, job_id:str, func=None) -> Attempt: # None if the job is not pending
-        "Claim one job, whenever it was due"
-        got, *_ = self.turn([], [job_id], None)
-        return self._take(list(got.values()), func)[0] if got else None
+@patch(as_prop=True)
+def weight(self:Desk): return self.limits.weight
 
-    def _take(self, rows, func=None):
-        attempts, until = [], time.monotonic() + self.settings.lease
-        for row in rows:
-            known, f = (row['task'], row['job_type']), func or self.functions.get(row['id'])
-            attempts.append(a := Attempt(self.store, row, self.registry.find(*known) or self.local.find(*known) or Task(f, row['task']), f))
-            a.desk, a.lease_until = self, until
-        with self._lock: self.live.update((a.key, a) for a in attempts)
-        return attempts
+@patch(as_prop=True)
+def shut(self:Desk) -> bool: # Is nothing to be started here now?
+    return self.paused or bool(self.tenancy) and (not self.tenancy.serving or self.limits.paused)
 
-    def let_go(self, *attempts, ended:bool):
-        "Attempts are over"
-        with self._lock:
-            for a in attempts:
-                self.live.pop(a.key, None)
-                if ended: self.functions.pop(a.row['id'], None)
+@patch(as_prop=True)
+def names(self:Desk) -> tuple: # As `Registry.names`, without what is paused
+    (names, types), (local, local_types) = self.registry.names, self.local.names
+    names, types = names + local + tuple(sorted(self._own)), types + local_types
+    if not (off := self.limits.off): return names, types
+    return tuple(n for n in names if n not in off), tuple(t for t in types if t not in off)
+
+# %% ../../nbs/jobs/11_desk.ipynb #5864fd66
+@patch
+def claim(self:Desk, job_id:str, func=None) -> Attempt: # None if the job is not pending
+    "Claim one job, whenever it was due"
+    got, *_ = self.turn([], [job_id], None)
+    return self._take(list(got.values()), func)[0] if got else None
+
+@patch
+def _take(self:Desk, rows, func=None):
+    attempts, until = [], time.monotonic() + self.settings.lease
+    for row in rows:
+        known, f = (row['task'], row['job_type']), func or self.functions.get(row['id'])
+        attempts.append(a := Attempt(self.store, row, self.registry.find(*known) or self.local.find(*known) or Task(f, row['task']), f))
+        a.desk, a.lease_until = self, until
+    with self._lock: self.live.update((a.key, a) for a in attempts)
+    return attempts
+
+@patch
+def let_go(self:Desk, *attempts, ended:bool):
+    "Attempts are over"
+    with self._lock:
+        for a in attempts:
+            self.live.pop(a.key, None)
+            if ended: self.functions.pop(a.row['id'], None)
 
 # %% ../../nbs/jobs/11_desk.ipynb #700fbd67
 class Slot:
@@ -193,6 +203,7 @@ def rescue(self:Desk):
     for row, o in self.store.rescue():
         log.warning('tenant=%s job=%s type=%s attempt=%s: taken back, %s', self.store.tenant, row['id'], row['job_type'], row['attempt'], o.kind)
 
+# %% ../../nbs/jobs/11_desk.ipynb #8c397a29
 @patch
 def give_back(self:Desk, attempts):
     "Undo the claims of jobs that were not begun"

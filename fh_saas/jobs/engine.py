@@ -60,85 +60,103 @@ class Engine(Recorder, Rounds):
         "Jobs in hand: running, or next in line for a thread"
         return self.line.running + self.line.waiting
 
-    def store(self, url, table:str='tenant_jobs', tenant:str=None) -> Store:
-        "The store of a database, opened once"
-        u = check_url(url)
-        with self._lock: gate = self._gates.setdefault((u, table), threading.Lock())
-        with gate:  # one gate per database: opening one that is locked keeps nobody else waiting
-            if (u, table) not in self._stores:
-                store = Store(u, table, self.settings.synchronous, self.settings.busy, tenant)
-                with self._lock: self._stores[u, table], self._desks[store] = store, Desk(store, self.registry, self.settings, self.worker)
-                self._desks[store].only, store.used = self.line.queues, lambda: self._used(store)
-            return self._stores[u, table]
+# %% ../../nbs/jobs/14_engine.ipynb #c5d31a2e
+@patch
+def store(self:Engine, url, table:str='tenant_jobs', tenant:str=None) -> Store:
+    "The store of a database, opened once"
+    u = check_url(url)
+    with self._lock: gate = self._gates.setdefault((u, table), threading.Lock())
+    with gate:  # one gate per database: opening one that is locked keeps nobody else waiting
+        if (u, table) not in self._stores:
+            store = Store(u, table, self.settings.synchronous, self.settings.busy, tenant)
+            with self._lock: self._stores[u, table], self._desks[store] = store, Desk(store, self.registry, self.settings, self.worker)
+            self._desks[store].only, store.used = self.line.queues, lambda: self._used(store)
+        return self._stores[u, table]
 
-    def tie(self, store:Store, host:HostDatabase, tenant_id:str, rung:bool=False, facts:dict=None):
-        "Let the host say what holds for this database, and whether it is the right one"
-        desk = self._desks[store]
-        desk.rung, desk.met = desk.rung or rung, desk.met or not rung
-        if desk.tenancy is None: desk.tenancy = Tenancy(host, tenant_id, facts)
+@patch
+def tie(self:Engine, store:Store, host:HostDatabase, tenant_id:str, rung:bool=False, facts:dict=None):
+    "Let the host say what holds for this database, and whether it is the right one"
+    desk = self._desks[store]
+    desk.rung, desk.met = desk.rung or rung, desk.met or not rung
+    if desk.tenancy is None: desk.tenancy = Tenancy(host, tenant_id, facts)
 
-    @property
-    def backlog(self) -> int:
-        "Databases that wait for a turn"
-        return len(self._ring)
+@patch(as_prop=True)
+def backlog(self:Engine) -> int:
+    "Databases that wait for a turn"
+    return len(self._ring)
 
-    @property
-    def blocked(self) -> int:
-        "Databases whose jobs a limit keeps waiting"
-        return len(self._blocked)
+@patch(as_prop=True)
+def blocked(self:Engine) -> int:
+    "Databases whose jobs a limit keeps waiting"
+    return len(self._blocked)
 
-    @property
-    def idle(self) -> bool:
-        "Is there nothing in hand, and nothing it was asked to look at?"
-        return not (self.load or self.backlog or self._errands or self._live() or any(d.turning or d.hungry for d in list(self._desks.values()) if not d.shut))
+@patch(as_prop=True)
+def idle(self:Engine) -> bool:
+    "Is there nothing in hand, and nothing it was asked to look at?"
+    return not (self.load or self.backlog or self._errands or self._live() or any(d.turning or d.hungry for d in list(self._desks.values()) if not d.shut))
 
-    def running_jobs(self) -> list: # Tenant, job id and job type of each
-        "What runs here"
-        return [(a.store.tenant, a.row['id'], a.row['job_type']) for a in self._live() if a.counted]
+# %% ../../nbs/jobs/14_engine.ipynb #6d3fca55
+@patch
+def running_jobs(self:Engine) -> list: # Tenant, job id and job type of each
+    "What runs here"
+    return [(a.store.tenant, a.row['id'], a.row['job_type']) for a in self._live() if a.counted]
 
-    def limits(self, store:Store) -> Limits:
-        "What the host's rules come to for the tenant of a database"
-        return self._desks[store].limits
+@patch
+def limits(self:Engine, store:Store) -> Limits:
+    "What the host's rules come to for the tenant of a database"
+    return self._desks[store].limits
 
-    def tenancy(self, store:Store) -> Tenancy: # None for a database of no host
-        return self._desks[store].tenancy
+@patch
+def tenancy(self:Engine, store:Store) -> Tenancy: # None for a database of no host
+    return self._desks[store].tenancy
 
-    def knows(self, store:Store) -> bool: return store in self._desks
+@patch
+def knows(self:Engine, store:Store) -> bool: return store in self._desks
 
-    def serves(self, queue:str) -> bool:
-        "Does this process run jobs of that queue?"
-        return bool(self.settings.concurrency) and (self.line.queues is None or queue in self.line.queues)
+@patch
+def serves(self:Engine, queue:str) -> bool:
+    "Does this process run jobs of that queue?"
+    return bool(self.settings.concurrency) and (self.line.queues is None or queue in self.line.queues)
 
-    def _used(self, store):
-        with self._lock:
-            self._open.pop(store, None)
-            self._open[store] = time.monotonic()
-            extra = len(self._open) - max_open
-            idle = self._idle_stores()[:extra] if extra > 0 else []
-            for s in idle: self._open.pop(s)
-        for s in idle: self.house.submit(self._close, s) if self.house.busy < 16 else self._close(s)
+# %% ../../nbs/jobs/14_engine.ipynb #8287a3a2
+@patch
+def _used(self:Engine, store):
+    with self._lock:
+        self._open.pop(store, None)
+        self._open[store] = time.monotonic()
+        extra = len(self._open) - max_open
+        idle = self._idle_stores()[:extra] if extra > 0 else []
+        for s in idle: self._open.pop(s)
+    for s in idle: self.house.submit(self._close, s) if self.house.busy < 16 else self._close(s)
 
-    def _idle_stores(self): return [s for s in self._open if s not in self._desks or not self._desks[s].busy]
+@patch
+def _idle_stores(self:Engine): return [s for s in self._open if s not in self._desks or not self._desks[s].busy]
 
-    def _close_idle(self):
-        "An idle tenant has no open file"
-        with self._lock:
-            late = [s for s in self._idle_stores() if self._open[s] < time.monotonic() - resting]
-            for s in late: self._open.pop(s)
-        for s in late: self.house.submit(self._close, s)
+@patch
+def _close_idle(self:Engine):
+    "An idle tenant has no open file"
+    with self._lock:
+        late = [s for s in self._idle_stores() if self._open[s] < time.monotonic() - resting]
+        for s in late: self._open.pop(s)
+    for s in late: self.house.submit(self._close, s)
 
-    def _close(self, store):
-        store.close()
-        if desk := self._desks.get(store):
-            desk.checked = 0.0  # what is opened next may be another
-            if desk.tenancy and desk.tenancy.untold: self.house.submit(desk.tell)
+@patch
+def _close(self:Engine, store):
+    store.close()
+    if desk := self._desks.get(store):
+        desk.checked = 0.0  # what is opened next may be another
+        if desk.tenancy and desk.tenancy.untold: self.house.submit(desk.tell)
 
-    def alone(self, func) -> Task:
-        "A task for a function that only this process can run"
-        return Task(func, f"{getattr(func, '__qualname__', type(func).__name__)}@{self.worker}")
+@patch
+def alone(self:Engine, func) -> Task:
+    "A task for a function that only this process can run"
+    return Task(func, f"{getattr(func, '__qualname__', type(func).__name__)}@{self.worker}")
 
-    def registry_for(self, store:Store, local:bool) -> Registry: return self._desks[store].local if local else self.registry
-    def keep(self, store:Store, job_id:str, t:Task, alone:bool): self._desks[store].keep(job_id, t, alone)
+@patch
+def registry_for(self:Engine, store:Store, local:bool) -> Registry: return self._desks[store].local if local else self.registry
+
+@patch
+def keep(self:Engine, store:Store, job_id:str, t:Task, alone:bool): self._desks[store].keep(job_id, t, alone)
 
 # %% ../../nbs/jobs/14_engine.ipynb #e8130142
 @patch
@@ -272,6 +290,7 @@ def stop(self:Engine, grace:float=None):
         for pool in (self.crew, self.house, self.writers): pool.close()
         for d in list(self._desks.values()): d.tell(); d.store.close()
 
+# %% ../../nbs/jobs/14_engine.ipynb #fcedf010
 @patch
 def be_quiet(self:Engine, quiet:bool=True):
     "Start nothing until it is ended; what runs goes on"

@@ -13,6 +13,7 @@ from collections import deque
 from concurrent.futures import Future, InvalidStateError
 
 log = logging.getLogger('fh_saas.jobs')
+from fastcore.basics import patch
 
 # %% ../../nbs/jobs/03_pool.ipynb #1555fd8e
 class _Mailbox:
@@ -99,59 +100,67 @@ class Crew:
         self._threads = self._idle = 0
         self._waking = self._closed = self._guarded = False
 
-    def call(self,
-        spare:bool=False, # Is it enough that a thread looks again soon?
-    ):
-        "There is work: wake a thread, unless one is on its way"
-        if self._waking or spare and self._guarded: return
-        with self._lock:
-            if self._waking or self._closed: return
-            grow = not self._idle and self._threads < self.size
-            if not self._idle and not grow: return  # all are busy, and each looks for more when it is done
-            self._waking = True
-            if grow: self._threads += 1
-            else: self._idle -= 1
-        if not grow: self._tokens.put(True)
-        else:
-            try: threading.Thread(target=self._work, name=self.name, daemon=True).start()
-            except RuntimeError:  # the interpreter is ending and starts no thread any more
-                with self._lock: self._threads, self._waking = self._threads - 1, False
+# %% ../../nbs/jobs/03_pool.ipynb #0d9d2770
+@patch
+def call(self:Crew,
+    spare:bool=False, # Is it enough that a thread looks again soon?
+):
+    "There is work: wake a thread, unless one is on its way"
+    if self._waking or spare and self._guarded: return
+    with self._lock:
+        if self._waking or self._closed: return
+        grow = not self._idle and self._threads < self.size
+        if not self._idle and not grow: return  # all are busy, and each looks for more when it is done
+        self._waking = True
+        if grow: self._threads += 1
+        else: self._idle -= 1
+    if not grow: self._tokens.put(True)
+    else:
+        try: threading.Thread(target=self._work, name=self.name, daemon=True).start()
+        except RuntimeError:  # the interpreter is ending and starts no thread any more
+            with self._lock: self._threads, self._waking = self._threads - 1, False
 
-    def _work(self):
-        awake = True
-        while awake and not self._closed:
-            with self._lock: self._waking = False
-            while (f := self.find()) is not None and self._do(f): pass
-            with self._lock: self._idle += 1
-            # what came after the last look and before this thread counted as idle has called nobody
-            f = self.find()
-            back = f is not None and (callable(f) or not self._guarded) and self._back()
-            if callable(f): self._do(f)
-            if not back: awake = self._tokens.get()
+# %% ../../nbs/jobs/03_pool.ipynb #8d96e051
+@patch
+def _work(self:Crew):
+    awake = True
+    while awake and not self._closed:
+        with self._lock: self._waking = False
+        while (f := self.find()) is not None and self._do(f): pass
+        with self._lock: self._idle += 1
+        # what came after the last look and before this thread counted as idle has called nobody
+        f = self.find()
+        back = f is not None and (callable(f) or not self._guarded) and self._back()
+        if callable(f): self._do(f)
+        if not back: awake = self._tokens.get()
 
-    def _back(self) -> bool:
-        "Is this thread still idle? If not, a token is on its way to it"
-        with self._lock:
-            if not self._idle: return False
-            self._idle -= 1
-            return True
-
-    def _do(self, f) -> bool:
-        "Call `f`, or wait `f` seconds unless another thread does; is this thread to look again?"
-        if not callable(f): return self._guard(f)
-        try: f()
-        except Exception: log.exception('a thread of %s goes on after an error', self.name)
+@patch
+def _back(self:Crew) -> bool:
+    "Is this thread still idle? If not, a token is on its way to it"
+    with self._lock:
+        if not self._idle: return False
+        self._idle -= 1
         return True
 
-    def _guard(self, wait) -> bool:
-        with self._lock:
-            if self._guarded: return False
-            self._guarded = True
-        time.sleep(wait)
-        self._guarded = False
-        return True
+@patch
+def _do(self:Crew, f) -> bool:
+    "Call `f`, or wait `f` seconds unless another thread does; is this thread to look again?"
+    if not callable(f): return self._guard(f)
+    try: f()
+    except Exception: log.exception('a thread of %s goes on after an error', self.name)
+    return True
 
-    def close(self):
-        "Let the threads end when they are done"
-        with self._lock: self._closed, n, self._idle = True, self._threads, 0
-        for _ in range(n): self._tokens.put(False)
+@patch
+def _guard(self:Crew, wait) -> bool:
+    with self._lock:
+        if self._guarded: return False
+        self._guarded = True
+    time.sleep(wait)
+    self._guarded = False
+    return True
+
+@patch
+def close(self:Crew):
+    "Let the threads end when they are done"
+    with self._lock: self._closed, n, self._idle = True, self._threads, 0
+    for _ in range(n): self._tokens.put(False)

@@ -51,6 +51,7 @@ def take_turn(self:Rounds, store:Store) -> tuple: # As `Store.due_in`, if all th
     self._turn(desk, view=view)
     return view[0] if view else None
 
+# %% ../../nbs/jobs/13_rounds.ipynb #a606716e
 @patch
 def _at(self:Rounds, desk, at):
     with self._wake:
@@ -93,6 +94,7 @@ def outlook(self:Rounds, store:Store) -> tuple: # As `Store.outlook`
     due, *others = store.outlook(*desk.names, desk.limits.closed, desk.only)
     return None if desk.shut else due, *others
 
+# %% ../../nbs/jobs/13_rounds.ipynb #2bb36a1c
 @patch
 def opened(self:Rounds, url, table:str='tenant_jobs') -> Store:
     "The store of a database if it was opened already"
@@ -189,6 +191,7 @@ def _run(self:Rounds, a:Attempt):
         else: self._turn(a.desk, True)
     self._fed(a.desk)
 
+# %% ../../nbs/jobs/13_rounds.ipynb #feac76a9
 most_turns = 2*(os.cpu_count() or 1)  # at once: more of them are in each other's way, and in that of the jobs
 
 @patch
@@ -245,6 +248,7 @@ def _left(self:Rounds, desk) -> tuple: # And until when the rest is reserved
     others = [(n, until) for d, (n, until) in self._reserved.items() if until > now and d is not desk]
     return self.line.free() + self.line.ahead() - sum(n for n, _ in others), min((until for _, until in others), default=now)
 
+# %% ../../nbs/jobs/13_rounds.ipynb #136e4ff8
 @patch
 def _room(self:Rounds, desk, n, **kw):
     l = desk.limits
@@ -294,6 +298,7 @@ def _turn(self:Rounds,
         self._fed(desk if desk.hungry and self.line.waiting else None)
         if attempts and (not crew or len(attempts) > 1): self.crew.call()
 
+# %% ../../nbs/jobs/13_rounds.ipynb #32a50e86
 @patch
 def _troubled(self:Rounds, desk, ends, wanted, e) -> float:
     for a in ends: self._unwritten(a, e)
@@ -377,6 +382,7 @@ def _after(self:Rounds, desk, room, found, due, attempts):
     desk.barred = min(max(5.0, 0.05*len(self._blocked)), max(0.2, 2*desk.barred))
     return desk.barred
 
+# %% ../../nbs/jobs/13_rounds.ipynb #74aa8d46
 @patch
 def _unblock(self:Rounds, desk):
     "A job of `desk` has ended: whom a limit has kept from claiming may try again"

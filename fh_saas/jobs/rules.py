@@ -36,6 +36,7 @@ class Rule:
     weight: float = None
     mode: str = None
 
+# %% ../../nbs/jobs/16_rules.ipynb #f3a97da0
 _keys = ('tenant', 'queue', 'task')
 # which of tenant, queue and task are named -> what can be ruled there
 _scopes = {(): {'mode'}, ('queue',): {'concurrency', 'mode'}, ('task',): {'mode'}, ('tenant',): {'concurrency', 'pending', 'weight', 'mode'},
@@ -107,42 +108,49 @@ class Rules:
             add_columns(conn, rules_table)
         db.engine.dispose()
 
-    def all(self) -> list[Rule]:
-        "The rules, read from the host"
-        with self.db.cursor() as cur: return [Rule(**r) for r in rows_of(self.db.statement(('rules',), lambda: sa.select(rules_table).order_by(*rules_table.primary_key))(cur))]
+# %% ../../nbs/jobs/16_rules.ipynb #445a9934
+@patch
+def all(self:Rules) -> list[Rule]:
+    "The rules, read from the host"
+    with self.db.cursor() as cur: return [Rule(**r) for r in rows_of(self.db.statement(('rules',), lambda: sa.select(rules_table).order_by(*rules_table.primary_key))(cur))]
 
-    def now(self) -> list[Rule]:
-        "The rules as they were at most `fresh` seconds ago"
-        with self._lock:
-            if not self.stale: return self._rules
-            if self._read is None: return self.ask()  # nothing is known yet, or it was changed here: all wait for it
-            self._read = time.monotonic()  # the others go on with what they know
-        return self.ask()
+@patch
+def now(self:Rules) -> list[Rule]:
+    "The rules as they were at most `fresh` seconds ago"
+    with self._lock:
+        if not self.stale: return self._rules
+        if self._read is None: return self.ask()  # nothing is known yet, or it was changed here: all wait for it
+        self._read = time.monotonic()  # the others go on with what they know
+    return self.ask()
 
-    def ask(self) -> list[Rule]:
-        "The rules as they are now; those from before, if the host does not answer"
-        try: rules = self.all()
-        except Exception as e: log.warning('the rules of the host cannot be read, those from before hold: %s', e); rules = self._rules
-        if rules != self._rules: self._rules, self._limits = rules, {}
-        self._read = time.monotonic()
-        return self._rules
+@patch
+def ask(self:Rules) -> list[Rule]:
+    "The rules as they are now; those from before, if the host does not answer"
+    try: rules = self.all()
+    except Exception as e: log.warning('the rules of the host cannot be read, those from before hold: %s', e); rules = self._rules
+    if rules != self._rules: self._rules, self._limits = rules, {}
+    self._read = time.monotonic()
+    return self._rules
 
-    @property
-    def stale(self) -> bool: # Is the host asked at the next look?
-        return self._read is None or time.monotonic() >= self._read + self.fresh
+@patch(as_prop=True)
+def stale(self:Rules) -> bool: # Is the host asked at the next look?
+    return self._read is None or time.monotonic() >= self._read + self.fresh
 
-    def of(self, tenant:str) -> Limits:
-        "What they come to for one tenant"
-        self.now()
-        limits = self._limits
-        if tenant not in limits:
-            if len(limits) > 20_000: limits.clear()
-            limits[tenant] = limits_of(self._rules, tenant)
-        return limits[tenant]
+# %% ../../nbs/jobs/16_rules.ipynb #c02a7ef6
+@patch
+def of(self:Rules, tenant:str) -> Limits:
+    "What they come to for one tenant"
+    self.now()
+    limits = self._limits
+    if tenant not in limits:
+        if len(limits) > 20_000: limits.clear()
+        limits[tenant] = limits_of(self._rules, tenant)
+    return limits[tenant]
 
-    def queues(self) -> dict:
-        "Running jobs that a queue may have in all processes together"
-        return {r.queue: r.concurrency for r in self.now() if r.queue and not r.tenant and r.concurrency is not None}
+@patch
+def queues(self:Rules) -> dict:
+    "Running jobs that a queue may have in all processes together"
+    return {r.queue: r.concurrency for r in self.now() if r.queue and not r.tenant and r.concurrency is not None}
 
 # %% ../../nbs/jobs/16_rules.ipynb #a3ff94bc
 @patch

@@ -62,6 +62,7 @@ class Store(Committer):
 
 _note = str(sa.select(meta_table.c.key, meta_table.c.value))
 
+# %% ../../nbs/jobs/05_store.ipynb #63542359
 def rows_of(cur) -> list[dict]:
     "What a cursor has found"
     names = [d[0] for d in cur.description]
@@ -121,6 +122,7 @@ class Adding:
         if any(op.quota is not None or op.delay != delay for op in ops): return [op(cur, now) for op in ops]
         return [Adding(s, [j for op in ops for j in op.jobs], delay)(cur, now)]*len(ops)
 
+# %% ../../nbs/jobs/05_store.ipynb #5f34f99a
 def _rows(jobs, common) -> list: return [{**_blank, **common, **{k: v for k, v in job.items() if v is not None}} for job in jobs]
 
 @patch
@@ -174,6 +176,7 @@ def list(self:Store, limit:int=100, **equal) -> list[dict]:
         return q if limit is None else q.limit(bind('n', type_=sa.Integer))
     with self.cursor() as cur: return rows_of(self.statement(('list', self.t.jobs.name, limit is None, *equal), build)(cur, n=limit, **{k: _bound(v) for k, v in equal.items()}))
 
+# %% ../../nbs/jobs/05_store.ipynb #97959a20
 @patch
 def _part(self:Store, table, job_id):
     build = lambda: sa.select(table).where(table.c.job_id == bind('id')).order_by(*list(table.primary_key)[1:])

@@ -52,43 +52,49 @@ class Tenancy:
 
     def __repr__(self): return f'Tenancy({self.tenant_id!r}, {self.facts})'
 
-    @property
-    def limits(self) -> Limits: return self.rules.of(self.tenant_id)
-    @property
-    def untold(self) -> bool: return self.seen > self.told # Does the host not know yet how far the database has come?
+# %% ../../nbs/jobs/17_tenancy.ipynb #bbc68bc1
+@patch(as_prop=True)
+def limits(self:Tenancy) -> Limits: return self.rules.of(self.tenant_id)
 
-    def refresh(self, older:float=0.0):
-        "Ask the host, unless what it said is less than `older` seconds old"
-        if self.facts is not None and time.monotonic() < self.read + older: return
-        try: facts = self.wakes.facts(self.tenant_id) or dict(state='gone', held=None, epoch=0, mark=0, created=None)
-        except FhSaasError as e:
-            if self.facts is None: raise
-            log.warning('tenant=%s: the host does not answer, what it said last holds: %s', self.tenant_id, e)
-        else:
-            if _which(facts) != _which(self.facts): self.seen = self.told = 0  # another tenant of the same name, or another file of the same tenant
-            self.facts = facts
-        self.read = time.monotonic()
+@patch(as_prop=True)
+def untold(self:Tenancy) -> bool: return self.seen > self.told # Does the host not know yet how far the database has come?
 
-    @property
-    def serving(self) -> bool:
-        "May jobs be started? As far as is known; asks nobody"
-        return self.facts is None or self.facts['state'] == 'active' and not self.facts['held']
+@patch
+def refresh(self:Tenancy, older:float=0.0):
+    "Ask the host, unless what it said is less than `older` seconds old"
+    if self.facts is not None and time.monotonic() < self.read + older: return
+    try: facts = self.wakes.facts(self.tenant_id) or dict(state='gone', held=None, epoch=0, mark=0, created=None)
+    except FhSaasError as e:
+        if self.facts is None: raise
+        log.warning('tenant=%s: the host does not answer, what it said last holds: %s', self.tenant_id, e)
+    else:
+        if _which(facts) != _which(self.facts): self.seen = self.told = 0  # another tenant of the same name, or another file of the same tenant
+        self.facts = facts
+    self.read = time.monotonic()
 
-    def check(self, notes:dict):
-        "Does what the database says about itself agree with the host?"
-        if not notes.get('tenant_id'): return  # made before there were marks, or by another program
-        facts, known = self.facts, max(self.facts['mark'], self.seen)
-        mark, epoch = int(notes.get('mark', 0)), int(notes.get('epoch', 1))
-        if notes['tenant_id'] != self.tenant_id: why = f"it is a copy of tenant {notes['tenant_id']!r}"
-        elif notes.get('host_id', self.host.id) != self.host.id: why = 'it belongs to another host'
-        elif epoch != facts['epoch']: why = f"it is of epoch {epoch}, the host knows epoch {facts['epoch']}"
-        elif mark < known: why = f'it is an earlier state of itself (mark {mark}, the host knows {known})'
-        else: return
-        raise Held(f"tenant {self.tenant_id!r}: open jobs are held, because its database was replaced: {why}", facts)
+@patch(as_prop=True)
+def serving(self:Tenancy) -> bool:
+    "May jobs be started? As far as is known; asks nobody"
+    return self.facts is None or self.facts['state'] == 'active' and not self.facts['held']
 
-    def advanced(self, notes:dict):
-        "The step that went with `notes` is committed"
-        if int(notes.get('epoch', 1)) == self.facts['epoch']: self.seen = max(self.seen, int(notes.get('mark', 0)) + 1)
+# %% ../../nbs/jobs/17_tenancy.ipynb #afd5aedb
+@patch
+def check(self:Tenancy, notes:dict):
+    "Does what the database says about itself agree with the host?"
+    if not notes.get('tenant_id'): return  # made before there were marks, or by another program
+    facts, known = self.facts, max(self.facts['mark'], self.seen)
+    mark, epoch = int(notes.get('mark', 0)), int(notes.get('epoch', 1))
+    if notes['tenant_id'] != self.tenant_id: why = f"it is a copy of tenant {notes['tenant_id']!r}"
+    elif notes.get('host_id', self.host.id) != self.host.id: why = 'it belongs to another host'
+    elif epoch != facts['epoch']: why = f"it is of epoch {epoch}, the host knows epoch {facts['epoch']}"
+    elif mark < known: why = f'it is an earlier state of itself (mark {mark}, the host knows {known})'
+    else: return
+    raise Held(f"tenant {self.tenant_id!r}: open jobs are held, because its database was replaced: {why}", facts)
+
+@patch
+def advanced(self:Tenancy, notes:dict):
+    "The step that went with `notes` is committed"
+    if int(notes.get('epoch', 1)) == self.facts['epoch']: self.seen = max(self.seen, int(notes.get('mark', 0)) + 1)
 
 # %% ../../nbs/jobs/17_tenancy.ipynb #9bf9cc58
 @patch

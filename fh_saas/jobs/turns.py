@@ -59,65 +59,76 @@ class Line:
         self.calling, self._last = 0, 0.0  # jobs that hold a thread, and when the last of them was taken
         self._ring, self._jobs, self._slow, self._pace, self._lock = Ring(), {}, 1.0, 1.0, threading.RLock()
 
-    def put(self, desk, attempts):
-        "Put claimed jobs in line"
-        with self._lock:
-            jobs, now = self._jobs.setdefault(desk, deque()), time.monotonic()
-            for a in attempts: a.since = now; self._count(a, 1)
-            jobs.extend(attempts)
-            self.waiting += len(attempts)
-            self._ring.join(desk)
+# %% ../../nbs/jobs/10_turns.ipynb #be16d12a
+@patch
+def put(self:Line, desk, attempts):
+    "Put claimed jobs in line"
+    with self._lock:
+        jobs, now = self._jobs.setdefault(desk, deque()), time.monotonic()
+        for a in attempts: a.since = now; self._count(a, 1)
+        jobs.extend(attempts)
+        self.waiting += len(attempts)
+        self._ring.join(desk)
 
-    def take(self): # None if there is none, or no room for it
-        "The next job to run"
-        with self._lock:
-            if not self.waiting or self.running >= self.size or (found := self._startable()) is None: return None
-            desk, a = found
-            self._ring.grant(desk, self.unit(), 1)
-            self._ring.took(desk, 1)
-            self._jobs[desk].remove(a)
-            if not self._jobs[desk]: self._out(desk)
-            self.waiting -= 1
-            self.started(a)
-            if not a.is_async: self.calling, self._last = self.calling + 1, time.monotonic()
-            return a
+@patch
+def take(self:Line): # None if there is none, or no room for it
+    "The next job to run"
+    with self._lock:
+        if not self.waiting or self.running >= self.size or (found := self._startable()) is None: return None
+        desk, a = found
+        self._ring.grant(desk, self.unit(), 1)
+        self._ring.took(desk, 1)
+        self._jobs[desk].remove(a)
+        if not self._jobs[desk]: self._out(desk)
+        self.waiting -= 1
+        self.started(a)
+        if not a.is_async: self.calling, self._last = self.calling + 1, time.monotonic()
+        return a
 
-    def _startable(self):
-        "The first whose queue has room: two desks may have claimed for the same room"
-        if self.queues is None and not self.shares: return (d := self._ring.first), self._jobs[d][0]
-        return next(((d, a) for d in self._ring for a in self._jobs[d] if self._running_by_queue.get(q := a.row['queue'], 0) < self.limit(q)), None)
+@patch
+def _startable(self:Line):
+    "The first whose queue has room: two desks may have claimed for the same room"
+    if self.queues is None and not self.shares: return (d := self._ring.first), self._jobs[d][0]
+    return next(((d, a) for d in self._ring for a in self._jobs[d] if self._running_by_queue.get(q := a.row['queue'], 0) < self.limit(q)), None)
 
-    def limit(self, queue) -> int:
-        "Jobs of `queue` that may run here at once"
-        own = self.size if self.queues is None else self.queues.get(queue, self.size)
-        return min(own, self.shares.get(queue, own))
+# %% ../../nbs/jobs/10_turns.ipynb #75b9e3bd
+@patch
+def limit(self:Line, queue) -> int:
+    "Jobs of `queue` that may run here at once"
+    own = self.size if self.queues is None else self.queues.get(queue, self.size)
+    return min(own, self.shares.get(queue, own))
 
-    def started(self, a):
-        "A job runs"
-        self.running += 1
-        q = a.row['queue']
-        self._running_by_queue[q] = self._running_by_queue.get(q, 0) + 1
+@patch
+def started(self:Line, a):
+    "A job runs"
+    self.running += 1
+    q = a.row['queue']
+    self._running_by_queue[q] = self._running_by_queue.get(q, 0) + 1
 
-    def _count(self, a, n):
-        q = a.row['queue']
-        self._by_queue[q] = self._by_queue.get(q, 0) + n
+@patch
+def _count(self:Line, a, n):
+    q = a.row['queue']
+    self._by_queue[q] = self._by_queue.get(q, 0) + n
 
-    def _out(self, desk): del self._jobs[desk]; self._ring.leave(desk)
+@patch
+def _out(self:Line, desk): del self._jobs[desk]; self._ring.leave(desk)
 
-    def done(self, a, took:float=None):
-        "A job that was taken has ended, after `took` seconds"
-        with self._lock:
-            self.running -= 1
-            self._running_by_queue[a.row['queue']] -= 1
-            self._count(a, -1)
-            if not a.is_async: self.calling -= 1
-            if took is None: return
-            self._slow = max(took, self._slow*0.9, 1e-6)
-            self._pace = self._pace*0.9 + 0.1*min(took, self._pace*8)  # the mean, which one that had to wait does not change much
+@patch
+def done(self:Line, a, took:float=None):
+    "A job that was taken has ended, after `took` seconds"
+    with self._lock:
+        self.running -= 1
+        self._running_by_queue[a.row['queue']] -= 1
+        self._count(a, -1)
+        if not a.is_async: self.calling -= 1
+        if took is None: return
+        self._slow = max(took, self._slow*0.9, 1e-6)
+        self._pace = self._pace*0.9 + 0.1*min(took, self._pace*8)  # the mean, which one that had to wait does not change much
 
-    def of(self, desk) -> int:
-        "Jobs of `desk` in line"
-        return len(self._jobs.get(desk, ()))
+@patch
+def of(self:Line, desk) -> int:
+    "Jobs of `desk` in line"
+    return len(self._jobs.get(desk, ()))
 
 # %% ../../nbs/jobs/10_turns.ipynb #e2a60a0e
 @patch
@@ -135,6 +146,7 @@ def flows(self:Line) -> bool:
     "Is a thread running short jobs one after the other, so that a second one would only be in its way?"
     return self.calling > 0 and self._pace < short and time.monotonic() < self._last + linger
 
+# %% ../../nbs/jobs/10_turns.ipynb #7d8152f0
 @patch
 def free(self:Line) -> int:
     "Jobs that could start now"

@@ -82,6 +82,7 @@ def hint(self:Wakes, tenant_id:str):
         if len(self._hinted) > 10_000: self._hinted.clear()
         self._hinted[tenant_id] = now + 2*self.bound
 
+# %% ../../nbs/jobs/15_wake.ipynb #1bfce620
 @patch
 def ring(self:Wakes,
     tenant_id:str,
@@ -106,6 +107,7 @@ def ring(self:Wakes,
         return rung
     if self.write(op) and self.bell: self.bell.ring(tenant_id)
 
+# %% ../../nbs/jobs/15_wake.ipynb #86033c9d
 @patch
 def _stands(self:Wakes, at, queue):
     "Is the tenant due by then, and nobody there or passed by? Then a ring says nothing new"
@@ -148,6 +150,7 @@ def due(self:Wakes,
         moments = [seconds(t) - now for t in soon(cur, now=timestamp(now)).fetchone() if t]
     return found, min(moments, default=None)
 
+# %% ../../nbs/jobs/15_wake.ipynb #b5c6f79e
 @patch
 def lease(self:Wakes, tenant_id:str, visitor:str, span:float=30) -> tuple: # `seq` and the moment; None if there is nothing to do, or somebody else does it
     "Make the visit this process's for `span` seconds"
@@ -158,6 +161,7 @@ def lease(self:Wakes, tenant_id:str, visitor:str, span:float=30) -> tuple: # `se
         return row and (row[0], timestamp(now))
     return self.write(op)
 
+# %% ../../nbs/jobs/15_wake.ipynb #a372a671
 @patch
 def settle(self:Wakes, tenant_id:str, visitor:str,
     seq:int, begun:str, # From `lease`
@@ -196,6 +200,7 @@ def trouble(self:Wakes, tenant_id:str, visitor:str, begun:str, error:str) -> flo
         return wait
     return self.write(op)
 
+# %% ../../nbs/jobs/15_wake.ipynb #4bf19031
 @patch
 def adopt(self:Wakes):
     "Have every tenant looked at that has no row yet"

@@ -75,6 +75,7 @@ def _table(rows:list, empty:str):
     wide = [max(len(c[i]) for c in cells) for i in range(len(names))]
     for c in cells: print('  '.join(v.ljust(w) for v, w in zip(c, wide)).rstrip())
 
+# %% ../../nbs/ops/01_cli.ipynb #6b0e2e8e
 def workers(
     host:str=None, # The host's URL
     jobs:bool=False, # What runs there, too
@@ -93,6 +94,7 @@ def ask(
     "Ask something of one process; it does so within a few seconds"
     print(Fleet(_host(host)).ask(worker, *((None, int(what)) if what.isdecimal() else (what,))))
 
+# %% ../../nbs/ops/01_cli.ipynb #20a7df28
 def _numbers(values:list) -> dict:
     "`['concurrency=4', 'mode=paused', 'weight=']`: what a rule says"
     said = {}
@@ -115,6 +117,7 @@ def rules(
     if values: r.set(tenant, queue, task, **_numbers(values))
     _table([{k: v if v not in ('', None) else None for k, v in vars(x).items()} for x in r.all()], 'there are no rules')
 
+# %% ../../nbs/ops/01_cli.ipynb #e4b73791
 def _mode(mode):
     def command(
         tenant:str='', # Of this tenant
@@ -146,6 +149,7 @@ def discard(tenant:str, host:str=None): "The database of a held tenant is right:
 
 def export(tenant:str, path:str, host:str=None): "Copy a tenant's database while it is in use"; print(export_tenant(_host(host), tenant, path))
 
+# %% ../../nbs/ops/01_cli.ipynb #3a60a03a
 def delete(
     tenant:str, # Its id
     yes:bool=False, # Yes, with all its data

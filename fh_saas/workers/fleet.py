@@ -65,6 +65,7 @@ class Fleet:
             if seconds(r['beat_at']) < now - lost_after: r['state'] = 'lost'
         return [WorkerRecord(**r) for r in rows]
 
+# %% ../../nbs/workers/00_fleet.ipynb #2e1cabda
 @patch
 def beat(self:Fleet,
     e:Engine, # Of this process
@@ -85,6 +86,7 @@ def beat(self:Fleet,
     asked, n = self.db.write(op)
     return dict(asked=asked, asked_concurrency=n)
 
+# %% ../../nbs/workers/00_fleet.ipynb #e70d3984
 @patch
 def leave(self:Fleet, worker:str):
     "It has stopped"

@@ -98,6 +98,7 @@ def _watch(self:Runner):
             self._stopped.wait(1)
     for c in filter(None, (ear, conn)): self._quietly(c.close)
 
+# %% ../../nbs/workers/00_runner.ipynb #3e3a4469
 @patch
 def _look(self:Runner) -> float: # Seconds until the next look
     "Visit those who are due, as many as there is room for"
@@ -118,6 +119,7 @@ def _find(self:Runner) -> float:
     self._todo.extend(new)
     return glance if self._more else min(1.0, max(0.0, 1.0 if soon is None else soon))
 
+# %% ../../nbs/workers/00_runner.ipynb #fb9640b4
 @patch
 def _visits(self:Runner):
     "Visit one after the other, as long as there are some"
@@ -174,6 +176,7 @@ def _visit(self:Runner, id):
         log.warning('tenant=%s: cannot be visited now%s: %s', id, f', set aside for {wait:g} s' if wait else '', e, exc_info=not isinstance(e, FhSaasError))
     finally: self._visiting.discard(id)
 
+# %% ../../nbs/workers/00_runner.ipynb #09a4cbaa
 @patch
 def _store_of(self:Runner, id): # None if the tenant is gone
     if (store := self._stores.get(id)) is not None and self.engine.opened(store.url) is store: return store
@@ -225,6 +228,7 @@ def _heed(self:Runner):
     if shut != self._shut: e.reconsider(shut ^ self._shut)
     self._shut = shut
 
+# %% ../../nbs/workers/00_runner.ipynb #ddef75e6
 @patch
 def _peek(self:Runner, id):
     "Does a tenant have open jobs of which the host may know nothing? Then it is visited"
