@@ -22,7 +22,7 @@ report: .venv/test  ## the page of the benchmarks, made anew from the saved resu
 	$(BIN)/nbdev-clean --fname nbs/explains/03_benchmarks.ipynb
 
 soak: .venv/test  ## the long variants of the fault tests
-	$(BIN)/python -m pytest tests/soak_*.py
+	$(BIN)/python -m pytest -o faulthandler_timeout=0 tests/soak_*.py
 
 export: .venv/test  ## after editing notebooks: modules, outputs, README, llms.txt
 	$(BIN)/nbdev-export

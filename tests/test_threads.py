@@ -10,6 +10,7 @@ from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import delete_tenant, open_tenant_db
 from fh_saas.jobs.commit import _Write
 from fh_saas.jobs.desk import Desk
+from fh_saas.jobs.pool import Crew
 from fh_saas.jobs.rounds import most_turns, reserve
 from fh_saas.jobs.store import Adding, Store
 from fh_saas.utils_bgtsk import BackgroundTaskManager
@@ -140,3 +141,20 @@ def test_a_fork_leaves_what_waits_to_be_written_to_its_parent(new_sqlite):
     store.add(job('last'))
     assert waits.over and waits.error is None and sorted(r['id'] for r in store.list()) == ['child', 'last', 'parent']
     store.close()
+
+
+def test_a_thread_that_is_called_as_it_finds_work_lets_others_be_woken():
+    "The token on its way to a thread that has found a long job by itself must not keep the rest of the crew asleep"
+    asked, second, crew = [], threading.Event(), None
+    def long(): ran.append(second.wait(10))
+    def find():
+        asked.append(1)
+        if len(asked) == 2: crew.call(); return long  # another thread calls between its last two looks
+        return second.set if len(asked) > 2 and not second.is_set() else None
+    ran, crew = [], Crew(2, 'test', find)
+    crew.call()
+    wait_until(lambda: len(asked) >= 2)
+    crew.call()
+    wait_until(lambda: ran, 15)
+    crew.close()
+    assert ran == [True]

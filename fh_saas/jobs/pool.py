@@ -130,9 +130,10 @@ def _work(self:Crew):
         with self._lock: self._idle += 1
         # what came after the last look and before this thread counted as idle has called nobody
         f = self.find()
-        back = f is not None and (callable(f) or not self._guarded) and self._back()
+        if not (callable(f) or f is not None and not self._guarded): awake = self._tokens.get(); continue
+        # a token on its way to this thread is taken before the work begins: until then nobody else is woken
+        if not self._back(): awake, self._waking = self._tokens.get(), False
         if callable(f): self._do(f)
-        if not back: awake = self._tokens.get()
 
 @patch
 def _back(self:Crew) -> bool:
