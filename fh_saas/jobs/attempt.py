@@ -12,7 +12,7 @@ import asyncio, inspect, logging
 from fastcore.basics import patch
 from .context import JobContext
 from .payload import NotJson, TooLarge, describe, from_json, to_json
-from .retries import Permanent, RetryAfter, Snooze, wait_after
+from .retries import Cancel, Permanent, RetryAfter, Snooze, wait_after
 from .states import Outcome
 from .store import Store
 from .tasks import BadPayload, Task, is_async
@@ -34,6 +34,7 @@ class Attempt:
         self.desk = self.loop = self.async_task = self.outcome = self.done = self.last_note = None
         self.counted, self.since = False, 0.0  # does it hold a slot, and since when does it wait for a thread?
         self.suspect = False  # holds the slot of a job that was lost with its process before
+        self._told = False  # was the event loop's task cancelled because the job was?
         self.refused = False  # the database would not take its outcome as it was
 
     def __str__(self): return f"tenant={self.store.tenant} job={self.row['id']} type={self.row['job_type']} attempt={self.row['attempt']}"
@@ -43,6 +44,7 @@ class Attempt:
     def call(self) -> Outcome:
         "Run the task in this thread"
         try:
+            self.ctx.leave_if_cancelled()
             result = self.func(**self.arguments())
             if inspect.isawaitable(result): result = asyncio.run(_wait_for(result))
         except BaseException as e: return self.failed(e)  # a thread of ours is no place for SystemExit to travel on
@@ -50,15 +52,34 @@ class Attempt:
 
     async def acall(self) -> Outcome:
         "Run an async task in this event loop"
-        try: result = await self.func(**self.arguments())
+        self.loop, self.async_task = asyncio.get_running_loop(), (me := asyncio.current_task())
+        try:
+            self.ctx.leave_if_cancelled()
+            o = self.succeeded(await self.func(**self.arguments()))
         except asyncio.CancelledError as e:
             # cancelled from outside: the loop is going down. A task that raises it by itself has failed.
-            if asyncio.current_task().cancelling(): return Outcome('release', error='cancelled while the process was shutting down')
-            return self.failed(e)
-        except BaseException as e: return self.failed(e)
-        return self.succeeded(result)
+            down = me.cancelling() > self._told
+            o = Outcome('release', error='cancelled while the process was shutting down') if down else self.failed(e)
+        except BaseException as e: o = self.failed(e)
+        self.async_task = None
+        if self._told: me.uncancel()  # it was meant for the job, not for who awaits it
+        return o
 
 async def _wait_for(awaitable): return await awaitable
+
+# %% ../../nbs/jobs/08_attempt.ipynb #5e763c76
+@patch
+def cancel(self:Attempt):
+    "The job is not wanted any more: an async task is cancelled, a sync one told; one that has not begun does not begin"
+    if self.ctx.cancelled: return
+    self.ctx.stop(cancelled=True)
+    try: self.async_task and self.loop.call_soon_threadsafe(self._interrupt)
+    except RuntimeError: return  # its event loop is closed: nothing runs there any more
+
+@patch
+def _interrupt(self:Attempt):
+    # asked again in the loop's own thread, in which an attempt ends: who awaits it must not be cancelled in its place
+    if self.async_task: self._told = self.async_task.cancel()
 
 # %% ../../nbs/jobs/08_attempt.ipynb #a4a84403
 @patch
@@ -71,6 +92,7 @@ def succeeded(self:Attempt, result) -> Outcome:
 @patch
 def failed(self:Attempt, e:BaseException) -> Outcome:
     "The task raised `e`"
+    if self.ctx.cancelled or isinstance(e, Cancel): return _cancelled(e)
     if isinstance(e, Snooze): return Outcome('snooze', error=describe(e)[0], delay=e.seconds)
     failed = (self.row['retry_count'] or 0) + 1
     if isinstance(e, (Permanent, BadPayload, NotJson)) or failed >= max(1, self.row['max_retries'] or 1): return self._failure('failed', *describe(e))
@@ -84,3 +106,8 @@ def _failure(self:Attempt, kind, line, trace, delay=0):
     say = log.error if kind == 'failed' else log.warning
     say('%s: %s%s', self, line, f'; next attempt in {delay:g} s' if kind == 'retry' else '')
     return Outcome(kind, error=line, log=trace or line, delay=delay)
+
+def _cancelled(e):
+    if isinstance(e, (asyncio.CancelledError, Snooze)): e = Cancel('cancelled on request')
+    line, trace = describe(e)
+    return Outcome('cancelled', error=line.removeprefix('Cancel: '), log=None if isinstance(e, Cancel) else trace)

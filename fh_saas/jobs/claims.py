@@ -233,9 +233,10 @@ class Stale(Exception): "Some of the claims were lost."
 def _finish_sql(self:Store):
     j, a = self.t.jobs, self.t.attempts
     keep = lambda c: sa.func.coalesce(bind(c, type_=sa.String), j.c[c])
+    asked = j.c.cancel_requested_at.is_not(None)
     done = self.statement(('finish', j.name), lambda: j.update().where(j.c.id == bind('job'), j.c.claim_token == bind('token'), j.c.status == RUNNING).values(
-        status=bind('new_status'), retry_count=bind('failed'), lost=bind('losses'), error_message=bind('error'), error_log=keep('error_log'), result=keep('result'),
-        run_at=keep('run_at'), completed_at=bind('ended'), claim_token=sa.null(), lease_until=sa.null(), cancel_requested_at=sa.null()))
+        status=sa.case((asked, bind('if_asked')), else_=bind('new_status')), retry_count=bind('failed'), lost=bind('losses'), error_message=bind('error'), error_log=keep('error_log'), result=keep('result'),
+        run_at=keep('run_at'), completed_at=sa.case((asked, bind('at', type_=sa.String)), else_=bind('ended', type_=sa.String)), claim_token=sa.null(), lease_until=sa.null(), cancel_requested_at=sa.null()))
     cols = ('job_id', 'number', 'started_at', 'ended_at', 'outcome', 'error', 'worker', 'waited')
     return done, self.statement(('attempt', a.name), lambda: a.insert().values({c: bind(c) for c in cols}))
 
@@ -251,7 +252,7 @@ def _waited(job) -> float:
 def _end(now, at, job, o:Outcome) -> tuple:
     "What a finish writes into the job, and the attempt it adds"
     pending = o.status == Status.pending
-    return (dict(job=job['id'], token=job['claim_token'], new_status=str(o.status), failed=(job['retry_count'] or 0) + o.counts, losses=(job['lost'] or 0) + (o.kind == 'lost'),
+    return (dict(job=job['id'], token=job['claim_token'], new_status=str(o.status), if_asked='cancelled' if pending else str(o.status), at=at, failed=(job['retry_count'] or 0) + o.counts, losses=(job['lost'] or 0) + (o.kind == 'lost'),
             error=o.error, error_log=o.log, result=o.result, run_at=timestamp(now+o.delay) if pending else None, ended=None if pending else at),
         dict(job_id=job['id'], number=job['attempt'], started_at=job['started_at'], ended_at=at, outcome=o.kind, error=o.error, worker=job['worker'], waited=_waited(job)))
 
@@ -336,6 +337,13 @@ def heartbeat(self:Store, worker:str, lease:float) -> dict: # Token of each job 
     rows = self.write(lambda cur, now: rows_of(stmt(cur, me=worker, lease=timestamp(now+lease))))
     return {(r['id'], r['claim_token']): bool(r['cancel_requested_at']) for r in rows}
 
+@patch
+def asked_to_end(self:Store, worker:str) -> list: # Id and token of each
+    "Running jobs of a worker that somebody has cancelled"
+    j = self.t.jobs
+    stmt = self.statement(('asked', j.name), lambda: sa.select(j.c.id, j.c.claim_token).where(j.c.status == RUNNING, j.c.worker == bind('me'), j.c.cancel_requested_at.is_not(None)))
+    with self.cursor(brief=True) as cur: return [tuple(r) for r in stmt(cur, me=worker).fetchall()]
+
 # %% ../../nbs/jobs/05_store_claims.ipynb #5fa4cad9
 @patch
 def note(self:Store,
@@ -388,9 +396,11 @@ def rescue(self:Store, n:int=100) -> list[tuple]: # `(row, outcome)` of each
 def release(self:Store, rows:list):
     "An operation for `write`: give back claims of jobs that were never begun, as if they had not been made"
     j = self.t.jobs
+    asked = j.c.cancel_requested_at.is_not(None)
     stmt = self.statement(('release', j.name), lambda: j.update().where(j.c.id == bind('job'), j.c.claim_token == bind('token'), j.c.status == RUNNING).values(
-        status='pending', claim_token=sa.null(), lease_until=sa.null(), worker=sa.null(), started_at=sa.null(), attempt=j.c.attempt - 1))
-    return lambda cur, now: stmt.many(cur, [dict(job=r['id'], token=r['claim_token']) for r in rows])
+        status=sa.case((asked, 'cancelled'), else_='pending'), completed_at=sa.case((asked, bind('at', type_=sa.String))), cancel_requested_at=sa.null(),
+        claim_token=sa.null(), lease_until=sa.null(), worker=sa.null(), started_at=sa.null(), attempt=j.c.attempt - 1))
+    return lambda cur, now: stmt.many(cur, [dict(job=r['id'], token=r['claim_token'], at=timestamp(now)) for r in rows])
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #0764d354
 def _in(t, now):

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..db_connect import writing
 from ..db_host import timestamp
 from .payload import clean, to_json
-from .retries import Snooze
+from .retries import Cancel, Snooze
 from .store import Store
 
 # %% ../../nbs/jobs/06_context.ipynb #940a8b87
@@ -34,17 +34,21 @@ class JobContext:
         self.id, self.job_type, self.attempt, self.tenant = row['id'], row['job_type'], row['attempt'], store.tenant
         self.triggered_by, self.idempotency_key = row['triggered_by'], row['id']
         self.details = _details(row['details'])
-        self.warnings, self.lost = 0, False
+        self.warnings, self.lost, self.cancelled = 0, False, False
         # should the task give way: is the process shutting down, or the job somebody else's by now?
         self.should_stop, self._lock = False, threading.Lock()
         self._progress, self._lines, self._count, self._seen = (None, None), [], 0, row['details'] or '{}'
 
     def __repr__(self): return f'JobContext(tenant={self.tenant!r}, job={self.id!r}, attempt={self.attempt})'
 
-    def stop(self): self.should_stop = True
+    def stop(self, cancelled:bool=False): self.cancelled, self.should_stop = self.cancelled or cancelled, True
+
+    def leave_if_cancelled(self):
+        if self.cancelled: raise Cancel('cancelled on request')
 
     def give_way(self):
-        "Leave the task here if it should give way: the job is snoozed, and the attempt given back"
+        "Leave the task here if it should give way: to a shutdown, which gives the attempt back, or because the job was cancelled"
+        self.leave_if_cancelled()
         if self.should_stop: raise Snooze(0, 'gave way to a shutdown')
 
 # %% ../../nbs/jobs/06_context.ipynb #14d53b0f
@@ -55,7 +59,8 @@ def progress(self:JobContext,
     percent:float=None, # Clamped to 0 to 100; what is no number leaves the bar where it is
     message:str=None, # At most 255 characters are kept
 ):
-    "Say how far the task is"
+    "Say how far the task is; raises `Cancel` in a job that was cancelled"
+    self.leave_if_cancelled()
     try: percent = None if percent is None or not math.isfinite(percent) else min(100, max(0, int(percent)))
     except TypeError: percent = None
     old_percent, old_message = self._progress

@@ -38,7 +38,7 @@ class Desk:
         self.ends, self.wanted, self.since, self.called = [], [], 0.0, None  # outcomes and claims by id that wait for the next turn
         self.unwritten, self.retry_at, self.pause = deque(), 0.0, 0.0  # outcomes the database did not take yet
         self.freed = []  # desks that wait for a slot which turned out not to be needed
-        self.quiet, self.hungry, self._beat, self.checked, self.checked_place, self.barred = 0.0, False, 0.0, 0.0, None, 0.0
+        self.quiet, self.hungry, self._beat, self._asked, self.checked, self.checked_place, self.barred = 0.0, False, 0.0, 0.0, 0.0, None, 0.0
         self._lock = threading.Lock()
 
     def __repr__(self): return f'Desk({self.store!r}, {len(self.live)} running)'
@@ -101,6 +101,14 @@ def let_go(self:Desk, *attempts, ended:bool):
         for a in attempts:
             self.live.pop(a.key, None)
             if ended: self.functions.pop(a.row['id'], None)
+
+@patch
+def cancel(self:Desk, job_id:str):
+    "A job was cancelled in the database: tell the attempt that runs here, forget the function it would have run"
+    with self._lock:
+        mine = [a for a in self.live.values() if a.row['id'] == job_id]
+        if not mine: self.functions.pop(job_id, None)
+    for a in mine: a.cancel()
 
 # %% ../../nbs/jobs/11_desk.ipynb #700fbd67
 class Slot:
@@ -236,6 +244,9 @@ def beat(self:Desk):
     "Write what running jobs say about themselves; renew their leases when it is time"
     if time.monotonic() > self._beat + self.settings.lease/3: self.renew()
     with self._lock: live = dict(self.live)
+    if live and time.monotonic() > self._asked + 1:
+        for key in self.store.asked_to_end(self.worker): key in live and live[key].cancel()
+        self._asked = time.monotonic()
     self.tell(5)
     if notes := [n for a in live.values() if (n := a.ctx.note())]:
         self.store.write(lambda cur, now: [op(cur, now) for op, _ in notes])
@@ -250,7 +261,8 @@ def renew(self:Desk):
     for key, a in live.items():
         if key in owned: a.lease_until = self._beat + self.settings.lease
         elif key in self.live: a.ctx.lost = True
-        if owned.get(key) or a.ctx.lost: a.ctx.stop()
+        if owned.get(key): a.cancel()
+        if a.ctx.lost: a.ctx.stop()
     strange = owned.keys() - self.live.keys()
     for key in strange & self._strange: self._disown(*key)
     self._strange = strange

@@ -158,6 +158,11 @@ def registry_for(self:Engine, store:Store, local:bool) -> Registry: return self.
 @patch
 def keep(self:Engine, store:Store, job_id:str, t:Task, alone:bool): self._desks[store].keep(job_id, t, alone)
 
+@patch
+def cancel(self:Engine, store:Store, job_ids):
+    "These jobs were cancelled: what runs of them here learns it at once"
+    for id in job_ids: self._desks[store].cancel(id)
+
 # %% ../../nbs/jobs/14_engine.ipynb #e8130142
 @patch
 def run_job(self:Engine, store:Store, job_id:str, func=None) -> Outcome: # None if the job was not pending
@@ -241,11 +246,9 @@ async def _until_stop(self:Engine, task):
 # %% ../../nbs/jobs/14_engine.ipynb #e13df353
 @patch
 async def _arun(self:Engine, a):
-    a.loop, a.async_task = asyncio.get_running_loop(), asyncio.current_task()
     try: o = await a.acall()
     finally: self._off(a); self._fed()
-    a.async_task = None
-    if self._record(a, o, done := a.done or a.loop.create_future()): self._errand(a.desk)
+    if self._record(a, o, done := a.done or asyncio.get_running_loop().create_future()): self._errand(a.desk)
     await self._told(done)
     if asyncio.current_task().cancelling(): raise asyncio.CancelledError
 

@@ -69,7 +69,7 @@ def rows_of(cur) -> list[dict]:
     return [dict(zip(names, r)) for r in cur.fetchall()]
 
 # %% ../../nbs/jobs/05_store.ipynb #bdae1970
-_new = ('id', 'job_type', 'status', 'payload', 'max_retries', 'retry_count', 'created_at', 'task', 'triggered_by', 'queue', 'priority', 'run_at', 'timeout')
+_new = ('id', 'job_type', 'status', 'payload', 'max_retries', 'retry_count', 'created_at', 'task', 'triggered_by', 'queue', 'priority', 'run_at', 'timeout', 'rerun_of')
 _blank = dict.fromkeys(_new) | dict(status=str(Status.pending), retry_count=0, queue='default', priority=2)
 
 most_json = 20_000_000 # characters of payloads that are written in one statement
