@@ -8,14 +8,16 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/tasks.html.md"""
 
 # %% auto #0
 __all__ = ['registry', 'BadPayload', 'is_async', 'stands_for_itself', 'captures', 'Task', 'TaskNameTaken', 'NoTaskName',
-           'Registry', 'task']
+           'UnknownTask', 'Registry', 'task']
 
 # %% ../../nbs/jobs/07_tasks.ipynb #2cb1b8ff
-import functools, inspect, os, threading
+import difflib, functools, inspect, os, threading
 from fastcore.basics import patch
 from tenacity.wait import wait_base
 from ..db_connect import FhSaasError
 from .context import JobContext
+from .options import checked, text
+from .payload import clean
 from .retries import backoff as default_backoff
 
 # %% ../../nbs/jobs/07_tasks.ipynb #8657573a
@@ -43,8 +45,13 @@ def captures(f) -> bool:
 # %% ../../nbs/jobs/07_tasks.ipynb #c000f312
 class Task:
     "A function that jobs can run, under its registered name"
-    def __init__(self, func, name:str, backoff:wait_base=default_backoff):
+    def __init__(self, func, name:str,
+        backoff:wait_base=default_backoff,
+        aliases=(), # Names it had before
+        **defaults, # `queue`, `priority`, `max_retries` of its jobs
+    ):
         self.func, self.name, self.backoff, self.is_async = func, name, backoff, is_async(func)
+        self.aliases, self.defaults = tuple(aliases), defaults
         try: self.params = dict(inspect.signature(func).parameters)
         except (ValueError, TypeError): self.params = None  # some builtins do not say
         self.job_param = next((n for n, p in (self.params or {}).items() if p.annotation is JobContext or p.annotation == 'JobContext'),
@@ -69,6 +76,7 @@ class Task:
 # %% ../../nbs/jobs/07_tasks.ipynb #843e2475
 class TaskNameTaken(FhSaasError, ValueError): "Another function has that name."
 class NoTaskName(FhSaasError, ValueError): "The callable has no name of its own."
+class UnknownTask(FhSaasError, LookupError): "No task of that name is registered here."
 
 def _where(f):
     code = getattr(_bare(f), '__code__', None)
@@ -96,12 +104,17 @@ class Registry:
         if not (name or options) and (t := self._met(func)): return t
         name = name or getattr(func, '__task_name__', None) or getattr(_bare(func), '__qualname__', None)
         if not name: raise NoTaskName(f"a {type(func).__name__} object has no name of its own: register it with task('a_name')(…)")
-        old = self._tasks.get(name)
+        old = self._other(name, func)
         if old is None: return Task(func, name, **options)
-        if not _same(old.func, func):
+        return old if old.func is func and not options else Task(func, name, **dict(backoff=old.backoff, aliases=old.aliases, **old.defaults) | options)
+
+    def _other(self, name, func) -> Task:
+        "What has that name now, if it may be `func`"
+        old = self._tasks.get(name)
+        if old is not None and not _same(old.func, func):
             raise TaskNameTaken(f"task name {name!r} belongs to the function at {':'.join(map(str, _where(old.func)))}; give the one at "
                 f"{':'.join(map(str, _where(func)))} a name of its own: @task('…'), or task('…')(function) for a lambda")
-        return old if old.func is func and not options else Task(func, name, **dict(backoff=old.backoff) | options)
+        return old
 
     def _met(self, func): # Each submit asks
         t = self._tasks.get(getattr(func, '__task_name__', None) or getattr(func, '__qualname__', None))
@@ -112,8 +125,9 @@ class Registry:
         if not (name or options) and (t := self._met(func)): return t
         with self._lock:
             t = self.meet(func, name, **options)
-            new = t.name not in self._tasks
-            self._tasks[t.name] = t
+            for n in t.aliases: self._other(n, func)
+            new = not {t.name, *t.aliases} <= self._tasks.keys()
+            self._tasks |= dict.fromkeys((t.name, *t.aliases), t)
             if new: self._refresh()
         return t
 
@@ -136,18 +150,37 @@ def find(self:Registry, task:str, job_type:str) -> Task: # None if it is not kno
     "The task of a row"
     return self._tasks.get(task) if task else self._tasks.get(job_type) or self._tasks.get(self._types.get(job_type))
 
+@patch
+def named(self:Registry, name:str) -> Task:
+    "The registered task of that name; `UnknownTask` if there is none"
+    if isinstance(name, str) and (t := self._tasks.get(name)): return t
+    near = difflib.get_close_matches(str(name)[:200], list(self._tasks), 1)
+    raise UnknownTask(f"no task {clean(repr(name), 80)} is registered in this process{f': did you mean {near[0]!r}?' if near else ''}; import the module that has it, or give submit the function")
+
 registry = Registry()
 
 # %% ../../nbs/jobs/07_tasks.ipynb #6b26ef22
 def task(
     name=None, # The name in rows; the function's qualified name if left out
     backoff:wait_base=default_backoff, # How long to wait after a failed attempt: one of tenacity's wait objects
+    queue:str=None, # Of its jobs, unless a submit says otherwise; so with the next two
+    priority:int=None,
+    max_retries:int=None,
+    aliases=(), # Names it had before: rows that wait under them are its own
 ):
     "Register a function as a task; it stays a plain function"
+    options, aliases = checked(queue=queue, priority=priority, max_retries=max_retries), (aliases,) if isinstance(aliases, str) else tuple(aliases)
+    for n in aliases: text('alias', n, 200)
     def register(func, name=None):
         if name is not None: func.__task_name__ = name
-        registry.add(func, name, backoff=backoff)
+        registry.add(func, name, backoff=backoff, aliases=aliases, **options)
+        for door in ('submit', 'asubmit'): hasattr(func, door) or setattr(func, door, _door(func, door))
         return func
     if callable(name): return register(name)
     if name is not None and not (isinstance(name, str) and 0 < len(name) <= 200): raise ValueError(f"{name!r} is not a task name: use text of 1 to 200 characters")
     return lambda func: register(func, name)
+
+def _door(func, name):
+    def submit(manager, **task_kwargs): return getattr(manager, name)(func, **task_kwargs)
+    submit.__doc__ = f'`manager.{name}` of {func.__name__!r}, filed under its name' if hasattr(func, '__name__') else None
+    return submit

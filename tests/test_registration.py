@@ -1,0 +1,121 @@
+"Tasks with options, names and aliases, and every way to submit them, over both databases."
+import asyncio
+import pytest
+from fastsql import Database
+from fh_saas.jobs import tasks
+from fh_saas.jobs.options import InvalidJob
+from fh_saas.jobs.tasks import Registry, TaskNameTaken, UnknownTask, task
+from fh_saas.utils_bgtsk import BackgroundTaskManager
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    "What `@task` writes to, for one test"
+    monkeypatch.setattr(tasks, 'registry', r := Registry())
+    return r
+
+@pytest.fixture
+def new_manager(registry, new_engine, url):
+    "Call it for a manager, as a process has it that knows what is in `registry`"
+    dbs = []
+    def make(reg=None, **settings):
+        dbs.append(db := Database(url))
+        return BackgroundTaskManager(db, new_engine(reg or registry, **settings))
+    yield make
+    for db in dbs: db.conn.close(); db.engine.dispose()
+
+@pytest.fixture
+def m(new_manager): return new_manager()
+
+far = dict(run_at='2100-01-01T00:00:00Z')
+
+def columns(job): return job.job_type, job.task, job.queue, job.priority, job.max_retries
+
+def test_a_task_says_what_holds_for_its_jobs(m):
+    @task('scan', queue='scans', priority=4, max_retries=7)
+    def scan(n): return n
+    ids = [m.submit('scan', scan, n=1, **far)[0], m.submit(scan, n=1, **far)[0], m.submit('scan', n=1, **far)[0], m.submit('scan', 'scan', n=1, **far)[0],
+        scan.submit(m, n=1, **far)[0], *m.submit_many('scan', scan, [dict(n=1)]), *m.submit_many(scan, None, [dict(n=1), dict(n=2)])]
+    async def main(): return [(await m.asubmit(scan, n=1, **far))[0], (await scan.asubmit(m, n=1, **far))[0]]
+    ids += asyncio.run(main())
+    assert {columns(m.get_job(i)) for i in ids} == {('scan', 'scan', 'scans', 4, 7)}
+
+def test_a_submit_says_otherwise(m):
+    @task('scan', queue='scans', priority=4, max_retries=7)
+    def scan(n): return n
+    id, _ = m.submit('nightly', scan, 3, n=1, queue='q', priority=1, **far)
+    assert columns(m.get_job(id)) == ('nightly', 'scan', 'q', 1, 3)
+    [id] = m.submit_many('nightly', 'scan', [dict(n=1)], max_retries=3)
+    assert columns(m.get_job(id)) == ('nightly', 'scan', 'scans', 4, 3)
+
+@pytest.mark.parametrize('plain', [True, False])
+def test_a_task_that_says_nothing_is_as_before(m, plain):
+    def scan(n): return n
+    if not plain: task('scan')(scan)
+    id, _ = m.submit('t', scan, n=1, **far)
+    assert columns(m.get_job(id))[2:] == ('default', 2, 3)
+
+@pytest.mark.parametrize('kind', ['sync', 'async'])
+def test_a_job_submitted_by_name_runs_and_the_function_stays_plain(m, kind):
+    def f(n): return n + 1
+    async def g(n): return n + 1
+    t = task('inc')(f if kind == 'sync' else g)
+    assert (t(1) if kind == 'sync' else asyncio.run(t(1))) == 2
+    id, bg = m.submit('inc', n=4)
+    asyncio.run(bg())
+    assert m.get_job(id).result == '5'
+
+def test_an_unknown_name_is_said_and_nothing_written(m):
+    @task('product_import')
+    def f(): return 1
+    for args in (('produkt_import',), ('t', 'produkt_import')):
+        with pytest.raises(UnknownTask, match="'produkt_import'.* did you mean 'product_import'"): m.submit(*args)
+    for odd in ('', "x\x00'; --", 'a'*100_000, None, 7):
+        with pytest.raises((UnknownTask, InvalidJob)): m.submit(odd)
+    assert m.list_jobs() == []
+
+def test_a_name_that_nobody_has_waits_unharmed_and_is_shown(new_manager, registry):
+    @task('old')
+    def f(n): return n
+    before = new_manager(handoff=60)
+    id, _ = before.submit('t', 'old', n=3)
+    before.engine.stop()
+    without = new_manager(Registry(), handoff=0)
+    without.engine.attend(without.store)
+    assert without.state(without.get_job(id)) == 'waiting' and without.get_job(id).attempt == 0
+
+def test_an_old_name_runs_under_the_new_function(new_manager):
+    later = Registry()
+    def renamed(n): return n*10
+    later.add(renamed, 'new', aliases=('old',))
+    m = new_manager(later, handoff=0)
+    m.store.add(dict(id='a', job_type='t', task='old', payload='{"n": 3}', max_retries=3))
+    m.engine.attend(m.store)
+    assert m.wait('a', 10).result == '30'
+    assert m.wait(m.rerun('a', n=4), 10).result == '40'
+
+def test_an_alias_that_another_task_has_is_refused(registry):
+    def a(): return 1
+    def b(): return 2
+    task('a')(a)
+    with pytest.raises(TaskNameTaken): task('b', aliases=['a'])(b)
+    assert registry.names[0] == ('a',)
+
+def test_a_notebook_cell_that_is_run_again_keeps_the_newest_options(registry):
+    def f(): return 1
+    task('f', queue='q')(f)
+    task('f', queue='r', max_retries=9)(f)
+    assert registry.find('f', None).defaults == dict(queue='r', max_retries=9)
+
+@pytest.mark.parametrize('kw', [dict(queue=''), dict(queue=7), dict(priority=0), dict(priority='HIGH'), dict(max_retries=-1), dict(max_retries=True), dict(aliases=['']), dict(aliases=[7])])
+def test_bad_options_are_refused_where_they_are_written(registry, kw):
+    with pytest.raises(InvalidJob): task('f', **kw)
+    assert registry.names == ((), ())
+
+def test_a_function_that_has_a_submit_of_its_own_keeps_it(registry):
+    class Callable_:
+        __qualname__ = 'c'
+        def submit(self): return 'mine'
+        def __call__(self): return 1
+    c = task('c')(Callable_())
+    assert c.submit() == 'mine'
