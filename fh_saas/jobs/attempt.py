@@ -8,9 +8,9 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/attempt.html.md"""
 __all__ = ['log', 'Attempt']
 
 # %% ../../nbs/jobs/08_attempt.ipynb #7d497f21
-import asyncio, inspect, logging
+import asyncio, contextvars, inspect, logging
 from fastcore.basics import patch
-from .context import JobContext
+from .context import JobContext, _current
 from .payload import NotJson, TooLarge, describe, from_json, to_json
 from .retries import Cancel, Permanent, RetryAfter, Snooze, wait_after
 from .states import Outcome
@@ -43,6 +43,10 @@ class Attempt:
 
     def call(self) -> Outcome:
         "Run the task in this thread"
+        return contextvars.copy_context().run(self._call)
+
+    def _call(self):
+        _current.set(self.ctx)
         try:
             self.ctx.leave_if_cancelled()
             result = self.func(**self.arguments())
@@ -53,6 +57,7 @@ class Attempt:
     async def acall(self) -> Outcome:
         "Run an async task in this event loop"
         self.loop, self.async_task = asyncio.get_running_loop(), (me := asyncio.current_task())
+        before = _current.set(self.ctx)
         try:
             self.ctx.leave_if_cancelled()
             o = self.succeeded(await self.func(**self.arguments()))
@@ -62,6 +67,7 @@ class Attempt:
             o = Outcome('release', error='cancelled while the process was shutting down') if down else self.failed(e)
         except BaseException as e: o = self.failed(e)
         self.async_task = None
+        _current.reset(before)
         if self._told: me.uncancel()  # it was meant for the job, not for who awaits it
         return o
 
