@@ -162,7 +162,9 @@ def test_what_has_ended_is_not_cancelled(manager):
     before = manager.get_job(id)
     with pytest.raises(WrongState, match='completed: has ended'): manager.cancel(id)
     assert manager.get_job(id) == before
-    with pytest.raises(JobNotFound): manager.cancel("x' OR '1'='1")
+    for odd in ("x' OR '1'='1", 'a\x00b', '\ud800', 'x'*100_000, None, 7):
+        for do in (manager.cancel, manager.retry, manager.delete, manager.rerun, lambda i: manager.move(i, priority=1)):
+            with pytest.raises(JobNotFound): do(odd)
 
 def test_cancel_races_with_the_end(manager):
     "Whoever wins, there is one end, and who was told of a cancellation sees it or an end that came first"

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from ..db_connect import FhSaasError
 from ..db_host import timestamp
 from .states import final
-from .store import PENDING, RUNNING, Store, bind
+from .store import PENDING, RUNNING, Store, _bound, bind
 import fh_saas.jobs.claims  # noqa: F401 gives a store `_among`
 
 # %% ../../nbs/jobs/05_store_control.ipynb #526743d9
@@ -91,6 +91,7 @@ _why = dict(cancel='has ended', retry='only a failed or cancelled one is tried a
 @patch
 def act_on(self:Store, action:str, op, job_id:str):
     "Do something to one job; `WrongState` if it is in no state for that"
+    job_id = _bound(job_id)
     if self.write(lambda cur, now: op(cur, now, [job_id])): return
     job = self.get(job_id)
     if action == 'cancel' and job['cancel_requested_at']: return  # it was asked for before

@@ -103,12 +103,20 @@ def let_go(self:Desk, *attempts, ended:bool):
             if ended: self.functions.pop(a.row['id'], None)
 
 @patch
-def cancel(self:Desk, job_id:str):
-    "A job was cancelled in the database: tell the attempt that runs here, forget the function it would have run"
+def cancel(self:Desk, job_ids):
+    "Jobs were cancelled in the database: tell the attempts that run here, forget the functions the others would have run"
     with self._lock:
-        mine = [a for a in self.live.values() if a.row['id'] == job_id]
-        if not mine: self.functions.pop(job_id, None)
-    for a in mine: a.cancel()
+        mine = {a.row['id'] for a in self.live.values()} & {*job_ids}
+        for id in job_ids: id in mine or self.functions.pop(id, None)
+    try: mine and self.hear()
+    except FhSaasError as e: log.warning('tenant=%s: told later that jobs were cancelled: %s', self.store.tenant, e)
+
+@patch
+def hear(self:Desk):
+    "Who is to end? By token: the job may have been cancelled and begun again since"
+    self._asked = time.monotonic()
+    for key in self.store.asked_to_end(self.worker):
+        if a := self.live.get(key): a.cancel()
 
 # %% ../../nbs/jobs/11_desk.ipynb #700fbd67
 class Slot:
@@ -244,9 +252,7 @@ def beat(self:Desk):
     "Write what running jobs say about themselves; renew their leases when it is time"
     if time.monotonic() > self._beat + self.settings.lease/3: self.renew()
     with self._lock: live = dict(self.live)
-    if live and time.monotonic() > self._asked + 1:
-        for key in self.store.asked_to_end(self.worker): key in live and live[key].cancel()
-        self._asked = time.monotonic()
+    if live and time.monotonic() > self._asked + 1: self.hear()
     self.tell(5)
     if notes := [n for a in live.values() if (n := a.ctx.note())]:
         self.store.write(lambda cur, now: [op(cur, now) for op, _ in notes])

@@ -161,7 +161,7 @@ def keep(self:Engine, store:Store, job_id:str, t:Task, alone:bool): self._desks[
 @patch
 def cancel(self:Engine, store:Store, job_ids):
     "These jobs were cancelled: what runs of them here learns it at once"
-    for id in job_ids: self._desks[store].cancel(id)
+    if desk := self._desks.get(store): desk.cancel(job_ids)
 
 # %% ../../nbs/jobs/14_engine.ipynb #e8130142
 @patch

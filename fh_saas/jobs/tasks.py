@@ -181,6 +181,6 @@ def task(
     return lambda func: register(func, name)
 
 def _door(func, name):
-    def submit(manager, **task_kwargs): return getattr(manager, name)(func, **task_kwargs)
+    def submit(manager, /, **task_kwargs): return getattr(manager, name)(func, **task_kwargs)
     submit.__doc__ = f'`manager.{name}` of {func.__name__!r}, filed under its name' if hasattr(func, '__name__') else None
     return submit
