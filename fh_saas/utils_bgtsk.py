@@ -298,16 +298,14 @@ def _none_of(self:BackgroundTaskManager, job_id) -> list:
 def cancel(self:BackgroundTaskManager, job_id:str) -> TenantJob: # As it is now
     "End a job: a pending one at once, a running one when its task gives way"
     engine, store = self.here
-    store.act_on('cancel', store.cancelling(), job_id)
-    engine.cancel(store, [job_id])
+    engine.cancel(store, store.act_on('cancel', store.cancelling(), job_id))
     return self.get_job(job_id)
 
 @patch
 def delete(self:BackgroundTaskManager, job_id:str):
     "Remove a job that does not run, with its attempts and log lines"
     engine, store = self.here
-    store.act_on('delete', store.deleting(), job_id)
-    engine.cancel(store, [job_id])
+    engine.cancel(store, store.act_on('delete', store.deleting(), job_id))
 
 # %% ../nbs/02_utils_bgtsk.ipynb #d13ba6de
 @patch
@@ -325,7 +323,7 @@ def move(self:BackgroundTaskManager, job_id:str,
     "Let a pending job wait in another queue, or with another priority"
     if not (new := checked(queue=queue, priority=priority)): raise InvalidJob(f"move(job_id={clean(repr(job_id), 80)}): name a queue, a priority or both")
     if queue: _open_for(queue, *self.here)
-    self._changed('move', lambda store: store.moving(**new), job_id, queue or 'default')
+    self._changed('move', lambda store: store.moving(**new), job_id, queue)
     return self.get_job(job_id)
 
 @patch
@@ -343,8 +341,10 @@ def _task_of(self:BackgroundTaskManager, job):
 
 @patch
 def _runnable(self:BackgroundTaskManager, job):
-    "Refuse what nobody could run: a lambda, partial or bound method ended with its job"
-    if job.task and '@' in job.task and not self._task_of(job): raise InvalidJob(f"job {job.id}: its function {job.task!r} had no name and is gone: submit it again; nothing was changed")
+    "Refuse what nobody could run, or only with the values of another job: functions that ended with theirs"
+    engine, store = self.here
+    nameless, captured = job.task and len(job.task.rpartition('@')[2].split(':')) == 3, engine.registry_for(store, True).find(job.task, job.job_type)
+    if captured or nameless and not self._task_of(job): raise InvalidJob(f"job {job.id}: its function {job.task!r} {'holds on to values of one job' if captured else 'had no name'} and is gone: submit it again; nothing was changed")
 
 # %% ../nbs/02_utils_bgtsk.ipynb #ec8da284
 @patch
@@ -365,9 +365,12 @@ class StillRunning(FhSaasError, TimeoutError): "The job has not ended yet."
 
 def _pauses(job_id, timeout):
     "Seconds between looks, longer and longer; raises when there is no time left"
-    pause, until = 0.005, None if timeout is None else time.monotonic() + timeout
-    while until is None or time.monotonic() < until:
-        yield pause if until is None else max(0, min(pause, until - time.monotonic()))
+    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout >= 0): raise ValueError(f"timeout={clean(repr(timeout), 80)}: use seconds, 0 or more")
+    pause, until, last = 0.005, None if timeout is None else time.monotonic() + timeout, False
+    while not last:
+        left = None if until is None else until - time.monotonic()
+        last = left is not None and left <= 0  # what has ended by then is still seen
+        yield 0 if last else pause if left is None else min(pause, left)
         pause = min(0.25, pause*1.5)
     raise StillRunning(f"job {clean(str(job_id), 64)} has not ended within {timeout:g} s; it goes on")
 
@@ -396,12 +399,14 @@ def _filter(action, only, everything):
 @patch
 def _all(self:BackgroundTaskManager, action, op, only, everything, dry_run) -> int:
     (engine, store), only = self.here, _filter(action, only, everything)
-    if dry_run: return store.count_matching(action, only)
+    but = engine.registry_for(store, True).names[0] if action == 'retry' else ()
+    if dry_run: return store.count_matching(action, only, but)
     _hint(tenancy := engine.tenancy(store))
-    done = store.act_on_all(action, op(store), only)
-    if action == 'retry': engine.attend(store); _ring(tenancy, None, None)
-    else: engine.cancel(store, done)
-    return len(done)
+    def told(changed):
+        if action != 'retry': return engine.cancel(store, changed)
+        engine.attend(store)
+        _ring(tenancy, None, None)
+    return store.act_on_all(action, op(store), only, told, but)
 
 @patch
 def cancel_all(self:BackgroundTaskManager, everything:bool=False, dry_run:bool=False, **only) -> int: # How many; with `dry_run`, how many it would be

@@ -30,6 +30,8 @@ def begun(manager, f, **kw):
     wait_until(lambda: manager.get_job(id).status != 'pending')
     return id, t
 
+world = set()  # what tasks that hold on to nothing look at
+
 def outcomes(m, id): return [a['outcome'] for a in m.attempts(id)]
 
 # --- Cancel
@@ -187,14 +189,14 @@ def test_cancel_races_with_the_end(manager):
 # --- Retry, rerun, move, delete
 
 def test_a_failed_job_runs_again_with_an_attempt_more(manager):
-    broken = [True]
     def f():
-        if broken: raise ValueError('no')
+        if 'up' not in world: raise ValueError('no')
         return 5
+    world.discard('up')
     id, bg = manager.submit('t', f, max_retries=1)
     bg.func(*bg.args)
     assert manager.get_job(id).status == 'failed'
-    broken.clear()
+    world.add('up')
     manager.retry(id)
     job = manager.wait(id, 10)
     assert (job.status, job.result, job.retry_count, job.max_retries, outcomes(manager, id)) == ('completed', '5', 1, 2, ['failed', 'completed'])
@@ -221,13 +223,12 @@ def test_a_function_that_is_gone_is_not_retried(manager):
     assert manager.retry_all(everything=True) == 0 and manager.get_job(id).status == 'failed'
 
 def test_a_rerun_is_a_new_job(manager):
-    got = []
-    def f(a, b=1): got.append((a, b))
-    id, bg = manager.submit('t', f, max_retries=7, a=1, priority=3, triggered_by='manual:ada')
+    def f(a, b): return [a, b]
+    id, bg = manager.submit('t', f, max_retries=7, a=1, b=1, priority=3, triggered_by='manual:ada')
     bg.func(*bg.args)
     again = manager.rerun(id, b=2)
     job = manager.wait(again, 10)
-    assert got == [(1, 1), (1, 2)] and (job.rerun_of, job.max_retries, job.priority, job.triggered_by) == (id, 7, 3, 'manual:ada')
+    assert job.result == '[1,2]' and (job.rerun_of, job.max_retries, job.priority, job.triggered_by) == (id, 7, 3, 'manual:ada')
     with pytest.raises(BadPayload): manager.rerun(id, c=3)
     assert len(manager.list_jobs()) == 2
 
@@ -252,6 +253,32 @@ def test_what_runs_is_not_deleted(manager):
     manager.delete(id)
     with pytest.raises(JobNotFound): manager.get_job(id)
     assert manager.store.logs(id) == manager.store.attempts(id) == []
+
+def test_a_function_that_held_on_to_values_of_its_job_is_not_used_for_another(manager):
+    def make(x):
+        def work():
+            if x == 1: raise Permanent('no')
+            return x
+        return work
+    (one, bg), (two, bg2) = manager.submit('t', make(1)), manager.submit('t', make(2))
+    bg.func(*bg.args)
+    for again in (manager.retry, manager.rerun):
+        with pytest.raises(InvalidJob, match='holds on to values'): again(one)
+    assert manager.retry_all(everything=True, dry_run=True) == manager.retry_all(everything=True) == 0
+    bg2.func(*bg2.args)
+    assert (manager.get_job(one).status, manager.get_job(two).result) == ('failed', '2')
+
+def test_what_is_claimed_and_not_yet_begun_keeps_its_function(manager):
+    "A cancellation between the claim and the attempt finds a running row"
+    id, bg = manager.submit('t', lambda: 1)
+    row = manager.store.claim_one(id, 'tok', manager.engine.worker, 30)
+    manager.cancel(id)
+    desk = manager.engine._desks[manager.store]
+    assert id in desk.functions
+    [a] = desk._take([row])
+    desk.hear()
+    assert a.ctx.cancelled and a.call().kind == 'cancelled'
+    desk.let_go(a, ended=True)
 
 # --- Many
 
@@ -292,7 +319,10 @@ def test_wait_says_when_it_gives_up(manager):
     with pytest.raises(StillRunning, match='within 0.1 s'): manager.wait(id, 0.1)
     with pytest.raises(TimeoutError): asyncio.run(manager.await_job(id, 0.1))
     with pytest.raises(JobNotFound): manager.wait('nobody', 1)
+    for odd in ('1', -1, float('nan')):
+        with pytest.raises(ValueError, match='timeout='): manager.wait(id, odd)
     manager.cancel(id)
+    assert manager.wait(id, 0).status == 'cancelled'
     assert asyncio.run(manager.await_job(id, 5)).status == 'cancelled'
 
 # --- Any order

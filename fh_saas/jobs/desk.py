@@ -103,12 +103,12 @@ def let_go(self:Desk, *attempts, ended:bool):
             if ended: self.functions.pop(a.row['id'], None)
 
 @patch
-def cancel(self:Desk, job_ids):
-    "Jobs were cancelled in the database: tell the attempts that run here, forget the functions the others would have run"
+def cancel(self:Desk, changed:dict):
+    "Jobs were cancelled in the database, which now says this of them: forget the functions of those that are over, tell the others"
     with self._lock:
-        mine = {a.row['id'] for a in self.live.values()} & {*job_ids}
-        for id in job_ids: id in mine or self.functions.pop(id, None)
-    try: mine and self.hear()
+        for id, status in changed.items(): status == 'running' or self.functions.pop(id, None)
+    # a claim may be on its way here whose attempt nobody knows yet: the next beat asks again
+    try: 'running' in changed.values() and self.hear()
     except FhSaasError as e: log.warning('tenant=%s: told later that jobs were cancelled: %s', self.store.tenant, e)
 
 @patch

@@ -159,9 +159,9 @@ def registry_for(self:Engine, store:Store, local:bool) -> Registry: return self.
 def keep(self:Engine, store:Store, job_id:str, t:Task, alone:bool): self._desks[store].keep(job_id, t, alone)
 
 @patch
-def cancel(self:Engine, store:Store, job_ids):
+def cancel(self:Engine, store:Store, changed:dict):
     "These jobs were cancelled: what runs of them here learns it at once"
-    if desk := self._desks.get(store): desk.cancel(job_ids)
+    if desk := self._desks.get(store): desk.cancel(changed)
 
 # %% ../../nbs/jobs/14_engine.ipynb #e8130142
 @patch

@@ -8,7 +8,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/options.html.md"""
 __all__ = ['checks', 'InvalidJob', 'whole', 'text', 'moment', 'checked']
 
 # %% ../../nbs/jobs/02_options.ipynb #cad36c0c
-from datetime import datetime
+from datetime import datetime, timezone
 from ..db_connect import FhSaasError
 from ..db_host import timestamp
 from .payload import clean
@@ -29,7 +29,7 @@ def moment(name:str, v) -> str: # As stored in rows
     except (TypeError, ValueError): raise InvalidJob(f"{name}={clean(repr(v), 80)}: use a datetime with a time zone, or ISO 8601 text") from None
     if at.tzinfo is None:
         if isinstance(v, datetime): raise InvalidJob(f"{name}={v!r} has no time zone: use for example datetime.now(timezone.utc)")
-        at = datetime.fromisoformat(f'{v}+00:00')
+        at = at.replace(tzinfo=timezone.utc)
     try: return timestamp(at.timestamp())
     except (ValueError, OverflowError, OSError): raise InvalidJob(f"{name}={clean(repr(v), 80)}: use a moment between the years 1 and 9999") from None
 
