@@ -26,7 +26,7 @@ from fastcore.basics import patch
 from starlette.background import BackgroundTask
 from .db_connect import DatabaseBusy, FhSaasError, check_url
 from .db_host import JobRecord, gen_id, seconds, timestamp
-from .jobs.control import WrongState, filters  # noqa: F401 what `cancel` and the like raise
+from .jobs.control import WrongState, filters, nameless  # noqa: F401 what `cancel` and the like raise
 from .jobs.engine import Engine, default_engine
 from .jobs.options import InvalidJob, checked, checks, moment, text, whole
 from .jobs.payload import clean, from_json, to_json
@@ -106,14 +106,17 @@ class QueueClosed(FhSaasError): "The queue is being drained."
 _options = ('payload', 'triggered_by', 'queue', 'priority', 'run_at')
 _three = type('int', (int,), {})(3)  # shown as what it is, and told from a 3 that somebody wrote
 
-def _attempts(v):
-    try: return checks['max_retries'](v)
+def _attempts(t, v) -> dict:
+    "Most attempts of a job: as the submit says, as its task says, or three"
+    try: return dict(max_retries=t.defaults.get('max_retries', 3) if v is _three else checks['max_retries'](v))
     except InvalidJob as e: raise InvalidJob(f"{e}; the task's own arguments go by keyword") from None
 
 @patch
 def _meant(self:BackgroundTaskManager, job_type, task_func) -> tuple: # Job type and function
     "A task may be given by its function or its registered name alone: its jobs are filed under its name"
-    if task_func is None and callable(job_type): return self.engine.registry.meet(job_type).name if not stands_for_itself(job_type) else getattr(job_type, '__qualname__', type(job_type).__name__), job_type
+    if task_func is None and callable(job_type):
+        if stands_for_itself(job_type): raise InvalidJob(f"{job_type!r} has no name to file its jobs under: submit('a_job_type', …)")
+        return self.engine.registry.meet(job_type).name, job_type
     if task_func is None or isinstance(task_func, str): return job_type, self.engine.registry.named(job_type if task_func is None else task_func).func
     return job_type, task_func
 
@@ -152,7 +155,7 @@ def _stored(self:BackgroundTaskManager, job, handoff=None):
     try: store.add_many([job], handoff, limits.pending)
     except DatabaseBusy as e: self._explain(e)
     engine.attend(store, _soon(job, handoff))
-    if not served or not handoff or _slow(tenancy, begun): _ring(tenancy, job.get('run_at'), queue)
+    if not served or _slow(tenancy, begun): _ring(tenancy, job.get('run_at'), queue)
 
 @patch
 def _explain(self:BackgroundTaskManager, e):
@@ -180,7 +183,7 @@ def _made(self:BackgroundTaskManager, job_type, task_func, max_retries, task_kwa
     alone, held = stands_for_itself(task_func), captures(task_func)
     registry = engine.registry_for(store, held)
     t = engine.alone(task_func) if alone else registry.meet(task_func)
-    max_retries = t.defaults.get('max_retries', 3) if max_retries is _three else _attempts(max_retries)
+    attempts = _attempts(t, max_retries)
     options = {k: task_kwargs.pop(k) for k in _options if k in task_kwargs and k not in (t.params or ())}
     if (payload := options.pop('payload', None)) is not None:
         if task_kwargs: raise BadPayload(f"arguments of task {t.name!r} come in payload={{…}} or as keywords, not both (keywords: {', '.join(task_kwargs)})")
@@ -188,8 +191,7 @@ def _made(self:BackgroundTaskManager, job_type, task_func, max_retries, task_kwa
         task_kwargs = payload
     body = to_json(task_kwargs, 'payload')
     t.arguments(task_kwargs)
-    job = dict(id=gen_id(), job_type=text('job_type', job_type, 200), payload=body, task=t.name, max_retries=max_retries,
-        **{k: v for k, v in t.defaults.items() if k != 'max_retries'} | checked(**options))
+    job = dict(id=gen_id(), job_type=text('job_type', job_type, 200), payload=body, task=t.name, **t.defaults | attempts | checked(**options))
     if alone or held: engine.keep(store, job['id'], t, alone)
     if not alone:
         registry.add(task_func)
@@ -209,10 +211,10 @@ def submit_many(self:BackgroundTaskManager,
     registry, tenancy = engine.registry, engine.tenancy(store)
     if stands_for_itself(task_func) or captures(task_func): raise InvalidJob(f"{task_func!r} has no name under which other processes find it: give submit_many a function with @task")
     t, filed, payloads = registry.meet(task_func), text('job_type', job_type, 200), [*payloads]
-    defaults = t.defaults | ({} if max_retries is _three else dict(max_retries=_attempts(max_retries)))
-    queue = defaults.get('queue', 'default')
+    common = t.defaults | _attempts(t, max_retries)
+    queue = common.get('queue', 'default')
     if odd := next((p for p in payloads if not isinstance(p, dict)), None): raise BadPayload(f"payloads holds a {type(odd).__name__}: use a dict of the arguments of task {t.name!r} for each job")
-    jobs = [dict(id=gen_id(), job_type=filed, payload=to_json(p, 'payload'), task=t.name, **dict(max_retries=3) | defaults) for p in payloads]
+    jobs = [dict(id=gen_id(), job_type=filed, payload=to_json(p, 'payload'), task=t.name, **common) for p in payloads]
     for p in payloads: t.arguments(p)
     if not jobs: return []
     limits = _open_for(queue, engine, store)
@@ -298,41 +300,23 @@ def _none_of(self:BackgroundTaskManager, job_id) -> list:
 def cancel(self:BackgroundTaskManager, job_id:str) -> TenantJob: # As it is now
     "End a job: a pending one at once, a running one when its task gives way"
     engine, store = self.here
-    engine.cancel(store, store.act_on('cancel', store.cancelling(), job_id))
+    engine.cancel(store, store.act_on('cancel', job_id))
     return self.get_job(job_id)
 
 @patch
 def delete(self:BackgroundTaskManager, job_id:str):
     "Remove a job that does not run, with its attempts and log lines"
     engine, store = self.here
-    engine.cancel(store, store.act_on('delete', store.deleting(), job_id))
+    engine.cancel(store, store.act_on('delete', job_id))
 
 # %% ../nbs/02_utils_bgtsk.ipynb #d13ba6de
 @patch
-def retry(self:BackgroundTaskManager, job_id:str) -> TenantJob: # As it is now
-    "Run a failed or cancelled job again, now, with at least one attempt"
-    self._runnable(job := self.get_job(job_id))
-    self._changed('retry', lambda store: store.retrying(), job_id, job.queue)
-    return self.get_job(job_id)
-
-@patch
-def move(self:BackgroundTaskManager, job_id:str,
-    queue:str=None, # Its new queue
-    priority:int=None, # Its new priority, 1 to 4
-) -> TenantJob: # As it is now
-    "Let a pending job wait in another queue, or with another priority"
-    if not (new := checked(queue=queue, priority=priority)): raise InvalidJob(f"move(job_id={clean(repr(job_id), 80)}): name a queue, a priority or both")
-    if queue: _open_for(queue, *self.here)
-    self._changed('move', lambda store: store.moving(**new), job_id, queue)
-    return self.get_job(job_id)
-
-@patch
-def _changed(self:BackgroundTaskManager, action, op, job_id, queue):
+def _changed(self:BackgroundTaskManager, action, job_id, ring, **new):
     engine, store = self.here
     _hint(tenancy := engine.tenancy(store))
-    store.act_on(action, op(store), job_id)
+    store.act_on(action, job_id, **new)
     engine.attend(store)
-    _ring(tenancy, None, queue)
+    _ring(tenancy, None, ring)
 
 @patch
 def _task_of(self:BackgroundTaskManager, job):
@@ -343,8 +327,27 @@ def _task_of(self:BackgroundTaskManager, job):
 def _runnable(self:BackgroundTaskManager, job):
     "Refuse what nobody could run, or only with the values of another job: functions that ended with theirs"
     engine, store = self.here
-    nameless, captured = job.task and len(job.task.rpartition('@')[2].split(':')) == 3, engine.registry_for(store, True).find(job.task, job.job_type)
-    if captured or nameless and not self._task_of(job): raise InvalidJob(f"job {job.id}: its function {job.task!r} {'holds on to values of one job' if captured else 'had no name'} and is gone: submit it again; nothing was changed")
+    captured = engine.registry_for(store, True).find(job.task, job.job_type)
+    if captured or nameless(job.task): raise InvalidJob(f"job {job.id}: its function {job.task!r} {'holds on to values of one job' if captured else 'had no name'} and is gone: submit it again; nothing was changed")
+
+# %% ../nbs/02_utils_bgtsk.ipynb #110c8b61
+@patch
+def retry(self:BackgroundTaskManager, job_id:str) -> TenantJob: # As it is now
+    "Run a failed or cancelled job again, now, with at least one attempt"
+    self._runnable(job := self.get_job(job_id))
+    self._changed('retry', job_id, job.queue)
+    return self.get_job(job_id)
+
+@patch
+def move(self:BackgroundTaskManager, job_id:str,
+    queue:str=None, # Its new queue
+    priority:int=None, # Its new priority, 1 to 4
+) -> TenantJob: # As it is now
+    "Let a pending job wait in another queue, or with another priority"
+    if not (new := checked(queue=queue, priority=priority)): raise InvalidJob(f"move(job_id={clean(repr(job_id), 80)}): name a queue, a priority or both")
+    if queue: _open_for(queue, *self.here)
+    self._changed('move', job_id, queue, **new)
+    return self.get_job(job_id)
 
 # %% ../nbs/02_utils_bgtsk.ipynb #ec8da284
 @patch
@@ -397,7 +400,7 @@ def _filter(action, only, everything):
     return only
 
 @patch
-def _all(self:BackgroundTaskManager, action, op, only, everything, dry_run) -> int:
+def _all(self:BackgroundTaskManager, action, only, everything, dry_run) -> int:
     (engine, store), only = self.here, _filter(action, only, everything)
     but = engine.registry_for(store, True).names[0] if action == 'retry' else ()
     if dry_run: return store.count_matching(action, only, but)
@@ -406,19 +409,19 @@ def _all(self:BackgroundTaskManager, action, op, only, everything, dry_run) -> i
         if action != 'retry': return engine.cancel(store, changed)
         engine.attend(store)
         _ring(tenancy, None, None)
-    return store.act_on_all(action, op(store), only, told, but)
+    return store.act_on_all(action, only, told, but)
 
 @patch
 def cancel_all(self:BackgroundTaskManager, everything:bool=False, dry_run:bool=False, **only) -> int: # How many; with `dry_run`, how many it would be
     "Cancel the jobs that match: by `job_type`, `task`, `queue`, `status`, `since`, `until` (of `created_at`)"
-    return self._all('cancel', lambda s: s.cancelling(), only, everything, dry_run)
+    return self._all('cancel', only, everything, dry_run)
 
 @patch
 def retry_all(self:BackgroundTaskManager, everything:bool=False, dry_run:bool=False, **only) -> int:
     "Run the failed and cancelled jobs that match again; filters as for `cancel_all`"
-    return self._all('retry', lambda s: s.retrying(), only, everything, dry_run)
+    return self._all('retry', only, everything, dry_run)
 
 @patch
 def delete_all(self:BackgroundTaskManager, everything:bool=False, dry_run:bool=False, **only) -> int:
     "Remove the jobs that match and do not run; filters as for `cancel_all`"
-    return self._all('delete', lambda s: s.deleting(), only, everything, dry_run)
+    return self._all('delete', only, everything, dry_run)

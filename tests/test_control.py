@@ -9,7 +9,7 @@ from fh_saas.db_host import gen_id
 from fh_saas.jobs.control import WrongState
 from fh_saas.jobs.retries import Cancel, Permanent
 from fh_saas.jobs.states import Outcome, shown_state
-from fh_saas.jobs.store import JobNotFound
+from fh_saas.jobs.store import JobNotFound, Store
 from fh_saas.jobs.tasks import BadPayload
 from fh_saas.utils_bgtsk import BackgroundTaskManager, InvalidJob, QueueClosed, StillRunning  # noqa: F401
 
@@ -137,7 +137,7 @@ def test_a_request_that_the_process_never_heard_of_holds(store, kind):
     "The outcome that would send the job back to pending meets the request in the row"
     store.add(dict(id='a', job_type='t', task='t', max_retries=3))
     row = store.claim_one('a', 'tok', 'w', 30)
-    store.act_on('cancel', store.cancelling(), 'a')
+    store.act_on('cancel', 'a')
     assert store.finish(row, Outcome(kind, error='why'))
     got = store.get('a')
     assert (got['status'], bool(got['completed_at']), got['cancel_requested_at']) == ('cancelled', True, None)
@@ -146,14 +146,14 @@ def test_a_request_that_the_process_never_heard_of_holds(store, kind):
 def test_a_job_whose_process_died_is_cancelled_by_the_rescue(store):
     store.add(dict(id='a', job_type='t', task='t', max_retries=3))
     store.claim_one('a', 'tok', 'dead', -1)
-    store.act_on('cancel', store.cancelling(), 'a')
+    store.act_on('cancel', 'a')
     store.rescue()
     assert store.get('a')['status'] == 'cancelled'
 
 def test_a_claim_that_was_never_begun_is_cancelled_when_given_back(store):
     store.add(dict(id='a', job_type='t', task='t', max_retries=3))
     row = store.claim_one('a', 'tok', 'w', 30)
-    store.act_on('cancel', store.cancelling(), 'a')
+    store.act_on('cancel', 'a')
     store.write(store.release([row]))
     got = store.get('a')
     assert (got['status'], got['attempt'], bool(got['completed_at'])) == ('cancelled', 0, True)
@@ -311,6 +311,23 @@ def test_bulk_goes_on_after_a_thousand_and_meets_each_job_once(manager):
     assert {manager.get_job(i).attempt for i in random.sample(ids, 20)} == {2}
     assert manager.delete_all(everything=True) == 1200 and manager.list_jobs() == []
 
+def test_two_who_lock_rows_in_different_orders_both_succeed(new_pg):
+    "PostgreSQL ends one of them, which is run once more; nobody sees it"
+    url = new_pg()
+    one, two = Store(url), Store(url)
+    for id in 'ab': one.add(dict(id=id, job_type='t', task='t', max_retries=3))
+    both, ran = threading.Barrier(2), []
+    def change(store, ids):
+        def op(cur, now):
+            ran.append(ids)
+            store.moving(priority=3)(cur, now, [ids[0]])
+            if ran.count(ids) == 1: both.wait(10)
+            return list(store.moving(priority=4)(cur, now, [ids[1]]))
+        return store.write(op)
+    with ThreadPoolExecutor(2) as pool: first, second = pool.submit(change, one, 'ab'), pool.submit(change, two, 'ba')
+    assert (first.result(), second.result(), len(ran)) == (['b'], ['a'], 3)
+    one.close(), two.close()
+
 # --- Wait
 
 def test_wait_says_when_it_gives_up(manager):
@@ -339,7 +356,7 @@ def test_any_order_of_actions_keeps_the_invariants(store, steps):
             if step == 'claim': row = store.claim_one(id, gen_id(), 'w', -1) or row
             elif step == 'rescue': store.rescue()
             elif step in ('completed', 'retry_outcome', 'failed', 'release'): row and store.finish(row, Outcome(step.removesuffix('_outcome')))
-            else: store.act_on(step, dict(cancel=store.cancelling, retry=store.retrying, delete=store.deleting, move=lambda: store.moving(priority=3))[step](), id)
+            else: store.act_on(step, id, **dict(priority=3) if step == 'move' else {})
         except WrongState: assert store.get(id) == before
         try: now = store.get(id)
         except JobNotFound:

@@ -10,7 +10,7 @@ __all__ = ['log', 'Attempt']
 # %% ../../nbs/jobs/08_attempt.ipynb #7d497f21
 import asyncio, contextvars, inspect, logging
 from fastcore.basics import patch
-from .context import JobContext, _current
+from .context import JobContext, current
 from .payload import NotJson, TooLarge, describe, from_json, to_json
 from .retries import Cancel, Permanent, RetryAfter, Snooze, wait_after
 from .states import Outcome
@@ -41,35 +41,39 @@ class Attempt:
 
     def arguments(self): return self.task.arguments(from_json(self.row['payload']), self.ctx)
 
-    def call(self) -> Outcome:
-        "Run the task in this thread"
-        return contextvars.copy_context().run(self._call)
+# %% ../../nbs/jobs/08_attempt.ipynb #9f7590ca
+@patch
+def call(self:Attempt) -> Outcome:
+    "Run the task in this thread"
+    return contextvars.copy_context().run(self._call)
 
-    def _call(self):
-        _current.set(self.ctx)
-        try:
-            self.ctx.leave_if_cancelled()
-            result = self.func(**self.arguments())
-            if inspect.isawaitable(result): result = asyncio.run(_wait_for(result))
-        except BaseException as e: return self.failed(e)  # a thread of ours is no place for SystemExit to travel on
-        return self.succeeded(result)
+@patch
+def _call(self:Attempt):
+    current.set(self.ctx)
+    try:
+        self.ctx.leave_if_cancelled()
+        result = self.func(**self.arguments())
+        if inspect.isawaitable(result): result = asyncio.run(_wait_for(result))
+    except BaseException as e: return self.failed(e)  # a thread of ours is no place for SystemExit to travel on
+    return self.succeeded(result)
 
-    async def acall(self) -> Outcome:
-        "Run an async task in this event loop"
-        self.loop, self.async_task = asyncio.get_running_loop(), (me := asyncio.current_task())
-        before = _current.set(self.ctx)
-        try:
-            self.ctx.leave_if_cancelled()
-            o = self.succeeded(await self.func(**self.arguments()))
-        except asyncio.CancelledError as e:
-            # cancelled from outside: the loop is going down. A task that raises it by itself has failed.
-            down = me.cancelling() > self._told
-            o = Outcome('release', error='cancelled while the process was shutting down') if down else self.failed(e)
-        except BaseException as e: o = self.failed(e)
-        self.async_task = None
-        _current.reset(before)
-        if self._told: me.uncancel()  # it was meant for the job, not for who awaits it
-        return o
+@patch
+async def acall(self:Attempt) -> Outcome:
+    "Run an async task in this event loop"
+    self.loop, self.async_task = asyncio.get_running_loop(), (me := asyncio.current_task())
+    before = current.set(self.ctx)
+    try:
+        self.ctx.leave_if_cancelled()
+        o = self.succeeded(await self.func(**self.arguments()))
+    except asyncio.CancelledError as e:
+        # cancelled from outside: the loop is going down. A task that raises it by itself has failed.
+        down = me.cancelling() > self._told
+        o = Outcome('release', error='cancelled while the process was shutting down') if down else self.failed(e)
+    except BaseException as e: o = self.failed(e)
+    self.async_task = None
+    current.reset(before)
+    if self._told: me.uncancel()  # it was meant for the job, not for who awaits it
+    return o
 
 async def _wait_for(awaitable): return await awaitable
 

@@ -102,6 +102,7 @@ def let_go(self:Desk, *attempts, ended:bool):
             self.live.pop(a.key, None)
             if ended: self.functions.pop(a.row['id'], None)
 
+# %% ../../nbs/jobs/11_desk.ipynb #82db4185
 @patch
 def cancel(self:Desk, changed:dict):
     "Jobs were cancelled in the database, which now says this of them: forget the functions of those that are over, tell the others"

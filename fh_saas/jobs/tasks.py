@@ -98,47 +98,55 @@ class Registry:
     "What the names in rows mean in this process"
     def __init__(self): self._tasks, self._types, self._lock, self._names = {}, {}, threading.Lock(), ((), ())
 
-    def meet(self, func, name:str=None, **options) -> Task:
-        "The task of `func` under `name`, else under its qualified name; an error if another function has that name"
-        if not callable(func): raise TypeError(f"{func!r} is not callable: a task is a function")
-        if not (name or options) and (t := self._met(func)): return t
-        name = name or getattr(func, '__task_name__', None) or getattr(_bare(func), '__qualname__', None)
-        if not name: raise NoTaskName(f"a {type(func).__name__} object has no name of its own: register it with task('a_name')(…)")
-        old = self._other(name, func)
-        if old is None: return Task(func, name, **options)
-        return old if old.func is func and not options else Task(func, name, **dict(backoff=old.backoff, aliases=old.aliases, **old.defaults) | options)
+# %% ../../nbs/jobs/07_tasks.ipynb #7a840be7
+@patch
+def meet(self:Registry, func, name:str=None, **options) -> Task:
+    "The task of `func` under `name`, else under its qualified name; an error if another function has that name"
+    if not callable(func): raise TypeError(f"{func!r} is not callable: a task is a function")
+    if not (name or options) and (t := self._met(func)): return t
+    name = name or getattr(func, '__task_name__', None) or getattr(_bare(func), '__qualname__', None)
+    if not name: raise NoTaskName(f"a {type(func).__name__} object has no name of its own: register it with task('a_name')(…)")
+    old = self._other(name, func)
+    if old is None: return Task(func, name, **options)
+    return old if old.func is func and not options else Task(func, name, **dict(backoff=old.backoff, aliases=old.aliases, **old.defaults) | options)
 
-    def _other(self, name, func) -> Task:
-        "What has that name now, if it may be `func`"
-        old = self._tasks.get(name)
-        if old is not None and not _same(old.func, func):
-            raise TaskNameTaken(f"task name {name!r} belongs to the function at {':'.join(map(str, _where(old.func)))}; give the one at "
-                f"{':'.join(map(str, _where(func)))} a name of its own: @task('…'), or task('…')(function) for a lambda")
-        return old
+@patch
+def _other(self:Registry, name, func) -> Task:
+    "What has that name now, if it may be `func`"
+    old = self._tasks.get(name)
+    if old is not None and not _same(old.func, func):
+        raise TaskNameTaken(f"task name {name!r} belongs to the function at {':'.join(map(str, _where(old.func)))}; give the one at "
+            f"{':'.join(map(str, _where(func)))} a name of its own: @task('…'), or task('…')(function) for a lambda")
+    return old
 
-    def _met(self, func): # Each submit asks
-        t = self._tasks.get(getattr(func, '__task_name__', None) or getattr(func, '__qualname__', None))
-        return t if t is not None and t.func is func else None
+@patch
+def _met(self:Registry, func): # Each submit asks
+    t = self._tasks.get(getattr(func, '__task_name__', None) or getattr(func, '__qualname__', None))
+    return t if t is not None and t.func is func else None
 
-    def add(self, func, name:str=None, **options) -> Task:
-        "Register `func`"
-        if not (name or options) and (t := self._met(func)): return t
-        with self._lock:
-            t = self.meet(func, name, **options)
-            for n in t.aliases: self._other(n, func)
-            new = not {t.name, *t.aliases} <= self._tasks.keys()
-            self._tasks |= dict.fromkeys((t.name, *t.aliases), t)
-            if new: self._refresh()
-        return t
+# %% ../../nbs/jobs/07_tasks.ipynb #f4f04b5a
+@patch
+def add(self:Registry, func, name:str=None, **options) -> Task:
+    "Register `func`"
+    if not (name or options) and (t := self._met(func)): return t
+    with self._lock:
+        t = self.meet(func, name, **options)
+        for n in t.aliases: self._other(n, func)
+        new = not {t.name, *t.aliases} <= self._tasks.keys()
+        self._tasks |= dict.fromkeys((t.name, *t.aliases), t)
+        if new: self._refresh()
+    return t
 
-    def file_under(self, job_type:str, name:str):
-        "Rows of 0.9.14 that name no task: let those of `job_type` mean the task `name`, unless two tasks claim it"
-        if self._types.get(job_type, '') in (name, None): return
-        with self._lock:
-            self._types[job_type] = None if job_type in self._types else name
-            self._refresh()
+@patch
+def file_under(self:Registry, job_type:str, name:str):
+    "Rows of 0.9.14 that name no task: let those of `job_type` mean the task `name`, unless two tasks claim it"
+    if self._types.get(job_type, '') in (name, None): return
+    with self._lock:
+        self._types[job_type] = None if job_type in self._types else name
+        self._refresh()
 
-    def _refresh(self): self._names = tuple(sorted(self._tasks)), tuple(sorted({*self._tasks, *(t for t, n in self._types.items() if n)}))
+@patch
+def _refresh(self:Registry): self._names = tuple(sorted(self._tasks)), tuple(sorted({*self._tasks, *(t for t, n in self._types.items() if n)}))
 
 # %% ../../nbs/jobs/07_tasks.ipynb #a6785391
 @patch(as_prop=True)
