@@ -135,6 +135,20 @@ def manager(engine, url):
     db.engine.dispose()
 
 
+@pytest.fixture
+def new_manager(new_engine):
+    "Call it with a URL and settings for a manager with an engine of its own"
+    dbs = []
+    def make(url, engine=None, **settings):
+        dbs.append(db := Database(url))
+        return BackgroundTaskManager(db, engine or new_engine(**settings))
+    yield make
+    for db in dbs: db.conn.close(); db.engine.dispose()
+
+@pytest.fixture
+def lite(new_sqlite, new_manager): return new_manager(new_sqlite())
+
+
 def wait_until(true, seconds=20, what='the awaited did not happen'):
     "Wait for `true()` without a fixed sleep"
     until = time.monotonic() + seconds

@@ -11,7 +11,7 @@ __all__ = ['log', 'Attempt']
 import asyncio, contextvars, inspect, logging
 from fastcore.basics import patch
 from .context import JobContext, current
-from .payload import NotJson, TooLarge, describe, from_json, to_json
+from .payload import NotJson, TooLarge, describe, from_json
 from .retries import Cancel, Permanent, RetryAfter, Snooze, wait_after
 from .states import Outcome
 from .store import Store
@@ -28,8 +28,8 @@ class Attempt:
         task:Task, # What its name means here
         func=None, # The very function to run, if a handle brings one
     ):
-        self.store, self.row, self.task, self.func = store, row, task, func or task.func
-        self.is_async = task.is_async if self.func is task.func else is_async(self.func)
+        self.store, self.row, self.task, self.func = store, row, task.of(func), func or task.func
+        self.is_async = self.task.is_async if self.func is self.task.func else is_async(self.func)
         self.ctx, self.key = JobContext(store, row), (row['id'], row['claim_token'])
         self.desk = self.loop = self.async_task = self.outcome = self.done = self.last_note = None
         self.counted, self.since = False, 0.0  # does it hold a slot, and since when does it wait for a thread?
@@ -95,7 +95,7 @@ def _interrupt(self:Attempt):
 @patch
 def succeeded(self:Attempt, result) -> Outcome:
     "The task returned `result`"
-    try: text = None if result is None else to_json(result, 'result')
+    try: text = self.task.signature.pack_result(result)
     except (NotJson, TooLarge) as e: return self._failure('failed', f"result of task {self.task.name!r} cannot be stored, and the task is not repeated for it: {e}", None)
     return Outcome('completed_with_warnings' if self.ctx.warnings else 'completed', result=text)
 

@@ -1,0 +1,167 @@
+"Arguments by the types of the signature: refused in front of the caller, given back as what they were."
+import json, uuid
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta, timezone
+from decimal import Decimal
+from enum import Enum
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, NamedTuple, Optional, TypedDict
+import msgspec, pydantic, pytest
+from hypothesis import given, strategies as st
+from fh_saas.jobs.arguments import Signature
+from fh_saas.jobs.payload import NotJson
+from fh_saas.jobs.tasks import BadPayload, Task, task
+
+
+class Colour(Enum): red = 'r'; blue = 'b'
+class Point(NamedTuple): x: int; y: int = 0
+class Size(TypedDict): wide: int
+class Item(msgspec.Struct): sku: str; price: Decimal
+class Customer(pydantic.BaseModel):
+    name: str
+    since: date
+    friends: list['Customer'] = []
+
+@dataclass
+class Order:
+    id: uuid.UUID
+    items: list[Item]
+    at: datetime
+    parts: 'Optional[Order]' = None
+    notes: dict = field(default_factory=dict)
+
+
+def order(parts=None): return Order(uuid.uuid4(), [Item('a', Decimal('1.10'))], datetime(2026, 1, 31, 12, tzinfo=timezone.utc), parts, {'x': [1]})
+
+values = [
+    (int, 3), (float, 2.5), (float, 2), (bool, True), (str, ''), (Optional[int], None), (int | str, 'x'), (list[int], []), (tuple[int, str], (1, 'a')), (set[int], {1, 2}),
+    (frozenset[str], frozenset('a')), (dict[int, str], {1: 'a'}), (dict[uuid.UUID, int], {uuid.uuid4(): 1}), (bytes, b'\x00\xff'), (date, date(2026, 2, 28)), (datetime, datetime(2026, 1, 1, tzinfo=timezone.utc)),
+    (datetime, datetime(2026, 1, 1, 1, 1, 1, 7)), (timedelta, timedelta(seconds=1.5)), (Decimal, Decimal('0.10')), (uuid.UUID, uuid.uuid4()), (Path, Path('/a/b')), (PurePosixPath, PurePosixPath('x')), (Colour, Colour.red),
+    (Literal['a', 1], 1), (Point, Point(1, 2)), (Size, {'wide': 1}), (Item, Item('a', Decimal('2'))), (Order, order(order())), (list[Order], [order()]), (Customer, Customer(name='Ö', since=date(2026, 1, 1), friends=[Customer(name='b', since=date(2025, 1, 1))])),
+    (dict[str, list[Customer]], {'a': [Customer(name='c', since=date(2024, 1, 1))]}), (Optional[Path], Path('p')), (Annotated[int, msgspec.Meta(gt=0)], 5), (dict[str, Any], {'a': [1, None]}), (list, [1, 'a', {}]), (int, 2**80)]
+
+@pytest.mark.parametrize('typ,value', values, ids=lambda v: str(v)[:40])
+def test_an_argument_comes_back_as_its_type(lite, typ, value):
+    got = []
+    def f(value): got.append(value); return value
+    f.__annotations__ = dict(value=typ, **{'return': typ})
+    id, bg = lite.submit('t', f, value=value)
+    bg.func(*bg.args)
+    assert got == [value] and (type(got[0]) is type(value) or typ is float)
+    assert lite.result(id) == value
+
+@pytest.mark.parametrize('typ,value', [
+    (int, '3'), (int, 2.5), (int, True), (int, None), (str, 3), (bool, 1), (float, 'x'), (list[int], ['a']), (list[int], 'a'), (date, 'soon'), (date, 7), (uuid.UUID, 'x'), (Decimal, 'x'), (Path, 3), (Colour, 'green'), (Literal['a'], 'b'),
+    (Order, {'id': 'x'}), (Customer, {'name': 1}), (Item, Customer(name='a', since=date(2026, 1, 1))), (Annotated[int, msgspec.Meta(gt=0)], -1), (tuple[int, str], (1,)), (dict[int, str], {'a': 'b'}), (Size, {})], ids=lambda v: str(v)[:40])
+def test_a_wrong_type_is_refused_with_its_name_and_nothing_is_stored(lite, typ, value):
+    def f(value): pass
+    f.__annotations__ = dict(value=typ)
+    with pytest.raises(BadPayload, match='value=') as e: lite.submit('t', f, value=value)
+    assert "task" in str(e.value) and len(str(e.value)) < 700 and lite.list_jobs() == []
+
+@pytest.mark.parametrize('typ', [list, dict, Any, list[Any], dict[str, Any], 'Nowhere', str | Path, object, tuple, 'none'])
+@pytest.mark.parametrize('value', [date(2026, 1, 1), [date(2026, 1, 1)], {'a': {1: 2}}, {1: 2}, Item('a', Decimal(1)), [b'x'], float('nan')], ids=str)
+def test_what_has_no_type_to_come_back_as_must_be_json_itself(lite, typ, value):
+    def f(value): pass
+    if typ != 'none': f.__annotations__ = dict(value=typ)
+    with pytest.raises((NotJson, BadPayload)): lite.submit('t', f, value=value)
+    assert lite.list_jobs() == []
+
+def test_not_a_number_hides_in_no_type(lite):
+    def f(value:list[float]): pass
+    with pytest.raises(NotJson, match='nan'): lite.submit('t', f, value=[float('nan')])
+
+def test_json_forms_are_taken_for_their_types(lite):
+    "An API brings text where the task wants a date"
+    got = []
+    def f(at:date, to:Order, c:Customer=None): got.append((at, to))
+    id, bg = lite.submit('t', f, at='2026-02-28', to=json.loads(msgspec.json.encode(o := order())))
+    bg.func(*bg.args)
+    assert got == [(date(2026, 2, 28), o)]
+
+def test_a_row_of_an_older_signature_runs_where_defaults_and_forms_allow(manager):
+    got = []
+    def f(path, n='3'): pass
+    f.__qualname__ = 'older'
+    id, _ = manager.submit('t', f, path='a', n='7')
+    old, _ = manager.submit('t', f, path='b')
+    def g(path:str, n:int=3, also:date=date(2026, 1, 1)): got.append((path, n, also))
+    g.__qualname__ = 'older'
+    for job in (id, old): manager.run_job(job, g)
+    assert got == [('a', 7, date(2026, 1, 1)), ('b', 3, date(2026, 1, 1))]
+
+def test_a_row_that_cannot_be_of_the_type_fails_at_once(manager):
+    def f(n): pass
+    id, _ = manager.submit('t', f, n='many')
+    def g(n:int): raise AssertionError
+    manager.run_job(id, g)
+    job = manager.get_job(id)
+    assert job.status == 'failed' and job.error_message.startswith("BadPayload: task") and "n='many': Expected `int`" in job.error_message
+
+def test_extra_keywords_are_of_the_type_of_kwargs(lite):
+    got = []
+    def f(**days:date): got.append(days)
+    id, bg = lite.submit('t', f, a=date(2026, 1, 1), b=date(2026, 1, 2))
+    bg.func(*bg.args)
+    assert got == [dict(a=date(2026, 1, 1), b=date(2026, 1, 2))]
+    with pytest.raises(BadPayload, match='a=7'): lite.submit('t', f, a=7)
+
+def test_rerun_with_a_changed_argument_is_checked(lite):
+    def f(at:date): return at
+    id, bg = lite.submit('t', f, at=date(2026, 1, 1))
+    f.__defaults__ = None
+    with pytest.raises(BadPayload, match="at=5"): lite.rerun(id, at=5)
+    assert json.loads(lite.get_job(lite.rerun(id, at=date(2026, 1, 9))).payload) == dict(at='2026-01-09')
+    assert json.loads(lite.get_job(lite.rerun(id)).payload) == dict(at='2026-01-01')
+
+def test_none_will_do_where_it_is_the_default(lite):
+    def f(n:int=None): return n
+    id, bg = lite.submit('t', f, n=None)
+    bg.func(*bg.args)
+    assert lite.get_job(id).status == 'completed'
+
+def test_methods_callables_and_partials_are_read_like_functions(lite):
+    class Tool:
+        def run(self, n:int): return n
+        def __call__(self, at:date): return at
+    for f, bad in ((Tool().run, dict(n='x')), (task('a_tool')(Tool()), dict(at=3)), (partial(Tool().run), dict(n='x'))):
+        with pytest.raises(BadPayload): lite.submit('t', f, **bad)
+
+node = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text() | st.dates() | st.decimals(allow_nan=False, allow_infinity=False) | st.uuids(), lambda s: st.lists(s, max_size=4))
+
+@given(st.lists(st.tuples(st.text(), st.dates(), st.decimals(allow_nan=False, allow_infinity=False), st.uuids(), st.datetimes(timezones=st.none() | st.just(timezone.utc)), st.sets(st.integers()), st.dictionaries(st.integers(), st.binary()))))
+def test_any_value_of_a_nested_type_survives(rows):
+    def f(rows:list[tuple[str, date, Decimal, uuid.UUID, datetime, set[int], dict[int, bytes]]]): pass
+    s = Signature(f)
+    assert s.unpack(json.loads(s.pack(dict(rows=rows)))) == dict(rows=rows)
+
+@given(node)
+def test_an_untyped_value_is_refused_or_survives(value):
+    def f(value): pass
+    s = Signature(f)
+    try: text = s.pack(dict(value=value))
+    except NotJson: return
+    assert s.unpack(json.loads(text)) == dict(value=value)
+
+# --- The schema
+
+def test_the_schema_says_what_submit_takes():
+    def f(order:Order, customer:Customer, path:Path, limit:int=10, note:str=None, loose=None, at:date=date(2026, 1, 1), job=None): "Send it"
+    s = Task(f, 'send').schema
+    assert s['title'] == 'send' and s['description'] == 'Send it' and s['required'] == ['order', 'customer', 'path'] and s['additionalProperties'] is False
+    assert s['properties']['limit'] == {'type': 'integer', 'default': 10} and s['properties']['path'] == {'type': 'string', 'format': 'path'} and 'job' not in s['properties']
+    assert s['properties']['at'] == {'type': 'string', 'format': 'date', 'default': '2026-01-01'} and s['properties']['loose'] == {'default': None}
+    refs = {r for r in json.dumps(s).split('"') if r.startswith('#/$defs/')}
+    assert refs and {r.rpartition('/')[2] for r in refs} <= s['$defs'].keys()
+
+def test_every_payload_that_is_taken_fits_the_schema():
+    jsonschema = pytest.importorskip('jsonschema')
+    for typ, value in values:
+        def f(value): pass
+        f.__annotations__ = dict(value=typ)
+        t = Task(f, 'f')
+        jsonschema.validate(json.loads(t.pack(dict(value=value))), t.schema)
+
+def test_functions_that_say_nothing_have_a_schema_too():
+    assert Task(print, 'print').schema['type'] == 'object' and Task(lambda **kw: 1, 'l').schema['additionalProperties'] is True
