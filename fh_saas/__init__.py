@@ -10,10 +10,13 @@ Modules:
 - `fh_saas.jobs.asking`: How a job is doing, how it ended, and what it gave.
 - `fh_saas.jobs.context`: What a running task can say about itself, and learn about its job.
 - `fh_saas.jobs.engine`: Claim, attempt, record, in threads of its own.
+- `fh_saas.jobs.following`: A job in a transaction that is still open: looked for until it is there, or is known never to be.
+- `fh_saas.jobs.joining`: A job that is written into a transaction of the app's: it exists exactly if the rows beside it do.
 - `fh_saas.jobs.notice`: What is said around a commit, so that somebody looks after a new job.
 - `fh_saas.jobs.retries`: How long a failed job waits, and how a task says what its failure means.
 - `fh_saas.jobs.steering`: Cancel, retry, rerun, move and delete jobs, one or many.
 - `fh_saas.jobs.tasks`: Functions under stable names, checked against what they are called with.
+- `fh_saas.jobs.unique`: Two clicks, one job: the same one is not submitted twice, however many submit at once.
 - `fh_saas.utils_bgtsk`: The door: submit a job from a route, and ask how it is doing.
 - `fh_saas.workers.runner`: The engine as a part of the web process: it starts and stops with the app and serves all tenants of a host."""
 

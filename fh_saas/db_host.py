@@ -88,6 +88,8 @@ class JobRecord:
     lease_until: str = None
     worker: str = None
     cancel_requested_at: str = None
+    concurrency_key: str = None
+    tags: str = None
 
 # %% ../nbs/00_db_host.ipynb #45a39662
 @dataclass

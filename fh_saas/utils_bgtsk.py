@@ -18,21 +18,25 @@ __all__ = ['log', 'TenantJob', 'BackgroundTaskManager', 'JobTask']
 
 # %% ../nbs/02_utils_bgtsk.ipynb #a350a7fc
 import asyncio, logging, time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Callable
 from fastcore.basics import patch
 from starlette.background import BackgroundTask
-from .db_connect import DatabaseBusy, check_url
-from .db_host import JobRecord, gen_id
+from .db_connect import DatabaseBusy, check_url, writing
+from .db_host import JobRecord, gen_id, timestamp
 from .jobs.asking import Asking, JobFailed, JobNotFound, StillRunning  # noqa: F401 what a manager raises, for those who catch it
 from .jobs.engine import Engine, default_engine
+from .jobs.following import Followed
 from .jobs.notice import QueueClosed, hint, open_for, ring, slow, soon  # noqa: F401
-from .jobs.options import InvalidJob, checked, checks, text
+from .jobs.options import InvalidJob, Unique, checked, checks, text  # noqa: F401
 from .jobs.states import Outcome
 from .jobs.steering import Steering, WrongState  # noqa: F401
+from .jobs.store import Adding, added
 from .jobs.tasks import BadPayload, captures, stands_for_itself, UnknownTask  # noqa: F401
+from .jobs.unique import NotUnique, Once, unique_key  # noqa: F401
 
 
 log = logging.getLogger('fh_saas.jobs')
@@ -86,11 +90,15 @@ class BackgroundTaskManager(Asking, Steering):
 # %% ../nbs/02_utils_bgtsk.ipynb #51d1e5a0
 class JobTask(BackgroundTask):
     "What a route returns beside its response: awaited, it runs one attempt of the job"
-    def __init__(self, manager:BackgroundTaskManager, job_id:str, task_func:Callable):
+    def __init__(self, manager:BackgroundTaskManager, job_id:str, task_func:Callable,
+        is_new:bool=True, # False: a `unique` job that was there before
+        later:bool=False, # Is it to run at a moment of its own, and not with this response?
+    ):
         super().__init__(manager.run_job, job_id, task_func)
-        self.manager = manager
+        self.manager, self.is_new, self.later = manager, is_new, later
 
     async def __call__(self):
+        if self.later or not self.is_new: return
         try: engine, store = self.manager.here
         except Exception: return log.exception('job=%s: its database cannot be opened now; it stays there and will be run', self.args[0])
         await engine.handle(store, *self.args)
@@ -104,7 +112,7 @@ def run_job(self:BackgroundTaskManager,
     return self.engine.run_job(self.store, job_id, task_func)
 
 # %% ../nbs/02_utils_bgtsk.ipynb #004e71b0
-_options = ('payload', 'triggered_by', 'queue', 'priority', 'run_at')
+_options = ('payload', 'triggered_by', 'queue', 'priority', 'run_at', 'timeout', 'tags', 'unique', 'concurrency_key')
 _three = type('int', (int,), {})(3)  # shown as what it is, and told from a 3 that somebody wrote
 
 def _attempts(t, v) -> dict:
@@ -123,16 +131,35 @@ def _meant(self:BackgroundTaskManager, job_type, task_func) -> tuple: # Job type
 
 # %% ../nbs/02_utils_bgtsk.ipynb #c551880c
 @patch
-def _stored(self:BackgroundTaskManager, job, handoff=None):
-    (engine, store), queue = self.here, job.get('queue', 'default')
+def _stored(self:BackgroundTaskManager, op, handoff=None, conn=None) -> dict: # As `Adding` says
+    (engine, store), queue = self.here, op.jobs[0].get('queue', 'default')
     limits, served, tenancy = open_for(queue, engine, store), engine.serves(queue), engine.tenancy(store)
-    if handoff is None: handoff = engine.settings.handoff if served else 0
+    op.delay, op.quota = (engine.settings.handoff if served else 0) if handoff is None else handoff, limits.pending
     begun = time.monotonic()
     hint(tenancy)
-    try: store.add_many([job], handoff, limits.pending)
-    except DatabaseBusy as e: self._explain(e)
-    engine.attend(store, soon(job, handoff))
-    if not served or slow(tenancy, begun): ring(tenancy, job.get('run_at'), queue)
+    try: said = added(store.join(conn, op) if conn is not None else store.write(op))
+    except DatabaseBusy as e: self._dropped(op); self._explain(e)
+    except BaseException: self._dropped(op); raise
+    if 'found' in said and conn is None: self._dropped(op)
+    self._committed(op, said, served, begun, conn)
+    return said
+
+@patch
+def _dropped(self:BackgroundTaskManager, op):
+    engine, store = self.here
+    for job in op.jobs: engine.drop(store, job['id'])
+
+@patch
+def _committed(self:BackgroundTaskManager, op, said, served, begun, conn=None):
+    "Who runs these jobs learns of them; once they are committed, if that is somebody else's decision"
+    (engine, store), job = self.here, op.jobs[0] | said
+    tenancy, queue = engine.tenancy(store), job.get('queue', 'default')
+    def told(there=True):
+        if not there: return self._dropped(op)
+        engine.attend(store, soon(job, op.delay))
+        if not served or conn is not None or slow(tenancy, begun): ring(tenancy, job.get('run_at'), queue)
+    if conn is None: return told()
+    engine.follow(Followed(store, [said.get('found') or op.jobs[-1]['id']], conn, told))
 
 @patch
 def _explain(self:BackgroundTaskManager, e):
@@ -149,30 +176,44 @@ def submit(self:BackgroundTaskManager,
 ) -> tuple[str, BackgroundTask]: # The id of the committed job, and the task to return with the response
     "Store a job, and give what runs it"
     job_type, task_func = self._meant(job_type, task_func)
-    job = self._made(job_type, task_func, max_retries, task_kwargs)
-    self._stored(job)
-    return job['id'], JobTask(self, job['id'], task_func)
+    op, conn = self._made(job_type, task_func, max_retries, task_kwargs)
+    return self._handle(op, self._stored(op, conn=conn), task_func)
+
+@patch
+def _handle(self:BackgroundTaskManager, op, said, task_func):
+    job_id, at = said.get('found') or op.jobs[0]['id'], said.get('run_at') if 'found' in said else op.jobs[0].get('run_at') or said.get('waits')
+    return job_id, JobTask(self, job_id, task_func, is_new='found' not in said, later=bool(at) and at > timestamp())
 
 # %% ../nbs/02_utils_bgtsk.ipynb #4a139a1e
 @patch
-def _made(self:BackgroundTaskManager, job_type, task_func, max_retries, task_kwargs) -> dict: # The columns of the new row
+def _made(self:BackgroundTaskManager, job_type, task_func, max_retries, task_kwargs) -> tuple: # What writes the row, and the transaction it belongs to
     engine, store = self.here
     alone, held = stands_for_itself(task_func), captures(task_func)
     registry = engine.registry_for(store, held)
     t = engine.alone(task_func) if alone else registry.meet(task_func)
     attempts = _attempts(t, max_retries)
-    options = {k: task_kwargs.pop(k) for k in _options if k in task_kwargs and k not in (t.params or ())}
+    options = {k: task_kwargs.pop(k) for k in (*_options, 'conn') if k in task_kwargs and k not in (t.params or ())}
+    conn = options.pop('conn', None)
     if (payload := options.pop('payload', None)) is not None:
         if task_kwargs: raise BadPayload(f"arguments of task {t.name!r} come in payload={{…}} or as keywords, not both (keywords: {', '.join(task_kwargs)})")
         if not isinstance(payload, dict): raise BadPayload(f"payload of task {t.name!r} is {type(payload).__name__}: use a dict of its arguments")
         task_kwargs = payload
     body = t.pack(task_kwargs)
     job = dict(id=gen_id(), job_type=text('job_type', job_type, 200), payload=body, task=t.name, **t.defaults | attempts | checked(**options))
+    op = _operation(store, job, t, task_kwargs, alone or held)
     if alone or held: engine.keep(store, job['id'], t, alone)
     if not alone:
         registry.add(task_func)
         registry.file_under(job_type, t.name)
-    return job
+    return op, conn
+
+def _operation(store, job, t, args, own=False) -> Adding:
+    "What writes the row of a new job: plainly, or unless the same one is there"
+    unique = job.pop('unique', None)
+    if callable(key := job.get('concurrency_key')): job['concurrency_key'] = text('concurrency_key', key(**args), 200)
+    if not unique: return Adding(store, [job])
+    if own: raise InvalidJob(f"unique: {t.func!r} has no name that other jobs could have too: give submit a function with @task")
+    return Once(store, job | dict(unique_key=unique_key(unique, t.name, t.signature.full(job['payload']))), unique)
 
 # %% ../nbs/02_utils_bgtsk.ipynb #5138e2c7
 @patch
@@ -181,24 +222,22 @@ def submit_many(self:BackgroundTaskManager,
     task_func:Callable, # The function to run, sync or async: one that is found by its name; or that name
     payloads:list, # The arguments of each job, a dict each
     max_retries:int=_three, # Most attempts of each
+    conn=None, # A transaction of this database that they are to be committed with
 ) -> list[str]: # The ids of the committed jobs
     "Store many jobs in one commit, all or none; they are due at once"
     (engine, store), (job_type, task_func) = self.here, self._meant(job_type, task_func)
-    registry, tenancy = engine.registry, engine.tenancy(store)
+    registry = engine.registry
     if stands_for_itself(task_func) or captures(task_func): raise InvalidJob(f"{task_func!r} has no name under which other processes find it: give submit_many a function with @task")
     t, filed, payloads = registry.meet(task_func), text('job_type', job_type, 200), [*payloads]
     common = t.defaults | _attempts(t, max_retries)
-    queue = common.get('queue', 'default')
     if odd := next((p for p in payloads if not isinstance(p, dict)), None): raise BadPayload(f"payloads holds a {type(odd).__name__}: use a dict of the arguments of task {t.name!r} for each job")
-    jobs = [dict(id=gen_id(), job_type=filed, payload=t.pack(p), task=t.name, **common) for p in payloads]
+    if common.get('unique'): raise InvalidJob(f"task {t.name!r} is unique: submit its jobs one by one")
+    keyed = callable(key := common.get('concurrency_key'))
+    jobs = [dict(id=gen_id(), job_type=filed, payload=t.pack(p), task=t.name, **common | (dict(concurrency_key=text('concurrency_key', key(**p), 200)) if keyed else {})) for p in payloads]
     if not jobs: return []
-    limits = open_for(queue, engine, store)
     registry.add(task_func)
     registry.file_under(job_type, t.name)
-    hint(tenancy)
-    store.add_many(jobs, quota=limits.pending)
-    engine.attend(store)
-    ring(tenancy, None, queue)
+    self._stored(Adding(store, jobs), 0, conn)
     return [j['id'] for j in jobs]
 
 # %% ../nbs/02_utils_bgtsk.ipynb #1a4dd1dd
@@ -211,20 +250,32 @@ async def asubmit(self:BackgroundTaskManager,
 ) -> tuple[str, BackgroundTask]: # The id of the committed job, and the task to return with the response
     "As `submit`, from an event loop, which goes on while the job is committed together with those of other requests"
     job_type, task_func = self._meant(job_type, task_func)
-    job = self._made(job_type, task_func, max_retries, task_kwargs)
-    await self._astored(job)
-    return job['id'], JobTask(self, job['id'], task_func)
+    op, conn = self._made(job_type, task_func, max_retries, task_kwargs)
+    said = await self._astored(op) if conn is None else self._stored(op, conn=conn)  # a connection is used where it is
+    return self._handle(op, said, task_func)
 
 @patch
-async def _astored(self:BackgroundTaskManager, job):
-    (engine, store), queue = self.here, job.get('queue', 'default')
+async def _astored(self:BackgroundTaskManager, op):
+    (engine, store), queue = self.here, op.jobs[0].get('queue', 'default')
     tenancy, served = engine.tenancy(store), engine.serves(queue)
     def in_thread(f, *args): return asyncio.wrap_future(engine.writers.submit(f, *args))
     begun = time.monotonic()
     limits = await in_thread(open_for, queue, engine, store) if tenancy and tenancy.rules.stale else open_for(queue, engine, store)
     if tenancy and not tenancy.wakes.hinted(tenancy.tenant_id): await in_thread(hint, tenancy)
-    handoff = engine.settings.handoff if served else 0
-    try: await store.aadd(job, handoff, limits.pending, engine.writers.submit)
-    except DatabaseBusy as e: self._explain(e)
-    engine.attend(store, soon(job, handoff))
+    op.delay, op.quota = engine.settings.handoff if served else 0, limits.pending
+    try: said = added(await store.awrite(op, engine.writers.submit))
+    except DatabaseBusy as e: self._dropped(op); self._explain(e)
+    except Exception: self._dropped(op); raise
+    job = op.jobs[0] | said
+    engine.attend(store, soon(job, op.delay))
     if tenancy and (not served or slow(tenancy, begun)): await in_thread(ring, tenancy, job.get('run_at'), queue)
+    return said
+
+# %% ../nbs/02_utils_bgtsk.ipynb #b1f7cb23
+@patch
+@contextmanager
+def transaction(self:BackgroundTaskManager):
+    "A transaction of this database, as a SQLAlchemy connection, in which rows and jobs are committed together"
+    engine, store = self.here
+    with writing(store.engine) as conn: yield conn
+    engine.look_now(store)

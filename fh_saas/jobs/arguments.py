@@ -124,6 +124,16 @@ def pack(self:Signature, payload:dict) -> str:
     return to_json(self._each(payload, Wire.pack), 'payload')
 
 @patch
+def full(self:Signature, text:str) -> dict:
+    "Packed arguments, with the defaults of those that were left out"
+    given, defaults = json.loads(text), {}
+    for n, p in (self.params or {}).items():
+        if n in given or n == self.context or p.default is p.empty: continue
+        try: defaults |= json.loads(self.pack({n: p.default}))
+        except FhSaasError: continue  # a default that no row could hold
+    return defaults | given
+
+@patch
 def unpack(self:Signature, payload:dict) -> dict:
     "Arguments from a row, as the types that the function names"
     return self._each(payload, _lenient)
@@ -173,14 +183,12 @@ def schema(self:Signature, func, name:str) -> dict:
     "What the payload must be, as JSON Schema (2020-12)"
     ways, defs, told = self.ways | ({'': self.rest} if self.rest else {}), {}, _told(func)
     parts, named = msgspec.json.schema_components([w.typ for w in ways.values()], schema_hook=lambda cls: _schema_of(cls, defs), ref_template='#/$defs/{name}')
-    found, props, needed = dict(zip(ways, parts)), {}, []
+    found, props, needed, defaults = dict(zip(ways, parts)), {}, [], self.full('{}')
     for n, p in (self.params or {}).items():
         if n == self.context or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL): continue
         props[n] = found.get(n, {}) | ({'description': told[n]} if n in told else {})
         if p.default is p.empty: needed.append(n)
-        else:
-            try: props[n] |= dict(default=json.loads(self.pack({n: p.default}))[n])
-            except FhSaasError: props[n].pop('default', None)  # a default that no row could hold
+        elif n in defaults: props[n] |= dict(default=defaults[n])
     more = self.params is None or any(p.kind is p.VAR_KEYWORD for p in self.params.values())
     s = dict(title=name, type='object', properties=props, required=needed, additionalProperties=found.get('', True) if more else False)
     if doc := inspect.getdoc(func): s['description'] = doc

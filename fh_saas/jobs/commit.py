@@ -67,6 +67,8 @@ class SQLite:
     def snapshot(self, cur): cur.execute('BEGIN')
     def now(self, cur): return time.time()
     def alone(self, cur): return  # a writer is alone anyway
+    def alone_with(self, cur, key): return
+    def try_alone(self, cur, key): return True
     def commit(self, cur): cur.execute('COMMIT')
     def pairs(self, o): return sa.func.json_each(o).table_valued('key', 'value')
 
@@ -84,6 +86,8 @@ class PostgreSQL:
     def snapshot(self, cur): cur.execute('BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY')
     def now(self, cur): return float(cur.execute('SELECT extract(epoch FROM clock_timestamp())').fetchone()[0])
     def alone(self, cur): cur.execute('SELECT pg_advisory_xact_lock(7307)')  # arbitrary, the same in every version
+    def alone_with(self, cur, key): cur.execute('SELECT pg_advisory_xact_lock(7308, hashtext(%s))', [key])
+    def try_alone(self, cur, key): return cur.execute('SELECT pg_try_advisory_xact_lock(7309, hashtext(%s))', [key]).fetchone()[0]
     def commit(self, cur): cur.execute('COMMIT')
     def pairs(self, o): return sa.func.json_each_text(sa.cast(o, sa.JSON)).table_valued('key', 'value')
 

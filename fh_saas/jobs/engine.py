@@ -51,6 +51,7 @@ class Engine(Recorder, Rounds):
         self._stores, self._gates, self._desks, self._open, self._reserved, self._turning = {}, {}, {}, {}, {}, {}
         self._errands, self._blocked, self._agenda, self._watched = OrderedDict(), OrderedDict(), [], (0.0, False)
         self._waiting, self._claims, self._running, self._loop = set(), set(), False, None
+        self._followed, self._following, self._commit_seen = [], False, threading.Event()  # jobs in transactions of others
         self._lock, self._wake = threading.RLock(), threading.Condition()
 
     def __repr__(self): return f'Engine({self.worker}, {len(self._desks)} databases, {self.load} jobs in hand)'
@@ -157,6 +158,11 @@ def registry_for(self:Engine, store:Store, local:bool) -> Registry: return self.
 
 @patch
 def keep(self:Engine, store:Store, job_id:str, t:Task, alone:bool): self._desks[store].keep(job_id, t, alone)
+
+@patch
+def drop(self:Engine, store:Store, job_id:str):
+    "A job that was to be submitted never came to be"
+    if desk := self._desks.get(store): desk.functions.pop(job_id, None)
 
 @patch
 def cancel(self:Engine, store:Store, changed:dict):

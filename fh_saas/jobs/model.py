@@ -36,7 +36,9 @@ def tables(name:str='tenant_jobs') -> SimpleNamespace:
     meta = sa.MetaData()
     j = sa.Table(name, meta, *map(_column, fields(JobRecord)))
     pending, running = j.c.status == sa.literal_column("'pending'"), j.c.status == sa.literal_column("'running'")
-    for nm, cols, where in (('ready', (j.c.queue, j.c.priority, j.c.run_at, j.c.id), pending), ('lease', (j.c.lease_until,), running)):
+    by = (('ready', (j.c.queue, j.c.priority, j.c.run_at, j.c.id), pending), ('lease', (j.c.lease_until,), running),
+        ('unique', (j.c.unique_key,), j.c.unique_key.is_not(None)), ('key', (j.c.concurrency_key,), sa.and_(running, j.c.concurrency_key.is_not(None))))
+    for nm, cols, where in by:
         sa.Index(f'ix_{name}_{nm}', *cols, sqlite_where=where, postgresql_where=where)
     sa.Index(f'ix_{name}_created', j.c.created_at, j.c.id, info=dict(only='postgresql'))
     one = name.removesuffix('s')
@@ -50,7 +52,7 @@ def tables(name:str='tenant_jobs') -> SimpleNamespace:
         logs=part('logs', ['attempt', 'line'], *text('at', 'level', 'message', 'item')))
 
 # %% ../../nbs/jobs/03_model.ipynb #789ff7ca
-schema_version = 3
+schema_version = 4
 
 def ensure_tables(eng:sa.Engine, name:str='tenant_jobs'):
     "Bring the job tables of a database to this version, whoever made them; safe to call from many processes at once"

@@ -48,6 +48,7 @@ def _record(self:Recorder,
 def _written(self:Recorder, a, written):
     "An outcome is on the disk; or it is dropped, because the claim was lost"
     a.desk.let_go(a, ended=written and a.outcome.status != 'pending')
+    self._free_key(a)
     if a.suspect: self._visit_soon(self.slot.give())
     if not written and a.outcome.kind != 'release':
         self.stale += 1
@@ -60,9 +61,17 @@ def _all_written(self:Recorder, desk, ends):
     over, others = [], []
     for a in ends: (others if a.suspect or a.outcome.status == 'pending' else over).append(a)
     desk.let_go(*over, ended=True)
+    for a in over: self._free_key(a)
     for a in over:
         if a.done: settle(a.done, a.outcome)
     for a in others: self._written(a, True)
+
+@patch
+def _free_key(self:Recorder, a):
+    "Others may wait for the concurrency key of this one, here and elsewhere"
+    if a.row['concurrency_key'] is None: return
+    self.attend(a.store)
+    if a.desk.tenancy: self.house.submit(self._pass_on, a.desk)
 
 @patch
 def _one_by_one(self:Recorder, ends):

@@ -16,6 +16,7 @@ from .control import WrongState, filters, nameless  # noqa: F401 what `cancel` a
 from .notice import hint, open_for, ring
 from .options import InvalidJob, checked, moment, text
 from .payload import clean, from_json, to_json
+from .store import Adding
 
 # %% ../../nbs/jobs/20_steering.ipynb #01a535f5
 class Steering: "The part of a manager that changes what becomes of jobs"
@@ -77,9 +78,9 @@ def rerun(self:Steering, job_id:str,
     self._runnable(old := self.get_job(job_id))
     args = {**from_json(old.payload), **changes}
     t = self._task_of(old)
-    job = {c: v for c in ('job_type', 'task', 'max_retries', 'queue', 'priority', 'triggered_by') if (v := getattr(old, c)) is not None}
+    job = {c: v for c in ('job_type', 'task', 'max_retries', 'queue', 'priority', 'triggered_by', 'timeout', 'concurrency_key', 'tags') if (v := getattr(old, c)) is not None}
     job |= dict(id=gen_id(), payload=t.pack(args) if t else to_json(args, 'payload'), rerun_of=old.id)
-    self._stored(job, handoff=0)
+    self._stored(Adding(self.store, [job]), handoff=0)
     return job['id']
 
 # %% ../../nbs/jobs/20_steering.ipynb #5208e8c8

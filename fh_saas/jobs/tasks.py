@@ -47,7 +47,7 @@ class Task:
     def __init__(self, func, name:str,
         backoff:wait_base=default_backoff,
         aliases=(), # Names it had before
-        **defaults, # `queue`, `priority`, `max_retries` of its jobs
+        **defaults, # `queue`, `priority` and the like of its jobs
     ):
         self.func, self.name, self.backoff, self.is_async = func, name, backoff, is_async(func)
         self.aliases, self.defaults = tuple(aliases), defaults
@@ -181,13 +181,18 @@ registry = Registry()
 def task(
     name=None, # The name in rows; the function's qualified name if left out
     backoff:wait_base=default_backoff, # How long to wait after a failed attempt: one of tenacity's wait objects
-    queue:str=None, # Of its jobs, unless a submit says otherwise; so with the next two
+    queue:str=None, # Of its jobs, unless a submit says otherwise; so with the next six
     priority:int=None,
     max_retries:int=None,
+    timeout:int=None, # Most seconds of one attempt
+    unique=None, # True, a key, or a `Unique`
+    concurrency_key=None, # Text, or a function of the arguments that gives it
+    tags=None, # Words to find its jobs by
     aliases=(), # Names it had before: rows that wait under them are its own
 ):
     "Register a function as a task; it stays a plain function"
-    options, aliases = checked(queue=queue, priority=priority, max_retries=max_retries), (aliases,) if isinstance(aliases, str) else tuple(aliases)
+    options = checked(queue=queue, priority=priority, max_retries=max_retries, timeout=timeout, unique=unique, concurrency_key=concurrency_key, tags=tags)
+    aliases = (aliases,) if isinstance(aliases, str) else tuple(aliases)
     for n in aliases: text('alias', n, 200)
     def register(func, name=None):
         if name is not None: func.__task_name__ = name

@@ -1,0 +1,250 @@
+"A job in a transaction of the app's: there exactly if the rows beside it are, whatever happens."
+import asyncio, json, os, signal, sqlite3, subprocess, sys, time
+from pathlib import Path
+import pytest
+import sqlalchemy as sa
+from fastsql import Database
+from hypothesis import HealthCheck, given, settings, strategies as st
+from sqlalchemy.orm import Session
+from fh_saas.db_connect import DatabaseBusy
+from fh_saas.db_host import HostDatabase
+from fh_saas.db_tenant import get_or_create_tenant_db
+from fh_saas.jobs import following
+from fh_saas.jobs.options import InvalidJob, Unique
+from fh_saas.jobs.store import JobNotFound, QuotaExceeded
+from fh_saas.jobs.unique import NotUnique
+from fh_saas.utils_bgtsk import BackgroundTaskManager
+from conftest import wait_until
+
+def confirm(n): return n
+
+@pytest.fixture
+def shop(manager):
+    with manager.transaction() as tx: tx.exec_driver_sql('CREATE TABLE orders (n INTEGER)')
+    return manager
+
+def orders(m):
+    with m.store.cursor() as cur: return [n for n, in cur.execute('SELECT n FROM orders ORDER BY n').fetchall()]
+def jobs(m): return sorted(json.loads(j.payload)['n'] for j in m.list_jobs())
+def insert(n): return sa.text(f'INSERT INTO orders VALUES ({n})')
+
+def plain(url):
+    "A connection of the driver, as its own manual opens it"
+    u = sa.make_url(url)
+    if u.get_backend_name() == 'sqlite': return sqlite3.connect(u.database)
+    import psycopg
+    return psycopg.connect(u.set(drivername='postgresql').render_as_string(hide_password=False))
+
+def drivers_url(url): return sa.make_url(url).set(drivername='postgresql+psycopg') if 'postgresql' in str(url) else url
+
+class Ways:
+    "Each opens a transaction, and gives what is passed as `conn` and what runs a statement, commits, rolls back"
+    @staticmethod
+    def connection(url):
+        c = sa.create_engine(drivers_url(url)).connect()
+        return c, c.execute, c.commit, c.rollback, c.close
+    @staticmethod
+    def session(url):
+        s = Session(sa.create_engine(drivers_url(url)))
+        return s, s.execute, s.commit, s.rollback, s.close
+    @staticmethod
+    def fastsql(url):
+        db = Database(drivers_url(url))
+        return db, db.conn.execute, db.conn.commit, db.conn.rollback, db.conn.close
+    @staticmethod
+    def driver(url):
+        c = plain(url)
+        return c, lambda s: c.execute(str(s)), c.commit, c.rollback, c.close
+
+@pytest.mark.parametrize('way', ['connection', 'session', 'fastsql', 'driver'])
+@pytest.mark.parametrize('first', ['rows', 'job'])
+def test_rows_and_job_are_committed_together(shop, url, way, first):
+    conn, run, commit, rollback, close = getattr(Ways, way)(url)
+    for n, end in ((1, commit), (2, rollback), (3, commit)):
+        if first == 'rows': run(insert(n))
+        id, bg = shop.submit('t', confirm, n=n, conn=conn)
+        if first == 'job': run(insert(n))
+        assert n not in orders(shop) and n not in jobs(shop)
+        end()
+        asyncio.run(bg())
+        if end is commit: assert shop.get_job(id).status == 'completed'
+        else: pytest.raises(JobNotFound, shop.get_job, id)
+    close()
+    assert orders(shop) == jobs(shop) == [1, 3]
+
+def test_the_with_form(shop):
+    with shop.transaction() as tx:
+        tx.execute(insert(1))
+        id, bg = shop.submit('t', confirm, n=1, conn=tx)
+        ids = shop.submit_many('t', confirm, [dict(n=2), dict(n=3)], conn=tx)
+        again, _ = asyncio.run(shop.asubmit('t', confirm, n=4, conn=tx))
+        assert jobs(shop) == []
+    with pytest.raises(ZeroDivisionError), shop.transaction() as tx:
+        shop.submit('t', confirm, n=9, conn=tx)
+        1/0
+    assert orders(shop) == [1] and jobs(shop) == [1, 2, 3, 4]
+
+def test_it_runs_by_itself_soon_after_the_commit(url, new_engine):
+    m = BackgroundTaskManager(Database(url), new_engine(handoff=0))
+    conn, _, commit, _, close = Ways.driver(url)
+    id, _ = m.submit('t', confirm, n=1, conn=conn)
+    time.sleep(0.3)
+    commit(); begun = time.monotonic()
+    assert m.wait(id, 10).status == 'completed' and time.monotonic() - begun < 3
+    close()
+    with m.transaction() as tx: id, _ = m.submit('t', confirm, n=2, conn=tx)
+    begun = time.monotonic()
+    assert m.wait(id, 10).status == 'completed' and time.monotonic() - begun < 2
+
+def test_a_closure_of_a_job_that_never_was_is_forgotten(shop):
+    kept = shop.engine._desks[shop.store].functions
+    for conn_way in ('transaction', 'driver'):
+        n = len(kept)
+        if conn_way == 'transaction':
+            with pytest.raises(ZeroDivisionError), shop.transaction() as tx:
+                shop.submit('t', lambda: 1, conn=tx)
+                1/0
+        else:
+            conn, _, _, rollback, close = Ways.driver(shop.store.url.render_as_string(hide_password=False))
+            shop.submit('t', lambda: 1, conn=conn)
+            rollback(); close()
+        wait_until(lambda: len(kept) == n, 10)
+    with pytest.raises(InvalidJob): shop.submit('t', lambda: 1, conn=object())
+    assert len(kept) == n and not shop.engine._following
+
+def test_a_savepoint_rolled_back_takes_the_job_along(shop, monkeypatch):
+    monkeypatch.setattr(following, 'after_commit', 0.3)
+    with shop.transaction() as tx:
+        with pytest.raises(ZeroDivisionError), tx.begin_nested():
+            lost, _ = shop.submit('t', confirm, n=1, conn=tx)
+            1/0
+        with tx.begin_nested(): shop.submit('t', confirm, n=2, conn=tx)
+    assert jobs(shop) == [2]
+    wait_until(lambda: not shop.engine._following, 10)
+
+def test_another_database_is_refused(shop, new_url):
+    other = new_url()
+    for way in ('connection', 'session', 'fastsql', 'driver'):
+        conn, *_, close = getattr(Ways, way)(other)
+        with pytest.raises(InvalidJob, match='another database'): shop.submit('t', confirm, n=1, conn=conn)
+        close()
+    assert jobs(shop) == []
+
+@pytest.mark.parametrize('kind', ['raw', 'sqlalchemy'])
+def test_a_connection_that_commits_by_itself_is_refused(shop, url, kind):
+    if kind == 'sqlalchemy': conn = sa.create_engine(drivers_url(url), isolation_level='AUTOCOMMIT').connect()
+    else:
+        conn = plain(url)
+        if isinstance(conn, sqlite3.Connection): conn.isolation_level = None
+        else: conn.autocommit = True
+    with pytest.raises(InvalidJob, match='begin a transaction'): shop.submit('t', confirm, n=1, conn=conn)
+    assert jobs(shop) == []
+    if kind == 'raw':
+        conn.execute('BEGIN')
+        shop.submit('t', confirm, n=1, conn=conn)
+        conn.execute('ROLLBACK')
+    conn.close()
+    assert jobs(shop) == []
+
+@pytest.mark.parametrize('conn', [object(), 'sqlite:///x.db', 7, True])
+def test_what_is_no_connection(shop, conn):
+    with pytest.raises(InvalidJob, match='use a connection of'): shop.submit('t', confirm, n=1, conn=conn)
+
+def test_rows_in_another_shape_do_not_matter(shop, url):
+    conn = plain(url)
+    if isinstance(conn, sqlite3.Connection): conn.row_factory = lambda cur, row: dict(zip([d[0] for d in cur.description], row))
+    else:
+        from psycopg.rows import dict_row
+        conn.row_factory = dict_row
+    id, bg = shop.submit('t', confirm, n=1, unique=True, conn=conn)
+    conn.commit(); conn.close()
+    assert jobs(shop) == [1]
+
+def test_unique_in_a_transaction(shop, url):
+    a, _ = shop.submit('t', confirm, n=1, unique=True, run_at='2100-01-01')
+    with shop.transaction() as tx:
+        assert shop.submit('t', confirm, n=1, unique=True, conn=tx)[0] == a
+        b, _ = shop.submit('t', confirm, n=2, unique=True, conn=tx)
+        assert shop.submit('t', confirm, n=2, unique=True, conn=tx)[0] == b
+        with pytest.raises(NotUnique): shop.submit('t', confirm, n=2, unique=Unique(by=True, then='reject'), conn=tx)
+    assert jobs(shop) == [1, 2]
+
+def test_unique_in_a_snapshot_is_refused(new_pg, new_manager):
+    shop = new_manager(url := new_pg())
+    conn = sa.create_engine(drivers_url(url), isolation_level='REPEATABLE READ').connect()
+    with pytest.raises(InvalidJob, match='repeatable read'): shop.submit('t', confirm, n=1, unique=True, conn=conn)
+    shop.submit('t', confirm, n=1, conn=conn)
+    conn.commit(); conn.close()
+    assert jobs(shop) == [1]
+
+def test_a_transaction_that_has_read_too_early_is_told_so(new_sqlite, new_manager):
+    m = new_manager(url := new_sqlite())
+    conn = sqlite3.connect(sa.make_url(url).database, timeout=0.2)
+    conn.isolation_level = None
+    conn.execute('BEGIN'); conn.execute('SELECT count(*) FROM tenant_jobs').fetchone()
+    m.submit('t', confirm, n=1)
+    with pytest.raises(DatabaseBusy): m.submit('t', confirm, n=2, conn=conn)
+    conn.execute('ROLLBACK'); conn.close()
+    assert jobs(m) == [1]
+
+def test_inside_of_a_task(shop):
+    def order(n, job):
+        with job.begin() as conn:
+            conn.execute(insert(n))
+            id, _ = shop.submit('t', confirm, n=n, conn=conn, triggered_by=f'job:{job.id}')
+            if n == 2: raise ZeroDivisionError
+        return id
+    ids = [shop.submit('order', order, 1, n=n) for n in (1, 2)]
+    for _, bg in ids: bg.func(*bg.args)
+    child = shop.get_job(json.loads(shop.get_job(ids[0][0]).result))
+    assert orders(shop) == [1] and child.triggered_by == f'job:{ids[0][0]}' and shop.get_job(ids[1][0]).status == 'failed'
+
+@given(st.lists(st.tuples(st.integers(0, 99), st.sampled_from(['commit', 'rollback', 'savepoint', 'raise'])), max_size=8))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_jobs_are_where_rows_are(shop, steps):
+    with shop.transaction() as tx:
+        tx.execute(sa.text('DELETE FROM orders'))
+        tx.execute(sa.text(f'DELETE FROM tenant_jobs'))
+    for n, end in steps:
+        try:
+            with shop.transaction() as tx:
+                with tx.begin_nested() as inner:
+                    tx.execute(insert(n))
+                    shop.submit('t', confirm, n=n, conn=tx, run_at='2100-01-01')
+                    if end == 'savepoint': inner.rollback()
+                if end == 'rollback': tx.rollback()
+                if end == 'raise': raise ZeroDivisionError
+        except (ZeroDivisionError, sa.exc.InvalidRequestError, sa.exc.ResourceClosedError): pass
+    assert orders(shop) == jobs(shop)
+
+def test_killed_at_any_moment(url, tmp_path):
+    "A process that writes rows and jobs together is killed again and again"
+    child = Path(__file__).parent/'children'/'joining.py'
+    seen = 0
+    for round in range(4):
+        p = subprocess.Popen([sys.executable, str(child), url], stdout=subprocess.PIPE)
+        assert p.stdout.readline() == b'ready\n'
+        time.sleep(0.05 + 0.1*round)
+        os.kill(p.pid, signal.SIGKILL)
+        p.wait()
+        eng = sa.create_engine(drivers_url(url))
+        with eng.connect() as c:
+            rows, found = (sorted(r[0] for r in c.execute(sa.text(q))) for q in ('SELECT n FROM orders', "SELECT payload FROM tenant_jobs"))
+        eng.dispose()
+        assert rows == sorted(json.loads(p)['n'] for p in found)
+        seen = len(rows)
+    assert seen > 10
+
+def test_a_tenant_of_a_host_is_rung_for(tmp_path, new_engine, monkeypatch):
+    "Elsewhere somebody learns of it after the commit, and of the hint before"
+    host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    with get_or_create_tenant_db('acme', 'Acme', host) as db:
+        m = BackgroundTaskManager(db, new_engine(concurrency=0))
+        wakes = m.engine.tenancy(m.store).wakes
+        def rung():
+            with wakes.cursor() as cur: return cur.execute("SELECT hint_at, wake_at FROM fh_saas_wakes WHERE tenant_id = 'acme'").fetchone()
+        with m.transaction() as tx:
+            m.submit('t', confirm, n=1, conn=tx)
+            assert rung()[0] and not rung()[1]
+        wait_until(lambda: rung()[1], 10)
+    host.close()
