@@ -8,10 +8,13 @@ Modules:
 - `fh_saas.db_tenant`: One database per tenant: created, found, opened, suspended and deleted by the tenant's id.
 - `fh_saas.jobs.arguments`: What a task takes, by its signature: checked when a job is submitted, and given back as the types it names.
 - `fh_saas.jobs.asking`: How a job is doing, how it ended, and what it gave.
+- `fh_saas.jobs.child`: What runs at the other end of the pipe.
 - `fh_saas.jobs.context`: What a running task can say about itself, and learn about its job.
 - `fh_saas.jobs.engine`: Claim, attempt, record, in threads of its own.
 - `fh_saas.jobs.following`: A job in a transaction that is still open: looked for until it is there, or is known never to be.
+- `fh_saas.jobs.isolation`: An attempt in a process of its own: what it breaks is its own, and it can be killed.
 - `fh_saas.jobs.joining`: A job that is written into a transaction of the app's: it exists exactly if the rows beside it do.
+- `fh_saas.jobs.masking`: Secrets are not shown: not in an error, not in a log line, not on a page.
 - `fh_saas.jobs.notice`: What is said around a commit, so that somebody looks after a new job.
 - `fh_saas.jobs.retries`: How long a failed job waits, and how a task says what its failure means.
 - `fh_saas.jobs.steering`: Cancel, retry, rerun, move and delete jobs, one or many.

@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from ..db_connect import FhSaasError
 from ..db_host import JobRecord, timestamp
 from .options import whole
-from .payload import clean
+from .masking import masked
+from .payload import clean, from_json
 from .states import Status, final, shown_state
 from .store import JobNotFound  # noqa: F401 what get_job raises, for those who catch it
 from .tasks import Task
@@ -49,6 +50,11 @@ def state(self:Asking, job:JobRecord) -> str:
 def attempts(self:Asking, job_id:str) -> list[dict]:
     "The attempts of a job that have ended: number, start, end, outcome, error, worker, seconds waited in the queue"
     return self.store.attempts(job_id) or self._none_of(job_id)
+
+@patch
+def arguments(self:Asking, job_id:str) -> dict:
+    "The arguments of a job as they may be shown: without what looks like a secret"
+    return masked(from_json(self.store.get(job_id)['payload']))
 
 @patch
 def logs(self:Asking,

@@ -8,11 +8,14 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/attempt.html.md"""
 __all__ = ['log', 'Attempt']
 
 # %% ../../nbs/jobs/08_attempt.ipynb #7d497f21
-import asyncio, contextvars, inspect, logging
+import asyncio, contextvars, inspect, logging, threading, time
+from dataclasses import replace
 from fastcore.basics import patch
+from tenacity.wait import wait_base
 from .context import JobContext, current
+from .isolation import in_child
 from .payload import NotJson, TooLarge, describe, from_json
-from .retries import Cancel, Permanent, RetryAfter, Snooze, wait_after
+from .retries import Cancel, Permanent, RetryAfter, Snooze, TaskSignal, TimedOut, meaning, wait_after
 from .states import Outcome
 from .store import Store
 from .tasks import BadPayload, Task, is_async
@@ -29,12 +32,15 @@ class Attempt:
         func=None, # The very function to run, if a handle brings one
     ):
         self.store, self.row, self.task, self.func = store, row, task.of(func), func or task.func
-        self.is_async = self.task.is_async if self.func is self.task.func else is_async(self.func)
+        self.is_async = self.task.isolate is None and (self.task.is_async if self.func is self.task.func else is_async(self.func))
         self.ctx, self.key = JobContext(store, row), (row['id'], row['claim_token'])
         self.desk = self.loop = self.async_task = self.outcome = self.done = self.last_note = None
         self.counted, self.since = False, 0.0  # does it hold a slot, and since when does it wait for a thread?
         self.suspect = False  # holds the slot of a job that was lost with its process before
         self._told = False  # was the event loop's task cancelled because the job was?
+        self.ctx.pack_result = self.task.signature.pack_result
+        # by when it must end, and what goes through here first: its end, or giving it up after that
+        self.deadline, self.gate = None, threading.Lock() if row['timeout'] else None
         self.refused = False  # the database would not take its outcome as it was
 
     def __str__(self): return f"tenant={self.store.tenant} job={self.row['id']} type={self.row['job_type']} attempt={self.row['attempt']}"
@@ -51,11 +57,18 @@ def call(self:Attempt) -> Outcome:
 def _call(self:Attempt):
     current.set(self.ctx)
     try:
-        self.ctx.leave_if_cancelled()
+        self._begins()
+        if self.task.isolate is not None: return in_child(self)
         result = self.func(**self.arguments())
         if inspect.isawaitable(result): result = asyncio.run(_wait_for(result))
     except BaseException as e: return self.failed(e)  # a thread of ours is no place for SystemExit to travel on
+    finally: self.ctx.close()
     return self.succeeded(result)
+
+@patch
+def _begins(self:Attempt):
+    self.ctx.leave_if_cancelled()
+    if self.row['timeout']: self.deadline = time.monotonic() + self.row['timeout']
 
 @patch
 async def acall(self:Attempt) -> Outcome:
@@ -63,13 +76,15 @@ async def acall(self:Attempt) -> Outcome:
     self.loop, self.async_task = asyncio.get_running_loop(), (me := asyncio.current_task())
     before = current.set(self.ctx)
     try:
-        self.ctx.leave_if_cancelled()
+        self._begins()
+        if self.deadline: self.loop.call_later(self.row['timeout'], self.time_out)
         o = self.succeeded(await self.func(**self.arguments()))
     except asyncio.CancelledError as e:
         # cancelled from outside: the loop is going down. A task that raises it by itself has failed.
         down = me.cancelling() > self._told
         o = Outcome('release', error='cancelled while the process was shutting down') if down else self.failed(e)
     except BaseException as e: o = self.failed(e)
+    finally: self.ctx.close()
     self.async_task = None
     current.reset(before)
     if self._told: me.uncancel()  # it was meant for the job, not for who awaits it
@@ -81,8 +96,16 @@ async def _wait_for(awaitable): return await awaitable
 @patch
 def cancel(self:Attempt):
     "The job is not wanted any more: an async task is cancelled, a sync one told; one that has not begun does not begin"
-    if self.ctx.cancelled: return
-    self.ctx.stop(cancelled=True)
+    if not self.ctx.cancelled: self._stop(cancelled=True)
+
+@patch
+def time_out(self:Attempt):
+    "The attempt has used up its timeout: as `cancel`, and it has failed"
+    if not self.ctx.timed_out and not self.outcome: self._stop(timed_out=True)
+
+@patch
+def _stop(self:Attempt, **why):
+    self.ctx.stop(**why)
     try: self.async_task and self.loop.call_soon_threadsafe(self._interrupt)
     except RuntimeError: return  # its event loop is closed: nothing runs there any more
 
@@ -95,6 +118,7 @@ def _interrupt(self:Attempt):
 @patch
 def succeeded(self:Attempt, result) -> Outcome:
     "The task returned `result`"
+    if o := self._recorded(): return o
     try: text = self.task.signature.pack_result(result)
     except (NotJson, TooLarge) as e: return self._failure('failed', f"result of task {self.task.name!r} cannot be stored, and the task is not repeated for it: {e}", None)
     return Outcome('completed_with_warnings' if self.ctx.warnings else 'completed', result=text)
@@ -102,14 +126,35 @@ def succeeded(self:Attempt, result) -> Outcome:
 @patch
 def failed(self:Attempt, e:BaseException) -> Outcome:
     "The task raised `e`"
-    if self.ctx.cancelled or isinstance(e, Cancel): return _cancelled(e)
-    if isinstance(e, Snooze): return Outcome('snooze', error=describe(e)[0], delay=e.seconds)
+    if o := self._recorded(e): return o
+    if self.ctx.timed_out and isinstance(e, (asyncio.CancelledError, Snooze)): e = TimedOut(f"took longer than its timeout of {self.row['timeout']} s")
+    what = self._meaning(e)
+    if self.ctx.cancelled or isinstance(what, Cancel): return self._cancelled(e)
+    if isinstance(what, Snooze): return Outcome('snooze', error=self._said(e)[0], delay=what.seconds)
     failed = (self.row['retry_count'] or 0) + 1
-    if isinstance(e, (Permanent, BadPayload, NotJson)) or failed >= max(1, self.row['max_retries'] or 1): return self._failure('failed', *describe(e))
-    try: delay = e.seconds if isinstance(e, RetryAfter) else wait_after(failed, self.task.backoff)
+    if isinstance(what, (Permanent, BadPayload, NotJson)) or failed >= max(1, self.row['max_retries'] or 1): return self._failure('failed', *self._said(e))
+    try: delay = what.seconds if isinstance(what, RetryAfter) else wait_after(failed, what if isinstance(what, wait_base) else self.task.backoff)
     except Exception as broken:
         log.exception('%s: its backoff policy raised; waiting %s s instead', self, delay := wait_after(failed), exc_info=broken)
-    return self._failure('retry', *describe(e), delay)
+    return self._failure('retry', *self._said(e), delay)
+
+@patch
+def _meaning(self:Attempt, e):
+    "What the task's policy makes of an exception, which may be itself"
+    if isinstance(e, TaskSignal) or not self.task.on_error: return e
+    try: what = meaning(self.task.on_error, e)
+    except Exception: log.exception('%s: its policy for %s raised; it fails as usual', self, type(e).__name__); what = None
+    return e if what is None else what
+
+@patch
+def _said(self:Attempt, e) -> tuple: return tuple(map(self.ctx.masked, describe(e)))
+
+@patch
+def _recorded(self:Attempt, e=None) -> Outcome: # None if it has not
+    "Has the task committed its own completion?"
+    if self.ctx.completed is None or not self.store.has_ended(self.row): return None
+    if e is not None: log.warning('%s: raised after it was completed, which changes nothing: %s', self, self._said(e)[0])
+    return replace(self.ctx.completed, recorded=True)
 
 @patch
 def _failure(self:Attempt, kind, line, trace, delay=0):
@@ -117,7 +162,8 @@ def _failure(self:Attempt, kind, line, trace, delay=0):
     say('%s: %s%s', self, line, f'; next attempt in {delay:g} s' if kind == 'retry' else '')
     return Outcome(kind, error=line, log=trace or line, delay=delay)
 
-def _cancelled(e):
-    if isinstance(e, (asyncio.CancelledError, Snooze)): e = Cancel('cancelled on request')
-    line, trace = describe(e)
+@patch
+def _cancelled(self:Attempt, e):
+    if isinstance(e, (asyncio.CancelledError, Snooze, TimedOut)): e = Cancel('cancelled on request')
+    line, trace = self._said(e)
     return Outcome('cancelled', error=line.removeprefix('Cancel: '), log=None if isinstance(e, Cancel) else trace)

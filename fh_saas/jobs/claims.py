@@ -314,6 +314,13 @@ def finishing(self:Store,
     return op
 
 @patch
+def has_ended(self:Store, job:dict) -> bool:
+    "Is the end of this attempt on the disk?"
+    a = self.t.attempts
+    stmt = self.statement(('has ended', a.name), lambda: sa.select(a.c.outcome).where(a.c.job_id == bind('job'), a.c.number == bind('number')))
+    with self.cursor() as cur: return stmt(cur, job=job['id'], number=job['attempt']).fetchone() is not None
+
+@patch
 def finish(self:Store, job:dict, o:Outcome, note=None) -> bool: # False: the claim was lost, and nothing was written
     "Record the end of an attempt, if it still owns its job"
     return self.write(self.finishing(job, o, note))

@@ -51,6 +51,7 @@ class Engine(Recorder, Rounds):
         self._stores, self._gates, self._desks, self._open, self._reserved, self._turning = {}, {}, {}, {}, {}, {}
         self._errands, self._blocked, self._agenda, self._watched = OrderedDict(), OrderedDict(), [], (0.0, False)
         self._waiting, self._claims, self._running, self._loop = set(), set(), False, None
+        self._stuck = 0  # threads of attempts that were given up
         self._followed, self._following, self._commit_seen = [], False, threading.Event()  # jobs in transactions of others
         self._lock, self._wake = threading.RLock(), threading.Condition()
 
@@ -176,7 +177,7 @@ def run_job(self:Engine, store:Store, job_id:str, func=None) -> Outcome: # None 
     if self.closed: raise FhSaasError(f"{self} was stopped: job {job_id} stays in its database, another process will run it")
     a = self._claim(store, job_id, func)
     if a is None: return None
-    self._record(a, _run_until_done(a.acall()) if a.is_async else a.call(), done := Future())
+    self._end(a, _run_until_done(a.acall()) if a.is_async else a.call(), done := Future())
     self._turn(a.desk)
     return done.result()
 
@@ -204,7 +205,7 @@ async def handle(self:Engine, store:Store, job_id:str, func):
     desk = self._desks.get(store)
     if self.stopping or self.quiet or desk is None or desk.paused or not self.settings.concurrency: return  # asks nobody: this is the event loop
     try:
-        if is_async(func): await self._handle_async(store, job_id, func)
+        if is_async(func) and not getattr(func, '__task_isolated__', False): await self._handle_async(store, job_id, func)
         else: await self._told(self._want(store, job_id, func, True))
     except Exception: log.exception('tenant=%s job=%s: not run now; it stays in its database and will be', store.tenant, job_id)
 
@@ -254,7 +255,7 @@ async def _until_stop(self:Engine, task):
 async def _arun(self:Engine, a):
     try: o = await a.acall()
     finally: self._off(a); self._fed()
-    if self._record(a, o, done := a.done or asyncio.get_running_loop().create_future()): self._errand(a.desk)
+    if self._end(a, o, done := a.done or asyncio.get_running_loop().create_future()): self._errand(a.desk)
     await self._told(done)
     if asyncio.current_task().cancelling(): raise asyncio.CancelledError
 

@@ -185,7 +185,7 @@ def _run(self:Rounds, a:Attempt):
     start = time.perf_counter()
     o = a.call()
     self._off(a, time.perf_counter() - start)
-    if self._record(a, o):
+    if self._end(a, o):
         if self.line.waiting: self.crew.call()
         if self._crowded(): self._errand(a.desk)
         else: self._turn(a.desk, True)
@@ -252,7 +252,7 @@ def _left(self:Rounds, desk) -> tuple: # And until when the rest is reserved
 @patch
 def _room(self:Rounds, desk, n, **kw):
     l = desk.limits
-    return Room(n, by_queue=self.line.free_of(), closed=l.closed, most=l.most, most_by_queue=l.most_by_queue, rates=l.rates, off=l.off,
+    return Room(n, by_queue=self.line.free_of(), closed=l.closed, most=l.most, most_by_queue=l.most_by_queue, rates={**self.registry.rates, **l.rates}, off=l.off,
         age=self.settings.age, sure=max(0, self.line.free()), **kw)
 
 @patch
@@ -405,6 +405,7 @@ def _beats(self:Rounds):
         for desk in list(self._desks.values()):
             if (desk.live or desk.unwritten) and not desk.beating: desk.beating = True; self.house.submit(self._beat, desk)
         self._close_idle()
+        self._see_to_timeouts()
         time.sleep(tick)
 
 @patch

@@ -41,6 +41,7 @@ class Outcome:
     error: str = None # One line
     log: str = None # Traceback
     delay: float = 0 # Seconds until the next attempt, when there is one
+    recorded: bool = False # Has the task committed it by itself?
 
     @property
     def status(self) -> Status: return _after.get(self.kind, Status.pending)

@@ -11,15 +11,15 @@ __all__ = ['registry', 'is_async', 'stands_for_itself', 'captures', 'Task', 'Tas
            'Registry', 'task']
 
 # %% ../../nbs/jobs/07_tasks.ipynb #2cb1b8ff
-import difflib, functools, inspect, os, threading
+import difflib, functools, inspect, os, sys, threading
 from fastcore.basics import patch
 from tenacity.wait import wait_base
 from ..db_connect import FhSaasError
 from .arguments import BadPayload, Signature
 from .context import JobContext
-from .options import checked, text
+from .options import InvalidJob, checked, text, whole
 from .payload import NotJson, clean
-from .retries import backoff as default_backoff
+from .retries import backoff as default_backoff, check_policy
 
 # %% ../../nbs/jobs/07_tasks.ipynb #8657573a
 def _bare(f):
@@ -47,19 +47,26 @@ class Task:
     def __init__(self, func, name:str,
         backoff:wait_base=default_backoff,
         aliases=(), # Names it had before
+        on_error:dict=None, # Exception class -> what it means for the job
+        isolate:dict=None, # In a process of its own, with so much `memory` in MiB
+        rate:tuple=None, # Starts, and in how many seconds, of each tenant
         **defaults, # `queue`, `priority` and the like of its jobs
     ):
-        self.func, self.name, self.backoff, self.is_async = func, name, backoff, is_async(func)
-        self.aliases, self.defaults = tuple(aliases), defaults
+        self.func, self.name, self.backoff, self.is_async = func, name, backoff, is_async(func) and isolate is None
+        self.aliases, self.on_error, self.isolate, self.rate, self.defaults = tuple(aliases), on_error or {}, isolate, rate, defaults
         self.signature = Signature(func, JobContext)
         self.params, self.job_param = self.signature.params, self.signature.context
 
     def __repr__(self): return f'Task({self.name!r})'
 
+    @property
+    def said(self) -> dict: # Everything that `@task` was told
+        return dict(backoff=self.backoff, aliases=self.aliases, on_error=self.on_error, isolate=self.isolate, rate=self.rate, **self.defaults)
+
     def of(self, func):
         "This task, as `func` runs it: what a handle brings may be another than what has the name now"
         if func is None or func is self.func or getattr(func, '__code__', 0) is getattr(self.func, '__code__', None): return self
-        return Task(func, self.name, self.backoff, self.aliases, **self.defaults)
+        return Task(func, self.name, **self.said)
 
     def arguments(self, payload:dict, job:JobContext=None) -> dict:
         "The keyword arguments of a call, from a row, with the context where the task wants it"
@@ -106,7 +113,7 @@ def _same(a, b) -> bool:
 # %% ../../nbs/jobs/07_tasks.ipynb #ffbedc36
 class Registry:
     "What the names in rows mean in this process"
-    def __init__(self): self._tasks, self._types, self._lock, self._names = {}, {}, threading.Lock(), ((), ())
+    def __init__(self): self._tasks, self._types, self._lock, self._names, self.rates = {}, {}, threading.Lock(), ((), ()), {}
 
 # %% ../../nbs/jobs/07_tasks.ipynb #7a840be7
 @patch
@@ -118,7 +125,7 @@ def meet(self:Registry, func, name:str=None, **options) -> Task:
     if not name: raise NoTaskName(f"a {type(func).__name__} object has no name of its own: register it with task('a_name')(…)")
     old = self._other(name, func)
     if old is None: return Task(func, name, **options)
-    return old if old.func is func and not options else Task(func, name, **dict(backoff=old.backoff, aliases=old.aliases, **old.defaults) | options)
+    return old if old.func is func and not options else Task(func, name, **old.said | options)
 
 @patch
 def _other(self:Registry, name, func) -> Task:
@@ -142,7 +149,7 @@ def add(self:Registry, func, name:str=None, **options) -> Task:
     with self._lock:
         t = self.meet(func, name, **options)
         for n in t.aliases: self._other(n, func)
-        new = not {t.name, *t.aliases} <= self._tasks.keys()
+        new = not {t.name, *t.aliases} <= self._tasks.keys() or t.rate != self.rates.get(t.name)
         self._tasks |= dict.fromkeys((t.name, *t.aliases), t)
         if new: self._refresh()
     return t
@@ -156,7 +163,9 @@ def file_under(self:Registry, job_type:str, name:str):
         self._refresh()
 
 @patch
-def _refresh(self:Registry): self._names = tuple(sorted(self._tasks)), tuple(sorted({*self._tasks, *(t for t, n in self._types.items() if n)}))
+def _refresh(self:Registry):
+    self._names = tuple(sorted(self._tasks)), tuple(sorted({*self._tasks, *(t for t, n in self._types.items() if n)}))
+    self.rates = {t.name: t.rate for t in self._tasks.values() if t.rate}
 
 # %% ../../nbs/jobs/07_tasks.ipynb #a6785391
 @patch(as_prop=True)
@@ -189,19 +198,42 @@ def task(
     concurrency_key=None, # Text, or a function of the arguments that gives it
     tags=None, # Words to find its jobs by
     aliases=(), # Names it had before: rows that wait under them are its own
+    on_error:dict=None, # What exceptions mean, see `fh_saas.jobs.retries`
+    rate:tuple=None, # At most so many starts in so many seconds, of each tenant: `(10, 60)`
+    isolate:str=None, # 'process': each attempt runs in a process of its own, which can be killed
+    memory:int=None, # Most MiB such a process may take
 ):
     "Register a function as a task; it stays a plain function"
     options = checked(queue=queue, priority=priority, max_retries=max_retries, timeout=timeout, unique=unique, concurrency_key=concurrency_key, tags=tags)
     aliases = (aliases,) if isinstance(aliases, str) else tuple(aliases)
     for n in aliases: text('alias', n, 200)
+    own = dict(on_error=check_policy(on_error), rate=_rate(rate), isolate=_isolation(isolate, memory))
     def register(func, name=None):
+        if own['isolate'] is not None: _importable(func)
         if name is not None: func.__task_name__ = name
-        registry.add(func, name, backoff=backoff, aliases=aliases, **options)
+        registry.add(func, name, backoff=backoff, aliases=aliases, **own, **options)
         for door in ('submit', 'asubmit'): hasattr(func, door) or setattr(func, door, _door(func, door))
         return func
     if callable(name): return register(name)
     if name is not None and not (isinstance(name, str) and 0 < len(name) <= 200): raise ValueError(f"{name!r} is not a task name: use text of 1 to 200 characters")
     return lambda func: register(func, name)
+
+def _rate(rate):
+    if rate is None: return None
+    if not isinstance(rate, (tuple, list)) or len(rate) != 2: raise InvalidJob(f"rate={clean(repr(rate), 80)}: use (starts, seconds), for example (10, 60)")
+    return whole('rate: starts', rate[0], 1, 1_000_000), whole('rate: seconds', rate[1], 1, 30*86400)
+
+def _isolation(isolate, memory):
+    if isolate not in (None, 'process'): raise InvalidJob(f"isolate={clean(repr(isolate), 80)}: use 'process' or leave it out")
+    if memory is not None and isolate is None: raise InvalidJob("memory is limited in a process of its own only: isolate='process'")
+    return None if isolate is None else dict(memory=None if memory is None else whole('memory', memory, 16, 10_000_000))
+
+def _importable(func):
+    "A process of its own has to find the function by importing its module"
+    main = sys.modules.get('__main__')
+    lost = func.__module__ == '__main__' and not (getattr(main, '__file__', None) or getattr(main, '__spec__', None))
+    if lost or stands_for_itself(func) or '<' in func.__qualname__: raise InvalidJob(f"isolate='process': {func!r} is not at the top of a module that can be imported")
+    func.__task_isolated__ = True
 
 def _door(func, name):
     def submit(manager, /, **task_kwargs): return getattr(manager, name)(func, **task_kwargs)

@@ -1,0 +1,336 @@
+"What ends an attempt: its time, its memory, its own completion; and what an exception means."
+import asyncio, json, logging, os, sys, threading, time
+from datetime import date
+from pathlib import Path
+import pytest
+import sqlalchemy as sa
+from fastsql import Database
+from tenacity import wait_fixed
+from fh_saas.db_host import seconds
+from fh_saas.jobs import recorder, tasks
+from fh_saas.jobs.masking import hide, mask, masked, secret_values
+from fh_saas.jobs.options import InvalidJob
+from fh_saas.jobs.retries import Cancel, Permanent, RetryAfter, Snooze, TaskSignal
+from fh_saas.jobs.tasks import Registry, task
+from fh_saas.utils_bgtsk import BackgroundTaskManager, JobFailed
+from conftest import wait_until
+
+sys.path.insert(0, str(Path(__file__).parent/'children'))
+import isolated  # noqa: E402
+
+def call(bg): return bg.func(*bg.args)
+def outcomes(m, id): return [a['outcome'] for a in m.attempts(id)]
+
+@pytest.fixture
+def crew(url, new_engine):
+    "A manager whose engine knows the isolated tasks"
+    db = Database(url)
+    m = BackgroundTaskManager(db, new_engine(tasks.registry))
+    yield m
+    db.conn.close(); db.engine.dispose()
+
+# --- Timeouts
+
+@pytest.mark.parametrize('n', [1, 2])
+def test_an_async_task_is_cancelled_when_its_time_is_over(manager, n):
+    ended = []
+    async def f():
+        try: await asyncio.sleep(60)
+        finally: ended.append(1)
+    id, bg = manager.submit('t', f, n, timeout=1)
+    begun = time.monotonic()
+    asyncio.run(bg())
+    job = manager.get_job(id)
+    assert 0.9 < time.monotonic() - begun < 5 and ended == [1]
+    assert (job.status, job.retry_count, outcomes(manager, id)) == (('failed', 1, ['failed']) if n == 1 else ('pending', 1, ['retry'])) and job.error_message == 'TimedOut: took longer than its timeout of 1 s'
+
+def test_a_sync_task_ends_where_it_reports(manager):
+    def f(job):
+        while True: job.progress(1); time.sleep(0.01)
+    id, _ = manager.submit('t', f, 1, timeout=1)
+    manager.engine.attend(manager.store)
+    manager.store.write(lambda cur, now: cur.execute('UPDATE tenant_jobs SET run_at = created_at') and None)
+    manager.engine.attend(manager.store)
+    job = manager.wait(id, 10)
+    assert job.error_message.startswith('TimedOut: took longer than its timeout of 1 s') and manager.engine._stuck == 0
+
+def test_one_that_does_not_listen_is_given_up_and_its_result_dropped(new_url, new_manager, caplog):
+    m, go, done = new_manager(new_url(), concurrency=1, handoff=0), threading.Event(), []
+    def deaf(): go.wait(20); done.append(1); return 'late'
+    def other(): return 1
+    id, _ = m.submit('t', deaf, 1, timeout=1)
+    wait_until(lambda: m.get_job(id).status == 'running')
+    behind, _ = m.submit('t', other)
+    assert m.wait(behind, 10).status == 'completed'  # the only place was free again
+    job = m.get_job(id)
+    assert job.status == 'failed' and job.error_message == 'TimedOut: took longer than its timeout of 1 s, and did not stop' and not done
+    stale = m.engine.stale
+    go.set()
+    wait_until(lambda: m.engine.stale == stale + 1)
+    assert m.get_job(id).result is None and outcomes(m, id) == ['failed'] and m.engine._stuck == 0
+
+def test_too_many_stuck_threads_keep_their_places(new_sqlite, new_manager, monkeypatch):
+    monkeypatch.setattr(recorder, 'most_stuck', 1)
+    m, go = new_manager(new_sqlite(), concurrency=2, handoff=0), threading.Event()
+    def deaf(): go.wait(30)
+    ids = [m.submit('t', deaf, 1, timeout=1)[0] for _ in range(4)]
+    for id in ids[:3]: assert m.wait(id, 15).status == 'failed'
+    wait_until(lambda: m.engine._stuck == 3)
+    time.sleep(0.3)
+    assert m.get_job(ids[3]).status == 'pending' and m.engine.line.running == 2
+    go.set()
+    wait_until(lambda: m.engine._stuck == 0)
+    assert m.wait(ids[3], 15).status in ('completed', 'failed')
+
+def test_a_stubborn_coroutine_is_given_up_too(manager):
+    async def f():
+        until = time.monotonic() + 4
+        while time.monotonic() < until:
+            try: await asyncio.sleep(0.1)
+            except asyncio.CancelledError: continue
+        return 'late'
+    id, _ = manager.submit('t', f, 1, timeout=1)
+    manager.store.write(lambda cur, now: cur.execute('UPDATE tenant_jobs SET run_at = created_at') and None)
+    manager.engine.attend(manager.store)
+    assert manager.wait(id, 10).error_message.endswith('did not stop')
+    wait_until(lambda: not manager.engine._stuck)
+    assert manager.get_job(id).result is None
+
+def test_in_time_nothing_happens(manager):
+    async def f(): await asyncio.sleep(0.1); return 1
+    def g(): time.sleep(0.1); return 1
+    ids = [manager.submit('t', x, timeout=1) for x in (f, g)]
+    for _, bg in ids: asyncio.run(bg())
+    time.sleep(1.2)
+    assert [manager.get_job(id).status for id, _ in ids] == ['completed', 'completed']
+
+@pytest.mark.parametrize('bad', [0, -1, 0.5, '5', True, 10**9])
+def test_a_bad_timeout(lite, bad):
+    with pytest.raises(InvalidJob, match='timeout'): lite.submit('t', print, timeout=bad)
+    with pytest.raises(InvalidJob, match='timeout'): task('x', timeout=bad)
+
+# --- A process of its own
+
+def test_it_is_like_any_other_task(crew):
+    id, bg = crew.submit('good', n=3, at=date(2026, 1, 31))
+    call(bg)
+    assert crew.result(id, 20) == isolated.Sheet(date(2026, 1, 31), 3)
+    job = crew.get_job(id)
+    assert job.status == 'completed_with_warnings' and job.progress_percent == 100 and json.loads(job.details)['pid'] != os.getpid()
+    assert [l['message'] for l in crew.logs(id)] == ['step 0', 'step 1', 'step 2', 'one price is missing']
+    id, bg = crew.submit('agood', n=5)
+    asyncio.run(bg())
+    assert crew.result(id, 20) == 5
+
+@pytest.mark.parametrize('how,status,said', [('exit', 'failed', 'ChildDied: .* exit code 7'), ('segv', 'failed', 'ChildDied: .* SIGSEGV'), ('raise', 'failed', 'ValueError: no'), ('permanent', 'failed', 'Permanent: never'),
+    ('system exit', 'failed', 'SystemExit: 3'), ('result', 'failed', 'cannot be stored'), ('flood', 'failed', '20,000,002 bytes'), ('snooze', 'pending', 'again in 77 s')])
+def test_what_it_breaks_is_its_own(crew, how, status, said):
+    id, bg = crew.submit('bad', isolated.bad, 1, how=how)
+    call(bg)
+    job = crew.get_job(id)
+    assert job.status == status
+    assert job.error_message is None if status == 'pending' and not job.error_message else __import__('re').search(said, job.error_message)
+
+def test_it_is_killed_when_its_time_is_over(crew):
+    id, bg = crew.submit('loops', isolated.loops, 1, timeout=1)
+    begun = time.monotonic()
+    call(bg)
+    assert crew.get_job(id).error_message.startswith('TimedOut: took longer than its timeout of 1 s') and time.monotonic() - begun < 6 and not crew.engine._stuck
+
+@pytest.mark.parametrize('name', ['sleeps', 'asleeps', 'loops'])
+def test_it_is_killed_when_it_is_cancelled(crew, name):
+    id, bg = crew.submit(name)
+    threading.Thread(target=call, args=(bg,)).start()
+    wait_until(lambda: crew.get_job(id).status == 'running')
+    if name != 'loops': time.sleep(1)
+    crew.cancel(id)
+    job = crew.wait(id, 10)
+    assert job.status == 'cancelled' and not wait_until(lambda: crew.engine.idle, 10) is False
+    if name == 'asleeps': assert [l['message'] for l in crew.logs(id)] == ['cleaned up']
+
+def test_it_takes_no_more_memory_than_it_may(crew):
+    id, bg = crew.submit('hungry', isolated.hungry, 1, mib=50)
+    call(bg)
+    assert crew.get_job(id).status == 'completed'
+    id, bg = crew.submit('hungry', isolated.hungry, 1, mib=500)
+    call(bg)
+    assert crew.get_job(id).error_message == 'MemoryError'
+
+def test_it_can_commit_its_completion_and_die(crew):
+    with crew.transaction() as tx: tx.exec_driver_sql('CREATE TABLE own (n INTEGER)')
+    id, bg = crew.submit('commits', isolated.commits)
+    call(bg)
+    job = crew.get_job(id)
+    with crew.transaction() as tx: rows = tx.exec_driver_sql('SELECT count(*) FROM own').scalar()
+    assert (job.status, job.result, rows, outcomes(crew, id), [l['message'] for l in crew.logs(id)]) == ('completed', '"committed"', 1, ['completed'], ['before'])
+
+def test_it_ends_with_the_process_that_started_it(url, tmp_path):
+    import subprocess, signal
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(isolated.__file__).parent)!r})
+import isolated, time
+from fastsql import Database
+from fh_saas.utils_bgtsk import BackgroundTaskManager
+m = BackgroundTaskManager(Database({url!r}))
+id, bg = m.submit('sleeps', isolated.sleeps)
+print(id, flush=True)
+bg.func(*bg.args)
+"""
+    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+    id = p.stdout.readline().strip()
+    m = BackgroundTaskManager(Database(url))
+    pid = int(wait_until(lambda: m.logs(id), 20)[0]['item'])
+    os.kill(p.pid, signal.SIGKILL); p.wait()
+    def gone():
+        try: return Path(f'/proc/{pid}/stat').read_text().split()[2] == 'Z'
+        except OSError: return True
+    wait_until(gone, 10)
+
+def test_what_cannot_be_isolated():
+    def inner(): pass
+    for f in (inner, lambda: 1, isolated.Sheet(1, 2).__eq__):
+        with pytest.raises(InvalidJob, match='top of a module'): task('inner', isolate='process')(f)
+    for kw in (dict(isolate='thread'), dict(memory=100), dict(isolate='process', memory=1), dict(isolate='process', memory='1G')):
+        with pytest.raises(InvalidJob): task('inner', **kw)
+
+# --- What an exception means
+
+class Busy(OSError): pass
+class Gone(Busy): pass
+
+@pytest.mark.parametrize('e,kind,delay', [(PermissionError('no'), 'failed', 0), (Busy('later'), 'retry', 60), (Gone('x'), 'cancelled', 0), (OSError('plain'), 'retry', 2), (KeyError('k'), 'retry', 7), (ValueError('snooze'), 'snooze', 5), (ValueError('other'), 'retry', 2),
+    (ZeroDivisionError(), 'retry', 2), (Permanent('own word'), 'failed', 0), (ArithmeticError(), 'retry', 2)])
+def test_the_policy_of_a_task(lite, e, kind, delay):
+    def f(): raise e
+    def broken(e): raise RuntimeError
+    policy = {PermissionError: Permanent, Busy: RetryAfter(60), Gone: Cancel, LookupError: wait_fixed(7), ValueError: lambda e: Snooze(5) if 'snooze' in str(e) else None, ArithmeticError: broken, TaskSignal: RetryAfter(1)}
+    lite.engine.registry.add(f, f.__qualname__, on_error=policy)
+    id, bg = lite.submit('t', f)
+    o = call(bg)
+    assert (o.kind, o.delay) == (kind, delay) and (kind == 'snooze' or type(e).__name__ in o.error or kind in ('failed', 'cancelled'))
+
+@pytest.mark.parametrize('bad', [{ValueError: 5}, {'ValueError': Permanent}, {int: Permanent}, {KeyboardInterrupt: Permanent}])
+def test_a_policy_that_says_nothing(bad):
+    with pytest.raises(TypeError, match='on_error'): task('x', on_error=bad)
+
+# --- Completion in the task's own transaction
+
+@pytest.fixture
+def own(manager):
+    with manager.transaction() as tx: tx.exec_driver_sql('CREATE TABLE own (n INTEGER)')
+    return manager
+
+def rows(m):
+    with m.store.cursor() as cur: return cur.execute('SELECT count(*) FROM own').fetchone()[0]
+
+def put(conn): conn.execute(sa.text('INSERT INTO own VALUES (1)'))
+
+@pytest.mark.parametrize('then', ['return', 'raise', 'warn'])
+@pytest.mark.parametrize('how', ['begin', 'db'])
+@pytest.mark.parametrize('kind', ['sync', 'async'])
+def test_rows_and_completion_are_committed_together(own, then, how, kind):
+    def f(job):
+        if then == 'warn': job.warn('w')
+        if how == 'begin':
+            with job.begin() as conn: put(conn); job.complete(conn, {'n': 1})
+        else: put(job.db.conn); job.complete(job.db, {'n': 1}); job.db.conn.commit()
+        if then == 'raise': raise ZeroDivisionError
+        return 'ignored'
+    async def g(job): return f(job)
+    id, bg = own.submit('t', f if kind == 'sync' else g)
+    asyncio.run(bg())
+    job = own.get_job(id)
+    assert (job.status, json.loads(job.result), rows(own), job.retry_count, len(own.attempts(id))) == ('completed_with_warnings' if then == 'warn' else 'completed', {'n': 1}, 1, 0, 1)
+    assert own.engine.stale == 0
+
+def test_rolled_back_it_was_never_said(own):
+    def f(job):
+        if job.attempt == 1:
+            with job.begin() as conn: put(conn); job.complete(conn); raise ZeroDivisionError
+        with job.begin() as conn: put(conn); job.complete(conn); conn.rollback()
+        return 'by itself'
+    id, bg = own.submit('t', f)
+    assert call(bg).kind == 'retry' and rows(own) == 0
+    assert call(bg).kind == 'completed' and rows(own) == 0 and own.get_job(id).result == '"by itself"'
+
+def test_who_has_lost_the_job_commits_nothing(own):
+    def f(job):
+        own.store.write(lambda cur, now: cur.execute("UPDATE tenant_jobs SET claim_token = 'another'") and None)
+        with job.begin() as conn: put(conn); job.complete(conn)
+    id, bg = own.submit('t', f)
+    call(bg)
+    assert rows(own) == 0 and own.get_job(id).status == 'running' and own.engine.stale == 1
+
+def test_a_cancelled_job_commits_nothing(own):
+    def f(job):
+        own.cancel(job.id)
+        wait_until(lambda: job.should_stop, 10)
+        with job.begin() as conn: put(conn); job.complete(conn)
+    id, bg = own.submit('t', f)
+    call(bg)
+    assert rows(own) == 0 and own.get_job(id).status == 'cancelled'
+
+def test_each_thread_has_a_database_that_is_closed_at_the_end(own):
+    seen = []
+    def f(job):
+        def use(): seen.append(job.db); put(job.db.conn); job.db.conn.commit()
+        t = threading.Thread(target=use); t.start(); t.join()
+        use()
+        put(job.db.conn)  # never committed
+        return len({id(db) for db in seen})
+    job_id, bg = own.submit('t', f)
+    call(bg)
+    assert own.get_job(job_id).error_log is None
+    assert own.get_job(job_id).result == '2' and rows(own) == 2 and all(db.conn.closed for db in seen)
+
+# --- Secrets
+
+@pytest.mark.parametrize('text,shown', [
+    ('postgresql://ada:pa55@h/db', 'postgresql://ada:***@h/db'), ('GET https://h/?api_key=abcd&x=1', 'GET https://h/?api_key=***&x=1'), ('{"Password": "a b", "n": 1}', '{"Password": ***, "n": 1}'), ("client_secret='x y'", 'client_secret=***'),
+    ('X-Auth-Token: abc', 'X-Auth-Token: ***'), ('Bearer abcdefgh123', '***'), ('eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.abc', '***'), ('key AKIAABCDEFGHIJKLMNOP', 'key ***'), ('sk_live_abcdefgh', '***'), ('-----BEGIN RSA PRIVATE KEY-----\nMII\n-----END RSA PRIVATE KEY-----', '***'),
+    ('token ring', 'token ring'), ('2 tokens left', '2 tokens left'), ('https://h:8080/x@y', 'https://h:8080/x@y'), ('nothing', 'nothing'), ('', '')])
+def test_secrets_by_name_and_by_looks(text, shown): assert mask(text) == shown
+
+def test_hostile_text_is_masked_in_no_time():
+    for s in ('a'*50_000, '_'*50_000, 'token'*10_000, 'a-'*25_000, 'x://'*12_000, 'eyJ'*16_000, '"'*50_000, 'secret: "' + '\\'*50_000, 'sk_live_'*6000, 'password = '*5000, '-----BEGIN PRIVATE KEY-----'*1800):
+        begun = time.perf_counter()
+        mask(s)
+        assert time.perf_counter() - begun < 2, s[:20]  # milliseconds; minutes without bounds in the patterns
+
+def test_nothing_that_is_recorded_holds_a_secret_of_the_arguments(manager, caplog):
+    caplog.set_level(logging.INFO)
+    def f(user, api_key, db, job):
+        job.progress(5, f'as {api_key}')
+        job.log(f'login {user} {api_key}', item=api_key)
+        job.warn(f'{db["password"]!r} is weak')
+        raise ConnectionError(f'{api_key} {db["password"]} https://u:other@h/')
+    id, bg = manager.submit('t', f, user='ada', api_key='q7Yb2-x', db=dict(password='hunter\n"2"', port=5))
+    call(bg)
+    shown = json.dumps([manager.get_job(id).error_message, manager.get_job(id).error_log, manager.get_job(id).progress_message, manager.logs(id), manager.attempts(id), manager.arguments(id)]) + caplog.text
+    assert not [s for s in ('q7Yb2', 'hunter', 'other@') if s in shown] and 'ada' in shown and manager.arguments(id) == dict(user='ada', api_key='***', db=dict(password='***', port=5))
+
+def test_names_and_patterns_can_be_added(monkeypatch):
+    from fh_saas.jobs import masking
+    monkeypatch.setattr(masking, '_names', masking._names[:]); monkeypatch.setattr(masking, '_custom', []); monkeypatch.setattr(masking, '_assigned', masking._assigned)
+    assert mask('IBAN: DE1') == 'IBAN: DE1'
+    hide('iban', patterns=r'\bX\d{4}\b')
+    assert mask('customer_iban = DE1, X1234') == 'customer_iban = ***, ***' and masked(dict(IBAN=1)) == dict(IBAN='***')
+    assert secret_values('not json') == () and secret_values('{"iban": ["DE1234", null, true]}') == ('DE1234',)
+    with pytest.raises(ValueError): hide('-')
+
+# --- Rates
+
+def test_the_rate_of_a_task(new_url, new_manager):
+    m, done = new_manager(new_url(), handoff=0), []
+    def mail(n): done.append(n)
+    m.engine.registry.add(mail, mail.__qualname__, rate=(2, 60))
+    for n in range(5): m.submit('t', mail, n=n)
+    other, _ = m.submit('t', print)
+    assert m.wait(other, 10).status == 'completed'
+    wait_until(lambda: len(done) == 2)
+    time.sleep(0.5)
+    assert len(done) == 2
+
+@pytest.mark.parametrize('bad', [5, (1,), (0, 1), (1, 0), ('1', 1), '10/m'])
+def test_a_bad_rate(bad):
+    with pytest.raises(InvalidJob, match='rate'): task('x', rate=bad)
