@@ -11,15 +11,20 @@ Modules:
 - `fh_saas.jobs.child`: What runs at the other end of the pipe.
 - `fh_saas.jobs.context`: What a running task can say about itself, and learn about its job.
 - `fh_saas.jobs.engine`: Claim, attempt, record, in threads of its own.
+- `fh_saas.jobs.events`: What happens to jobs, told to whoever wants to know, after it is on the disk.
 - `fh_saas.jobs.following`: A job in a transaction that is still open: looked for until it is there, or is known never to be.
 - `fh_saas.jobs.isolation`: An attempt in a process of its own: what it breaks is its own, and it can be killed.
 - `fh_saas.jobs.joining`: A job that is written into a transaction of the app's: it exists exactly if the rows beside it do.
 - `fh_saas.jobs.masking`: Secrets are not shown: not in an error, not in a log line, not on a page.
 - `fh_saas.jobs.notice`: What is said around a commit, so that somebody looks after a new job.
 - `fh_saas.jobs.retries`: How long a failed job waits, and how a task says what its failure means.
+- `fh_saas.jobs.statistics`: How many jobs wait, for how long, and how long they take: by queue and by task.
 - `fh_saas.jobs.steering`: Cancel, retry, rerun, move and delete jobs, one or many.
 - `fh_saas.jobs.tasks`: Functions under stable names, checked against what they are called with.
 - `fh_saas.jobs.unique`: Two clicks, one job: the same one is not submitted twice, however many submit at once.
+- `fh_saas.ops.cli_jobs`: `fh-saas jobs`, `job`, `stats`, `cancel`, `retry`, `rerun`, `move`, `remove`: a tenant's jobs, seen and steered by an operator.
+- `fh_saas.pytest_plugin`: Fixtures for the tests of an app, found by pytest as soon as fh_saas is installed.
+- `fh_saas.testing`: Jobs in the tests of an app: nothing runs by itself, nothing sleeps, and the clock is yours.
 - `fh_saas.utils_bgtsk`: The door: submit a job from a route, and ask how it is doing.
 - `fh_saas.workers.runner`: The engine as a part of the web process: it starts and stops with the app and serves all tenants of a host."""
 

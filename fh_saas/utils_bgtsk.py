@@ -29,6 +29,7 @@ from .db_connect import DatabaseBusy, check_url, writing
 from .db_host import JobRecord, gen_id, timestamp
 from .jobs.asking import Asking, JobFailed, JobNotFound, StillRunning  # noqa: F401 what a manager raises, for those who catch it
 from .jobs.engine import Engine, default_engine
+from .jobs.events import event_of, events
 from .jobs.following import Followed
 from .jobs.notice import QueueClosed, hint, open_for, ring, slow, soon  # noqa: F401
 from .jobs.options import InvalidJob, Unique, checked, checks, text  # noqa: F401
@@ -156,10 +157,14 @@ def _committed(self:BackgroundTaskManager, op, said, served, begun, conn=None):
     tenancy, queue = engine.tenancy(store), job.get('queue', 'default')
     def told(there=True):
         if not there: return self._dropped(op)
+        _tell(store, op, said)
         engine.attend(store, soon(job, op.delay))
         if not served or conn is not None or slow(tenancy, begun): ring(tenancy, job.get('run_at'), queue)
     if conn is None: return told()
     engine.follow(Followed(store, [said.get('found') or op.jobs[-1]['id']], conn, told))
+
+def _tell(store, op, said):
+    if events and 'found' not in said: events.tell(*(event_of('submitted', store.tenant, job, status='pending') for job in op.jobs))
 
 @patch
 def _explain(self:BackgroundTaskManager, e):
@@ -182,7 +187,7 @@ def submit(self:BackgroundTaskManager,
 @patch
 def _handle(self:BackgroundTaskManager, op, said, task_func):
     job_id, at = said.get('found') or op.jobs[0]['id'], said.get('run_at') if 'found' in said else op.jobs[0].get('run_at') or said.get('waits')
-    return job_id, JobTask(self, job_id, task_func, is_new='found' not in said, later=bool(at) and at > timestamp())
+    return job_id, JobTask(self, job_id, task_func, is_new='found' not in said, later=bool(at) and at > timestamp(time.time() + self.store.kind.ahead))
 
 # %% ../nbs/02_utils_bgtsk.ipynb #4a139a1e
 @patch
@@ -267,6 +272,8 @@ async def _astored(self:BackgroundTaskManager, op):
     except DatabaseBusy as e: self._dropped(op); self._explain(e)
     except Exception: self._dropped(op); raise
     job = op.jobs[0] | said
+    if 'found' in said: self._dropped(op)
+    _tell(store, op, said)
     engine.attend(store, soon(job, op.delay))
     if tenancy and (not served or slow(tenancy, begun)): await in_thread(ring, tenancy, job.get('run_at'), queue)
     return said

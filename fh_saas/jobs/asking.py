@@ -14,12 +14,13 @@ import asyncio, json, time
 from fastcore.basics import patch
 from ..db_connect import FhSaasError
 from ..db_host import JobRecord, timestamp
-from .options import whole
+from .options import InvalidJob, whole, word
 from .masking import masked
 from .payload import clean, from_json
 from .states import Status, final, shown_state
 from .store import JobNotFound  # noqa: F401 what get_job raises, for those who catch it
 from .tasks import Task
+import fh_saas.jobs.statistics  # noqa: F401 gives a store `open_jobs`, `lately` and `by_status`
 
 # %% ../../nbs/jobs/19_asking.ipynb #a8a2e038
 class Asking: "The part of a manager that says how jobs are doing"
@@ -34,16 +35,21 @@ def list_jobs(self:Asking,
     job_type:str=None, # Only this type
     status:str=None, # Only this status
     limit:int=100, # At most so many; None for all
+    offset:int=0, # Without the newest so many
+    **only, # Only with these values in the columns `task`, `queue`, `triggered_by`, `rerun_of`, or with this `tag`
 ) -> list[JobRecord]:
     "Jobs, the newest first"
     if limit is not None: whole('limit', limit, 0, 2**31-1)
-    only = {k: str(v) for k, v in dict(job_type=job_type, status=status).items() if v}
-    return [self.job_class(**r) for r in self.store.list(limit, **only)]
+    whole('offset', offset, 0, 2**31-1)
+    if odd := only.keys() - {'task', 'queue', 'triggered_by', 'rerun_of', 'tag'}: raise InvalidJob(f"list_jobs: {', '.join(sorted(odd))} is no filter: use job_type, status, task, queue, triggered_by, rerun_of or tag")
+    if only.get('tag'): word('tag', only['tag'])
+    only = {k: str(v) for k, v in dict(job_type=job_type, status=status, **only).items() if v}
+    return [self.job_class(**r) for r in self.store.list(limit, offset, **only)]
 
 @patch
 def state(self:Asking, job:JobRecord) -> str:
     "The job's state in words: its status, or `waiting` (for a task nobody here has registered), `scheduled`, `retrying`, `snoozed`, `cancelling`"
-    return shown_state(job, timestamp(), self.engine.registry.names[1])
+    return shown_state(job, timestamp(time.time() + self.store.kind.ahead), self.engine.registry.names[1])
 
 # %% ../../nbs/jobs/19_asking.ipynb #885bcfeb
 @patch
@@ -68,6 +74,15 @@ def logs(self:Asking,
 def _none_of(self:Asking, job_id) -> list:
     self.store.get(job_id)  # an unknown id is an error, a job that has none is not
     return []
+
+# %% ../../nbs/jobs/19_asking.ipynb #84df131d
+@patch
+def stats(self:Asking,
+    sample:int=10_000, # How many of the last attempts to look at
+) -> dict: # `queues` as `Store.open_jobs`, `tasks` as `Store.lately`, `statuses` as `Store.by_status`
+    "Queues and tasks in numbers: what waits and for how long, how attempts went and how long they took"
+    s = self.store
+    return dict(queues=s.open_jobs(), tasks=s.lately(whole('sample', sample, 0, 1_000_000)), statuses=s.by_status())
 
 # %% ../../nbs/jobs/19_asking.ipynb #d1a208a9
 class StillRunning(FhSaasError, TimeoutError): "The job has not ended yet."

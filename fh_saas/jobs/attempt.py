@@ -13,6 +13,7 @@ from dataclasses import replace
 from fastcore.basics import patch
 from tenacity.wait import wait_base
 from .context import JobContext, current
+from .events import event_of, events
 from .isolation import in_child
 from .payload import NotJson, TooLarge, describe, from_json
 from .retries import Cancel, Permanent, RetryAfter, Snooze, TaskSignal, TimedOut, meaning, wait_after
@@ -68,6 +69,7 @@ def _call(self:Attempt):
 @patch
 def _begins(self:Attempt):
     self.ctx.leave_if_cancelled()
+    if events: events.tell(event_of('started', self.store.tenant, self.row))
     if self.row['timeout']: self.deadline = time.monotonic() + self.row['timeout']
 
 @patch

@@ -55,7 +55,7 @@ def compiled(
 # %% ../../nbs/jobs/04_commit.ipynb #3935974e
 class SQLite:
     "Writers wait for the lock before they begin; the process's clock is the clock"
-    name, dialect, insert = 'sqlite', sqlite.dialect(), staticmethod(sqlite.insert)
+    name, dialect, insert, ahead = 'sqlite', sqlite.dialect(), staticmethod(sqlite.insert), 0.0  # ahead: seconds, in a test that moves the clock
     def file(self, url):
         try: st = os.stat(url.database.removeprefix('file:'))
         except OSError: return None
@@ -63,9 +63,9 @@ class SQLite:
     def alive(self, conn): return True
     def begin(self, cur):
         cur.execute('BEGIN IMMEDIATE')
-        return time.time()
+        return time.time() + self.ahead
     def snapshot(self, cur): cur.execute('BEGIN')
-    def now(self, cur): return time.time()
+    def now(self, cur): return time.time() + self.ahead
     def alone(self, cur): return  # a writer is alone anyway
     def alone_with(self, cur, key): return
     def try_alone(self, cur, key): return True
@@ -74,7 +74,7 @@ class SQLite:
 
 class PostgreSQL:
     "Rows that others hold are skipped; the server's clock is the clock"
-    name, dialect, insert = 'postgresql', psycopg.dialect(), staticmethod(postgresql.insert)
+    name, dialect, insert, ahead = 'postgresql', psycopg.dialect(), staticmethod(postgresql.insert), 0.0
     def file(self, url): return None
     def alive(self, conn):
         try: return bool(conn.execute('SELECT 1'))
@@ -82,9 +82,9 @@ class PostgreSQL:
     def begin(self, cur):
         cur.execute('BEGIN; SELECT extract(epoch FROM clock_timestamp())')  # one trip to the server
         cur.nextset()
-        return float(cur.fetchone()[0])
+        return float(cur.fetchone()[0]) + self.ahead
     def snapshot(self, cur): cur.execute('BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY')
-    def now(self, cur): return float(cur.execute('SELECT extract(epoch FROM clock_timestamp())').fetchone()[0])
+    def now(self, cur): return float(cur.execute('SELECT extract(epoch FROM clock_timestamp())').fetchone()[0]) + self.ahead
     def alone(self, cur): cur.execute('SELECT pg_advisory_xact_lock(7307)')  # arbitrary, the same in every version
     def alone_with(self, cur, key): cur.execute('SELECT pg_advisory_xact_lock(7308, hashtext(%s))', [key])
     def try_alone(self, cur, key): return cur.execute('SELECT pg_try_advisory_xact_lock(7309, hashtext(%s))', [key]).fetchone()[0]

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from fastsql import Database
 from ..db_connect import open_engine, writing
 from ..db_host import timestamp
+from .events import event_of, events
 from .masking import mask, secret_values
 from .payload import clean, to_json
 from .retries import Cancel, Snooze, TimedOut
@@ -142,6 +143,7 @@ def note(self:JobContext) -> tuple: # The operation for `Store.write`, and what 
             self._lines = [l for l in self._lines if l not in lines]
             if self._progress == progress: self._progress = (None, None)
         self._seen = details
+        if events and progress != (None, None): events.tell(event_of('progressed', self.tenant, self.row, percent=progress[0], message=progress[1]))
     return self.store.note(self.row, progress, details, lines), written
 
 # %% ../../nbs/jobs/06_context.ipynb #ca7ce3b3

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from fastcore.basics import patch
 from ..db_connect import FhSaasError
 from ..db_host import timestamp
-from .store import PENDING, RUNNING, Store, bind, bound
+from .store import PENDING, RUNNING, Store, bind, bound, rows_of, tagged
 import fh_saas.jobs.claims  # noqa: F401 gives a store `_among`
 
 # %% ../../nbs/jobs/05_store_control.ipynb #526743d9
@@ -26,7 +26,7 @@ def nameless(task:str) -> bool:
     "Was this the name of a function that nobody can run again?"
     return fnmatchcase(task or '', _nameless)
 
-filters = (*_equal, 'since', 'until')  # columns, and bounds of `created_at`: from, and before
+filters = (*_equal, 'since', 'until', 'tag')  # columns, bounds of `created_at` (from, and before), one of the tags
 
 def _may(j, action):
     "The jobs to which `action` can be done"
@@ -36,7 +36,11 @@ def _may(j, action):
 def _within(j, only, but=()):
     "But not these tasks"
     others = [sa.or_(j.c.task.is_(None), j.c.task.not_in(but))] if but else []
-    return others + [j.c[k] == bind(k) if k in _equal else j.c.created_at >= bind(k) if k == 'since' else j.c.created_at < bind(k) for k in only]
+    def where(k):
+        if k in _equal: return j.c[k] == bind(k)
+        if k == 'tag': return tagged(j)
+        return j.c.created_at >= bind(k) if k == 'since' else j.c.created_at < bind(k)
+    return others + [where(k) for k in only]
 
 @patch
 def matching(self:Store, action:str, only:dict, n:int, but:tuple=()):
@@ -98,6 +102,12 @@ _why = dict(cancel='has ended', retry='only a failed or cancelled one is tried a
 
 @patch
 def _op(self:Store, action, new): return dict(cancel=self.cancelling, retry=self.retrying, delete=self.deleting, move=self.moving)[action](**new)
+
+@patch
+def these(self:Store, ids:list) -> list[dict]:
+    "The rows of these jobs, as far as they are there"
+    stmt = self.statement(('rows', self.t.jobs.name), lambda: sa.select(self.t.jobs).where(self._among()))
+    with self.cursor() as cur: return rows_of(stmt(cur, ids=self._list(ids)))
 
 @patch
 def act_on(self:Store, action:str, job_id:str, **new) -> dict: # What was changed: id and status

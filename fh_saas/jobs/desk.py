@@ -17,6 +17,7 @@ from ..db_host import gen_id
 from .attempt import Attempt
 from .claims import Room
 from .commit import SQLite
+from .events import event_of, events
 from .rules import Limits
 from .settings import Settings
 from .states import Outcome
@@ -218,6 +219,7 @@ def rescue(self:Desk):
     self.verify()
     if self.live: self.renew()  # what runs here is alive, however long the database was out of reach
     for row, o in self.store.rescue():
+        if events: events.tell(event_of('finished' if o.kind == 'failed' else 'retried', self.store.tenant, row, status=str(o.status), outcome=o.kind, error=o.error))
         log.warning('tenant=%s job=%s type=%s attempt=%s: taken back, %s', self.store.tenant, row['id'], row['job_type'], row['attempt'], o.kind)
 
 # %% ../../nbs/jobs/11_desk.ipynb #8c397a29

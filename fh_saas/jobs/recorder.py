@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from fastcore.basics import patch
 from ..db_connect import FhSaasError
 from .attempt import Attempt
+from .events import event_of, events
 from .payload import describe
 from .pool import settle
 from .retries import TimedOut
@@ -62,6 +63,7 @@ def _written(self:Recorder, a, written):
         self.stale += 1
         log.warning('%s: its outcome %r was dropped: the job is not its own any more', a, a.outcome.kind)
     elif written and a.outcome.status == 'pending': self.attend(a.store, a.outcome.delay)
+    if written and events: self.told_of(a.store, a.row, a.outcome)
     if a.done: settle(a.done, a.outcome if written else None)
 
 @patch
@@ -70,9 +72,23 @@ def _all_written(self:Recorder, desk, ends):
     for a in ends: (others if a.suspect or a.outcome.status == 'pending' else over).append(a)
     desk.let_go(*over, ended=True)
     for a in over: self._free_key(a)
+    if events: events.tell(*(_end_of(a.store, a.row, a.outcome) for a in over))
     for a in over:
         if a.done: settle(a.done, a.outcome)
     for a in others: self._written(a, True)
+
+def _end_of(store, row, o, status=None):
+    status = status or str(o.status)
+    return event_of('retried' if status == 'pending' else 'finished', store.tenant, row, status=status, outcome=o.kind, error=o.error)
+
+@patch
+def told_of(self:Recorder, store, row, o):
+    "Tell subscribers of the end of an attempt"
+    status = None
+    if o.status == 'pending':
+        try: status = store.get(row['id'])['status']  # it may have been cancelled in the row
+        except FhSaasError: return  # or be gone
+    if status in (None, 'pending', 'cancelled'): events.tell(_end_of(store, row, o, status))
 
 @patch
 def _free_key(self:Recorder, a):

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..db_host import JobRecord, gen_id
 from .control import WrongState, filters, nameless  # noqa: F401 what `cancel` and the like raise
 from .notice import hint, open_for, ring
-from .options import InvalidJob, checked, moment, text
+from .options import InvalidJob, checked, moment, text, word
 from .payload import clean, from_json, to_json
 from .store import Adding
 
@@ -86,7 +86,7 @@ def rerun(self:Steering, job_id:str,
 # %% ../../nbs/jobs/20_steering.ipynb #5208e8c8
 def _filter(action, only, everything):
     if odd := only.keys() - set(filters): raise InvalidJob(f"{action}: {', '.join(sorted(odd))} is no filter: use {', '.join(filters)}")
-    if not (only := {k: moment(k, v) if k in ('since', 'until') else text(k, v, 200) for k, v in only.items() if v is not None}) and not everything: raise InvalidJob(f"{action} of all jobs: name a filter ({', '.join(filters)}), or say everything=True; nothing was changed")
+    if not (only := {k: moment(k, v) if k in ('since', 'until') else word(k, v) if k == 'tag' else text(k, v, 200) for k, v in only.items() if v is not None}) and not everything: raise InvalidJob(f"{action} of all jobs: name a filter ({', '.join(filters)}), or say everything=True; nothing was changed")
     return only
 
 @patch
@@ -103,7 +103,7 @@ def _all(self:Steering, action, only, everything, dry_run) -> int:
 
 @patch
 def cancel_all(self:Steering, everything:bool=False, dry_run:bool=False, **only) -> int: # How many; with `dry_run`, how many it would be
-    "Cancel the jobs that match: by `job_type`, `task`, `queue`, `status`, `since`, `until` (of `created_at`)"
+    "Cancel the jobs that match: by `job_type`, `task`, `queue`, `status`, `tag`, `since`, `until` (of `created_at`)"
     return self._all('cancel', only, everything, dry_run)
 
 @patch

@@ -6,7 +6,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/store.html.md"""
 
 # %% auto #0
 __all__ = ['bind', 'PENDING', 'RUNNING', 'most_json', 'JobNotFound', 'Store', 'rows_of', 'QuotaExceeded', 'Adding', 'added',
-           'bound', 'any_open']
+           'bound', 'tagged', 'any_open']
 
 # %% ../../nbs/jobs/05_store.ipynb #5376d71b
 import json
@@ -168,15 +168,20 @@ def get(self:Store, job_id:str) -> dict:
     if not rows: raise JobNotFound(f"no job {clean(str(job_id), 64)!r} in {self.t.jobs.name} of {self.tenant}")
     return rows[0]
 
+def tagged(j):
+    "Has a job the tag that is bound as `tag`?"
+    return sa.func.replace(j.c.tags, ',' + bind('tag', type_=sa.String) + ',', '') != j.c.tags
+
 @patch
-def list(self:Store, limit:int=100, **equal) -> list[dict]:
-    "Rows whose columns have the given values, newest first"
+def list(self:Store, limit:int=100, offset:int=0, **equal) -> list[dict]:
+    "Rows whose columns have the given values (or that have a `tag`), newest first"
     j = self.t.jobs
     def build():
         newest = [sa.literal_column('rowid')] if isinstance(self.kind, SQLite) else [j.c.created_at, j.c.id]
-        q = sa.select(j).where(*(j.c[k] == bind(k) for k in equal)).order_by(*(c.desc() for c in newest))
+        q = sa.select(j).where(*(tagged(j) if k == 'tag' else j.c[k] == bind(k) for k in equal)).order_by(*(c.desc() for c in newest))
+        q = q if not offset else q.offset(bind('skip', type_=sa.Integer))
         return q if limit is None else q.limit(bind('n', type_=sa.Integer))
-    with self.cursor() as cur: return rows_of(self.statement(('list', self.t.jobs.name, limit is None, *equal), build)(cur, n=limit, **{k: bound(v) for k, v in equal.items()}))
+    with self.cursor() as cur: return rows_of(self.statement(('list', self.t.jobs.name, limit is None, bool(offset), *equal), build)(cur, n=limit, skip=offset, **{k: bound(v) for k, v in equal.items()}))
 
 # %% ../../nbs/jobs/05_store.ipynb #97959a20
 @patch

@@ -11,15 +11,15 @@ __all__ = ['pause', 'drain', 'go_on', 'commands', 'queue_limits', 'worker', 'wor
 # %% ../../nbs/ops/01_cli.ipynb #e3f4a1b1
 import logging, sys, time
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 from fastcore.script import CliError, parse_cli
-from ..db_connect import FhSaasError, check_url
-from ..db_host import HostDatabase, env_url
+from ..db_connect import FhSaasError
 from ..db_tenant import delete_tenant, resume_tenant, suspend_tenant
 from ..jobs.settings import Settings
 from ..jobs.tenancy import rules_of, settle_held
+from .cli_jobs import job_commands
 from .tenants import export_tenant, migrate_tenants, tenant_report
+from .terminal import table, the_host
 from ..workers.fleet import Fleet
 from ..workers.worker import Worker, load_target, supervise
 
@@ -58,33 +58,16 @@ def _alone(target, queues, concurrency, grace, health, once) -> list:
     args = [*(f'--queue={q}' for q in queues or []), *(f'--{k}={v}' for k, v in dict(concurrency=concurrency, grace=grace).items() if v is not None), *(['--once'] if once else [])]
     return [sys.executable, '-c', 'import sys; from fh_saas.ops.cli import main; sys.exit(main())', 'worker', target, *args]
 
-# %% ../../nbs/ops/01_cli.ipynb #7a877bc1
-def _host(url, *tenants) -> HostDatabase:
-    "The host that is there: a mistyped name makes no new one"
-    u = check_url(url or env_url())
-    if u.get_backend_name() == 'sqlite' and not Path(u.database).exists(): raise CliError(f"there is no host database {u.database}: name it with --host or in the environment")
-    host = HostDatabase(u)
-    if gone := [t for t in tenants if t not in ('', '*') and host.find(t) is None]: raise CliError(f"no tenant {gone[0]!r}")
-    return host
-
-def _table(rows:list, empty:str):
-    "Rows of text under their names"
-    if not rows: return print(empty)
-    names = list(rows[0])
-    cells = [names] + [[('-' if r.get(n) is None else str(r[n])).replace('\n', ' ') for n in names] for r in rows]
-    wide = [max(len(c[i]) for c in cells) for i in range(len(names))]
-    for c in cells: print('  '.join(v.ljust(w) for v, w in zip(c, wide)).rstrip())
-
 # %% ../../nbs/ops/01_cli.ipynb #6b0e2e8e
 def workers(
     host:str=None, # The host's URL
     jobs:bool=False, # What runs there, too
 ):
     "The processes that run jobs"
-    found = Fleet(_host(host)).workers()
-    _table([dict(id=w.id.rpartition(':')[2], kind=w.kind, machine=w.machine, pid=w.pid, state=w.state, running=f'{w.running}/{w.concurrency}',
+    found = Fleet(the_host(host)).workers()
+    table([dict(id=w.id.rpartition(':')[2], kind=w.kind, machine=w.machine, pid=w.pid, state=w.state, running=f'{w.running}/{w.concurrency}',
         queues=', '.join(f'{q}={n}' for q, n in w.queues.items()) if w.queues else 'all', asked=w.asked) for w in found], 'no process runs jobs for this host')
-    if jobs: _table([dict(worker=w.id.rpartition(':')[2], tenant=t, job=j, type=typ) for w in found for t, j, typ in w.jobs], 'no job runs')
+    if jobs: table([dict(worker=w.id.rpartition(':')[2], tenant=t, job=j, type=typ) for w in found for t, j, typ in w.jobs], 'no job runs')
 
 def ask(
     worker:str, # Its id, or the end of it
@@ -92,7 +75,7 @@ def ask(
     host:str=None, # The host's URL
 ):
     "Ask something of one process; it does so within a few seconds"
-    print(Fleet(_host(host)).ask(worker, *((None, int(what)) if what.isdecimal() else (what,))))
+    print(Fleet(the_host(host)).ask(worker, *((None, int(what)) if what.isdecimal() else (what,))))
 
 # %% ../../nbs/ops/01_cli.ipynb #20a7df28
 def _numbers(values:list) -> dict:
@@ -113,9 +96,9 @@ def rules(
     host:str=None, # The host's URL
 ):
     "Limits, weights, quotas and pauses: shown, or changed while everything runs"
-    r = rules_of(_host(host, tenant))
+    r = rules_of(the_host(host, tenant))
     if values: r.set(tenant, queue, task, **_numbers(values))
-    _table([{k: v if v not in ('', None) else None for k, v in vars(x).items()} for x in r.all()], 'there are no rules')
+    table([{k: v if v not in ('', None) else None for k, v in vars(x).items()} for x in r.all()], 'there are no rules')
 
 # %% ../../nbs/ops/01_cli.ipynb #e4b73791
 def _mode(mode):
@@ -124,7 +107,7 @@ def _mode(mode):
         queue:str='', # Of this queue
         task:str='', # Of this task
         host:str=None, # The host's URL
-    ): rules_of(_host(host, tenant)).set(tenant, queue, task, mode=mode)
+    ): rules_of(the_host(host, tenant)).set(tenant, queue, task, mode=mode)
     return command
 
 pause, drain, go_on = _mode('paused'), _mode('draining'), _mode(None)
@@ -137,17 +120,17 @@ def tenants(
     host:str=None, # The host's URL
 ):
     "All tenants, and what is wrong with them"
-    _table(tenant_report(_host(host), wrong, count), 'there are none')
+    table(tenant_report(the_host(host), wrong, count), 'there are none')
 
-def suspend(tenant:str, host:str=None): "Start no job of a tenant and open no page"; suspend_tenant(tenant, _host(host))
+def suspend(tenant:str, host:str=None): "Start no job of a tenant and open no page"; suspend_tenant(tenant, the_host(host))
 
-def unsuspend(tenant:str, host:str=None): "Make a suspended tenant active again"; resume_tenant(tenant, _host(host))
+def unsuspend(tenant:str, host:str=None): "Make a suspended tenant active again"; resume_tenant(tenant, the_host(host))
 
-def release(tenant:str, host:str=None): "The database of a held tenant is right: its open jobs go on"; settle_held(_host(host), tenant, discard=False)
+def release(tenant:str, host:str=None): "The database of a held tenant is right: its open jobs go on"; settle_held(the_host(host), tenant, discard=False)
 
-def discard(tenant:str, host:str=None): "The database of a held tenant is right: cancel the jobs that were open in it"; print(f'{settle_held(_host(host), tenant, discard=True)} jobs cancelled')
+def discard(tenant:str, host:str=None): "The database of a held tenant is right: cancel the jobs that were open in it"; print(f'{settle_held(the_host(host), tenant, discard=True)} jobs cancelled')
 
-def export(tenant:str, path:str, host:str=None): "Copy a tenant's database while it is in use"; print(export_tenant(_host(host), tenant, path))
+def export(tenant:str, path:str, host:str=None): "Copy a tenant's database while it is in use"; print(export_tenant(the_host(host), tenant, path))
 
 # %% ../../nbs/ops/01_cli.ipynb #3a60a03a
 def delete(
@@ -158,17 +141,17 @@ def delete(
 ):
     "Delete a tenant and its database, for good"
     if not yes: raise CliError(f"this deletes tenant {tenant!r} and all its data: say --yes")
-    delete_tenant(tenant, _host(host), force)
+    delete_tenant(tenant, the_host(host), force)
 
 def migrate(
     at_once:int=8, # Databases at once
     host:str=None, # The host's URL
 ) -> int:
     "Bring the job tables of every tenant to this version; can be interrupted and started again"
-    h, failed = _host(host), {}
+    h, failed = the_host(host), {}
     for tenant, error in _shown(migrate_tenants(h, workers=at_once), len(h.tenants())):
         if error: failed[tenant] = error
-    _table([dict(tenant=t, error=str(e)) for t, e in failed.items()], 'all tenants are up to date')
+    table([dict(tenant=t, error=str(e)) for t, e in failed.items()], 'all tenants are up to date')
     return int(bool(failed))
 
 def _shown(each, n:int):
@@ -183,7 +166,7 @@ def _shown(each, n:int):
 
 # %% ../../nbs/ops/01_cli.ipynb #4bb6b8dd
 commands = dict(worker=worker, workers=workers, ask=ask, rules=rules, pause=pause, drain=drain, resume=go_on, tenants=tenants, suspend=suspend, unsuspend=unsuspend,
-    release=release, discard=discard, export=export, migrate=migrate, delete=delete)
+    release=release, discard=discard, export=export, migrate=migrate, delete=delete, **job_commands)
 
 def main():
     "fh-saas <command>"

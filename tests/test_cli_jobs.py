@@ -1,0 +1,78 @@
+"A tenant's jobs on the command line, over both databases."
+import json, sys, time
+import pytest
+from fh_saas.db_host import HostDatabase
+from fh_saas.db_tenant import get_or_create_tenant_db
+from fh_saas.jobs.engine import Engine
+from fh_saas.jobs.retries import Permanent
+from fh_saas.jobs.settings import Settings
+from fh_saas.jobs.tasks import Registry
+from fh_saas.ops.cli import main
+from fh_saas.utils_bgtsk import BackgroundTaskManager
+
+def sync(account, api_key='', job=None):
+    if job: job.log(f'login with {api_key}\x1b[2J\nsecond line')
+    if account < 0: raise Permanent('no such account')
+    return account
+
+@pytest.fixture
+def shop(new_url, new_engine):
+    host = HostDatabase(new_url())
+    with get_or_create_tenant_db(f'acme{time.time_ns()}', 'Acme', host) as db:
+        m = BackgroundTaskManager(db, new_engine())
+        yield m, host.url.render_as_string(hide_password=False), db.tenant_id
+    from fh_saas.db_tenant import delete_tenant
+    m.engine.stop(0)
+    delete_tenant(db.tenant_id, host, force=True)
+    host.close()
+
+@pytest.fixture
+def run(shop, capsys, monkeypatch):
+    m, url, tenant = shop
+    def run(command, *args, code=0, of=tenant):
+        monkeypatch.setattr(sys, 'argv', ['fh-saas', command, of, *args, '--host', url])
+        assert (main() or 0) == code
+        o = capsys.readouterr()
+        return o.err if code else o.out
+    return run
+
+def test_seen(shop, run):
+    m, *_ = shop
+    assert 'there are none' in run('jobs')
+    a, bg = m.submit('sync', sync, account=-1, api_key='q7Yb2', tags=['vip'])
+    bg.func(*bg.args)
+    b, _ = m.submit('sync', sync, account=1, queue='q', run_at='2100-01-01')
+    lines = run('jobs').splitlines()
+    assert len(lines) == 3 and b in lines[1] and 'scheduled' in lines[1] and a in lines[2] and 'no such account' in lines[2]
+    assert a not in run('jobs', '--queue', 'q') and b not in run('jobs', '--tag', 'vip') and len(run('jobs', '--limit', '1').splitlines()) == 2
+    shown = run('job', a)
+    assert 'no such account' in shown and 'Permanent' in shown and '"api_key": "***"' in shown and 'q7Yb2' not in shown and '\x1b' not in shown and 'Traceback' in shown
+    numbers = run('stats')
+    assert 'failed=1' in numbers and 'default' not in numbers and 'q ' in numbers
+    assert 'no job' in run('job', 'x', code=1)
+
+def test_steered(shop, run):
+    m, *_ = shop
+    ids = [m.submit('sync', sync, account=n, queue='q', run_at='2100-01-01')[0] for n in range(4)]
+    run('cancel', ids[0])
+    assert m.get_job(ids[0]).status == 'cancelled' and 'has ended' in run('cancel', ids[0], code=1)
+    assert '3 jobs match' in run('cancel', '--queue', 'q') and m.get_job(ids[1]).status == 'pending'
+    assert '3 jobs' in run('cancel', '--queue', 'q', '--yes') and {j.status for j in m.list_jobs()} == {'cancelled'}
+    assert 'everything=True' in run('remove', '--yes', code=1) and 'not both' in run('remove', ids[0], '--queue', 'q', code=1)
+    run('remove', ids[3])
+    assert '3 jobs deleted' in run('remove', '--everything', '--yes') and m.list_jobs() == []
+
+def test_again_and_elsewhere(shop, run):
+    m, *_ = shop
+    a, bg = m.submit('sync', sync, account=-1)
+    bg.func(*bg.args)
+    new = run('rerun', a, 'account=7').strip()
+    assert json.loads(m.get_job(new).payload) == dict(account=7) and m.get_job(new).rerun_of == a
+    m.engine.attend(m.store)
+    assert m.wait(new, 20).status == 'completed'
+    assert 'name=JSON' in run('rerun', a, 'account=x', code=1)
+    run('retry', a)
+    assert m.wait(a, 20).retry_count == 2
+    b, _ = m.submit('sync', sync, account=1, run_at='2100-01-01')
+    assert 'waits in slow with priority 4' in run('move', b, '--queue', 'slow', '--priority', '4')
+    assert 'priority=9' in run('move', b, '--priority', '9', code=1) and 'no tenant' in run('jobs', code=1, of='nobody')
