@@ -153,15 +153,19 @@ def _dropped(self:BackgroundTaskManager, op):
 @patch
 def _committed(self:BackgroundTaskManager, op, said, served, begun, conn=None):
     "Who runs these jobs learns of them; once they are committed, if that is somebody else's decision"
-    (engine, store), job = self.here, op.jobs[0] | said
-    tenancy, queue = engine.tenancy(store), job.get('queue', 'default')
+    (engine, store), at, queue = self.here, _moment(op, said), op.jobs[0].get('queue', 'default')
+    tenancy = engine.tenancy(store)
     def told(there=True):
         if not there: return self._dropped(op)
         _tell(store, op, said)
-        engine.attend(store, soon(job, op.delay))
-        if not served or conn is not None or slow(tenancy, begun): ring(tenancy, job.get('run_at'), queue)
+        engine.attend(store, soon(at, op.delay))
+        if not served or conn is not None or slow(tenancy, begun): ring(tenancy, at, queue)
     if conn is None: return told()
     engine.follow(Followed(store, [said.get('found') or op.jobs[-1]['id']], conn, told))
+
+def _moment(op, said):
+    "The moment of its own at which a job is to run; None: at once"
+    return said.get('run_at') if 'found' in said else said.get('waits') or op.jobs[0].get('run_at')
 
 def _tell(store, op, said):
     if events and 'found' not in said: events.tell(*(event_of('submitted', store.tenant, job, status='pending') for job in op.jobs))
@@ -186,7 +190,7 @@ def submit(self:BackgroundTaskManager,
 
 @patch
 def _handle(self:BackgroundTaskManager, op, said, task_func):
-    job_id, at = said.get('found') or op.jobs[0]['id'], said.get('run_at') if 'found' in said else op.jobs[0].get('run_at') or said.get('waits')
+    job_id, at = said.get('found') or op.jobs[0]['id'], _moment(op, said)
     return job_id, JobTask(self, job_id, task_func, is_new='found' not in said, later=bool(at) and at > timestamp(time.time() + self.store.kind.ahead))
 
 # %% ../nbs/02_utils_bgtsk.ipynb #4a139a1e
@@ -271,11 +275,10 @@ async def _astored(self:BackgroundTaskManager, op):
     try: said = added(await store.awrite(op, engine.writers.submit))
     except DatabaseBusy as e: self._dropped(op); self._explain(e)
     except Exception: self._dropped(op); raise
-    job = op.jobs[0] | said
     if 'found' in said: self._dropped(op)
     _tell(store, op, said)
-    engine.attend(store, soon(job, op.delay))
-    if tenancy and (not served or slow(tenancy, begun)): await in_thread(ring, tenancy, job.get('run_at'), queue)
+    engine.attend(store, soon(at := _moment(op, said), op.delay))
+    if tenancy and (not served or slow(tenancy, begun)): await in_thread(ring, tenancy, at, queue)
     return said
 
 # %% ../nbs/02_utils_bgtsk.ipynb #b1f7cb23

@@ -164,7 +164,7 @@ def test_it_can_commit_its_completion_and_die(crew):
     with crew.transaction() as tx: rows = tx.exec_driver_sql('SELECT count(*) FROM own').scalar()
     assert (job.status, job.result, rows, outcomes(crew, id), [l['message'] for l in crew.logs(id)]) == ('completed', '"committed"', 1, ['completed'], ['before'])
 
-def test_it_ends_with_the_process_that_started_it(url, tmp_path):
+def test_it_ends_with_the_process_that_started_it(url, new_manager):
     import subprocess, signal
     code = f"""
 import sys; sys.path.insert(0, {str(Path(isolated.__file__).parent)!r})
@@ -178,7 +178,7 @@ bg.func(*bg.args)
 """
     p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
     id = p.stdout.readline().strip()
-    m = BackgroundTaskManager(Database(url))
+    m = new_manager(url, concurrency=0)
     pid = int(wait_until(lambda: m.logs(id), 20)[0]['item'])
     os.kill(p.pid, signal.SIGKILL); p.wait()
     def gone():

@@ -38,6 +38,6 @@ def slow(tenancy, begun) -> bool:
     "Has the commit taken longer than the hint covers?"
     return bool(tenancy) and time.monotonic() > begun + tenancy.wakes.bound
 
-def soon(job, handoff):
-    "Seconds until somebody looks after a job that its response does not bring"
-    return handoff if not job.get('run_at') else min(handoff, max(0, seconds(job['run_at']) - time.time()))
+def soon(at, handoff):
+    "Seconds until somebody looks after a job that its response does not bring; `at` is a moment of its own, if it has one"
+    return handoff if not at else min(handoff, max(0, seconds(at) - time.time()))
