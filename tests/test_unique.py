@@ -41,7 +41,7 @@ def test_a_handle_does_not_run_its_job_before_its_time(manager):
     assert manager.get_job(a).status == 'pending'
     b, bg = manager.submit('t', sync, account=1, run_at=datetime.now(timezone.utc) - timedelta(hours=1))
     asyncio.run(bg())
-    assert manager.get_job(b).status == 'completed'
+    assert manager.wait(b, 10).status == 'completed'
 
 @pytest.mark.parametrize('states,counts', [(None, 'pending running'), ('pending', 'pending'), (('completed', 'failed'), 'completed failed'), (['pending', 'running', 'completed', 'cancelled'], 'pending running completed cancelled')])
 def test_states_that_count(new_sqlite, new_engine, states, counts):
