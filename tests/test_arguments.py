@@ -41,7 +41,7 @@ values = [
     (Literal['a', 1], 1), (Point, Point(1, 2)), (Size, {'wide': 1}), (Item, Item('a', Decimal('2'))), (Order, order(order())), (list[Order], [order()]), (Customer, Customer(name='Ö', since=date(2026, 1, 1), friends=[Customer(name='b', since=date(2025, 1, 1))])),
     (dict[str, list[Customer]], {'a': [Customer(name='c', since=date(2024, 1, 1))]}), (Optional[Path], Path('p')), (Annotated[int, msgspec.Meta(gt=0)], 5), (dict[str, Any], {'a': [1, None]}), (list, [1, 'a', {}]), (int, 2**80)]
 
-@pytest.mark.parametrize('typ,value', values, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize('typ,value', values, ids=[f'{n}-{t}'[:40] for n, (t, _) in enumerate(values)])
 def test_an_argument_comes_back_as_its_type(lite, typ, value):
     got = []
     def f(value): got.append(value); return value
