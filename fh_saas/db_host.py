@@ -91,16 +91,17 @@ class JobRecord:
     concurrency_key: str = None
     tags: str = None
 
-    @property
-    def is_running(self) -> bool: return self.status == 'running'
+# %% ../nbs/00_db_host.ipynb #31f8413b
+@patch(as_prop=True)
+def is_running(self:JobRecord) -> bool: return self.status == 'running'
 
-    @property
-    def has_ended(self) -> bool: return self.completed_at is not None
+@patch(as_prop=True)
+def has_ended(self:JobRecord) -> bool: return self.completed_at is not None
 
-    @property
-    def elapsed_seconds(self) -> float: # From the start of the last attempt to the end of the job, or to now; None before the first
-        if not self.started_at: return None
-        return max(0.0, (seconds(self.completed_at) if self.completed_at else time.time()) - seconds(self.started_at))
+@patch(as_prop=True)
+def elapsed_seconds(self:JobRecord) -> float: # From the start of the last attempt to the end of the job, or to now; None before the first
+    if not self.started_at: return None
+    return max(0.0, (seconds(self.completed_at) if self.completed_at else time.time()) - seconds(self.started_at))
 
 # %% ../nbs/00_db_host.ipynb #45a39662
 @dataclass

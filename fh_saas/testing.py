@@ -44,27 +44,31 @@ class TestEngine(Engine):
     def attend(self, store, delay:float=0):
         if self.inline: self.drain(store)
 
-    def next_job(self, store):
-        "Claim the most urgent job that is due; None if none is"
-        desk = self._desks[store]
-        attempts = desk._take(store.write(store.claiming(*desk.names, gen_id(), self.worker, self.settings.lease, replace(self._room(desk, 1), sure=None)))) if not desk.shut else []
-        return attempts[0] if attempts else None
+# %% ../nbs/03_testing.ipynb #dd0df41c
+@patch
+def next_job(self:TestEngine, store):
+    "Claim the most urgent job that is due; None if none is"
+    desk = self._desks[store]
+    attempts = desk._take(store.write(store.claiming(*desk.names, gen_id(), self.worker, self.settings.lease, replace(self._room(desk, 1), sure=None)))) if not desk.shut else []
+    return attempts[0] if attempts else None
 
-    def run(self, a) -> Outcome:
-        self._end(a, asyncio.run(a.acall()) if a.is_async else a.call(), done := Future())
-        self._turn(a.desk)
-        return done.result()
+@patch
+def run(self:TestEngine, a) -> Outcome:
+    self._end(a, asyncio.run(a.acall()) if a.is_async else a.call(), done := Future())
+    self._turn(a.desk)
+    return done.result()
 
-    def drain(self, store, most:int=1000) -> list:
-        "Run what is due, and what these jobs submit; a job that is submitted while one runs waits for its turn"
-        if self._busy: return []
-        done, self._busy = [], True
-        try:
-            while (a := self.next_job(store)) is not None:
-                done.append((a.row['id'], self.run(a)))
-                if len(done) >= most: raise FhSaasError(f"{most} jobs have run and more are due: do they submit each other?")
-        finally: self._busy = False
-        return done
+@patch
+def drain(self:TestEngine, store, most:int=1000) -> list:
+    "Run what is due, and what these jobs submit; a job that is submitted while one runs waits for its turn"
+    if self._busy: return []
+    done, self._busy = [], True
+    try:
+        while (a := self.next_job(store)) is not None:
+            done.append((a.row['id'], self.run(a)))
+            if len(done) >= most: raise FhSaasError(f"{most} jobs have run and more are due: do they submit each other?")
+    finally: self._busy = False
+    return done
 
 # %% ../nbs/03_testing.ipynb #9231fd42
 @dataclass
@@ -75,6 +79,7 @@ class Performed:
     logs:list # What the task has logged and warned of
     result:object = None # Of the type that the task returns
 
+# %% ../nbs/03_testing.ipynb #8088e267
 class JobTester:
     "The jobs of an app under test; use it in a `with`"
     def __init__(self,
@@ -142,6 +147,7 @@ def assert_submitted(self:JobTester, task=None,
         raise AssertionError(f"{len(found)} jobs of {getattr(task, '__name__', task)!r} with {args}, not {wanted}; the last submitted: {there}")
     return found[-1] if found else None
 
+# %% ../nbs/03_testing.ipynb #d79651f4
 @patch
 def perform(self:JobTester, db, task, *, max_retries:int=1, **args) -> Performed:
     "Submit one job and run one attempt of it, with the arguments checked, stored and read back as always"

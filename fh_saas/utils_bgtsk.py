@@ -145,6 +145,7 @@ def _stored(self:BackgroundTaskManager, op, handoff=None, conn=None) -> dict: # 
     self._committed(op, said, served, begun, conn)
     return said
 
+# %% ../nbs/02_utils_bgtsk.ipynb #f79de6c0
 @patch
 def _dropped(self:BackgroundTaskManager, op):
     engine, store = self.here

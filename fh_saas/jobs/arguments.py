@@ -178,6 +178,7 @@ def _told(func) -> dict:
     try: return {k: v for k, v in docments(func).items() if isinstance(v, str)}
     except Exception: return {}  # a function without a source to read has no comments
 
+# %% ../../nbs/jobs/06_arguments.ipynb #764126ed
 @patch
 def schema(self:Signature, func, name:str) -> dict:
     "What the payload must be, as JSON Schema (2020-12)"

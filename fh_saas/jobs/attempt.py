@@ -72,6 +72,7 @@ def _begins(self:Attempt):
     if events: events.tell(event_of('started', self.store.tenant, self.row))
     if self.row['timeout']: self.deadline = time.monotonic() + self.row['timeout']
 
+# %% ../../nbs/jobs/08_attempt.ipynb #76afd4c6
 @patch
 async def acall(self:Attempt) -> Outcome:
     "Run an async task in this event loop"
@@ -140,6 +141,7 @@ def failed(self:Attempt, e:BaseException) -> Outcome:
         log.exception('%s: its backoff policy raised; waiting %s s instead', self, delay := wait_after(failed), exc_info=broken)
     return self._failure('retry', *self._said(e), delay)
 
+# %% ../../nbs/jobs/08_attempt.ipynb #fc99ec09
 @patch
 def _meaning(self:Attempt, e):
     "What the task's policy makes of an exception, which may be itself"

@@ -40,6 +40,7 @@ def _heed(a):
 def _speak(a, say, over):
     while not over.wait(0.2): say(a.ctx.told())
 
+# %% ../../nbs/jobs/09_child.ipynb #b2adc821
 def main():
     "Run the attempt that the parent describes on the standard input, and say on a pipe how it goes"
     order, voice, lock, over = json.loads(sys.stdin.readline()), os.fdopen(int(sys.argv[1]), 'wb'), threading.Lock(), threading.Event()

@@ -205,6 +205,7 @@ def _limits(self:Store, cur, now, room) -> tuple:
     if room.rates: left = {task: rate - self._started(cur, now, task, per) for task, (rate, per) in room.rates.items()}
     return n, most, left
 
+# %% ../../nbs/jobs/05_store_claims.ipynb #ba6fdb2d
 @dataclass
 class Picked:
     "What a claim has chosen so far"
@@ -234,6 +235,7 @@ def _chosen(self:Store, cur, rows, room, n, most, left, picked):
 def _begun(self:Store, cur, now, room, picked):
     for task in picked.starts.keys() & room.rates.keys(): self._start(cur, now, task, picked.starts[task], room.rates[task][1])
 
+# %% ../../nbs/jobs/05_store_claims.ipynb #b1b5bec2
 @patch
 def _held(self:Store, cur, rows) -> set:
     "Concurrency keys of `rows` with which a job runs, or is being claimed by somebody else at this moment"

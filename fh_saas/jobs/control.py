@@ -28,6 +28,7 @@ def nameless(task:str) -> bool:
 
 filters = (*_equal, 'since', 'until', 'tag')  # columns, bounds of `created_at` (from, and before), one of the tags
 
+# %% ../../nbs/jobs/05_store_control.ipynb #7ab0af62
 def _may(j, action):
     "The jobs to which `action` can be done"
     return dict(cancel=sa.or_(j.c.status == PENDING, sa.and_(j.c.status == RUNNING, j.c.cancel_requested_at.is_(None))),
@@ -50,6 +51,7 @@ def matching(self:Store, action:str, only:dict, n:int, but:tuple=()):
         .limit(bind('n', type_=sa.Integer)).with_for_update())
     return lambda cur, now, after: [id for id, in stmt(cur, n=n, after=after, **only).fetchall()]
 
+# %% ../../nbs/jobs/05_store_control.ipynb #25fd5136
 @patch
 def count_matching(self:Store, action:str, only:dict, but:tuple=()) -> int:
     "To how many jobs could `action` be done?"
@@ -109,6 +111,7 @@ def these(self:Store, ids:list) -> list[dict]:
     stmt = self.statement(('rows', self.t.jobs.name), lambda: sa.select(self.t.jobs).where(self._among()))
     with self.cursor() as cur: return rows_of(stmt(cur, ids=self._list(ids)))
 
+# %% ../../nbs/jobs/05_store_control.ipynb #4aa39154
 @patch
 def act_on(self:Store, action:str, job_id:str, **new) -> dict: # What was changed: id and status
     "Cancel, retry, delete or move one job; `WrongState` if it is in no state for that"

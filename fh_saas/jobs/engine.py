@@ -151,6 +151,7 @@ def _close(self:Engine, store):
         desk.checked = 0.0  # what is opened next may be another
         if desk.tenancy and desk.tenancy.untold: self.house.submit(desk.tell)
 
+# %% ../../nbs/jobs/14_engine.ipynb #067ca2ab
 @patch
 def alone(self:Engine, func) -> Task:
     "A task for a function that only this process can run"

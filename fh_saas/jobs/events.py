@@ -13,6 +13,7 @@ __all__ = ['log', 'kinds', 'most_waiting', 'events', 'Event', 'event_of', 'Event
 import inspect, logging, threading
 from collections import deque
 from dataclasses import dataclass
+from fastcore.basics import patch
 from ..db_host import timestamp
 
 log = logging.getLogger('fh_saas.jobs')
@@ -62,31 +63,35 @@ class Events:
         "Tell `f` nothing more"
         with self._lock: self.subscribers = tuple(s for s in self.subscribers if s[0] is not f)
 
-    def tell(self, *found:Event):
-        "Leave events for the subscribers"
+# %% ../../nbs/jobs/03_events.ipynb #e97a926d
+@patch
+def tell(self:Events, *found:Event):
+    "Leave events for the subscribers"
+    with self._some:
+        for e in found:
+            if len(self._waiting) < most_waiting: self._waiting.append(e)
+            else: self.dropped += 1
+        if self.dropped and self.dropped % 1000 == 1: log.error('%s events were dropped: a subscriber is too slow', self.dropped)
+        start, self._running = not self._running, True
+        self._some.notify_all()
+    if start: threading.Thread(target=self._run, name='fh_saas-events', daemon=True).start()
+
+@patch
+def _run(self:Events):
+    while True:
         with self._some:
-            for e in found:
-                if len(self._waiting) < most_waiting: self._waiting.append(e)
-                else: self.dropped += 1
-            if self.dropped and self.dropped % 1000 == 1: log.error('%s events were dropped: a subscriber is too slow', self.dropped)
-            start, self._running = not self._running, True
-            self._some.notify_all()
-        if start: threading.Thread(target=self._run, name='fh_saas-events', daemon=True).start()
+            self._some.wait_for(lambda: self._waiting, 5)
+            if not self._waiting: self._running = False; return
+            e = self._waiting[0]
+        for f, which, tenant, job_type in self.subscribers:
+            if e.kind not in which or tenant not in (None, e.tenant) or job_type not in (None, e.job_type): continue
+            try: f(e)
+            except BaseException: log.exception('tenant=%s job=%s: a subscriber of %r raised', e.tenant, e.job_id, e.kind)
+        with self._some: self._waiting.popleft(); self._some.notify_all()
 
-    def _run(self):
-        while True:
-            with self._some:
-                self._some.wait_for(lambda: self._waiting, 5)
-                if not self._waiting: self._running = False; return
-                e = self._waiting[0]
-            for f, which, tenant, job_type in self.subscribers:
-                if e.kind not in which or tenant not in (None, e.tenant) or job_type not in (None, e.job_type): continue
-                try: f(e)
-                except BaseException: log.exception('tenant=%s job=%s: a subscriber of %r raised', e.tenant, e.job_id, e.kind)
-            with self._some: self._waiting.popleft(); self._some.notify_all()
-
-    def settled(self, timeout:float=5) -> bool:
-        "Wait until everything was told; False if that takes longer"
-        with self._some: return self._some.wait_for(lambda: not self._waiting, timeout)
+@patch
+def settled(self:Events, timeout:float=5) -> bool:
+    "Wait until everything was told; False if that takes longer"
+    with self._some: return self._some.wait_for(lambda: not self._waiting, timeout)
 
 events = Events()

@@ -53,21 +53,23 @@ class Followed:
         self._ends(after_end)
         return False
 
-    def look(self, now) -> bool:
-        "Is it decided?"
-        if now < self.next: return False
-        try: self.store.get(self.job_ids[-1])
-        except JobNotFound:
-            if gone := self._gone(now): self.told(False)
-            self.pause = min(0.5, self.pause*1.3)
-            self.next = now + self.pause
-            return gone
-        except FhSaasError as e:
-            log.warning('tenant=%s job=%s: cannot be looked for now: %s', self.store.tenant, self.job_ids[-1], e)
-            self.next = now + 0.5
-            return now > self.begun + longest
-        self.told(True)
-        return True
+# %% ../../nbs/jobs/15_following.ipynb #28280ef7
+@patch
+def look(self:Followed, now) -> bool:
+    "Is it decided?"
+    if now < self.next: return False
+    try: self.store.get(self.job_ids[-1])
+    except JobNotFound:
+        if gone := self._gone(now): self.told(False)
+        self.pause = min(0.5, self.pause*1.3)
+        self.next = now + self.pause
+        return gone
+    except FhSaasError as e:
+        log.warning('tenant=%s job=%s: cannot be looked for now: %s', self.store.tenant, self.job_ids[-1], e)
+        self.next = now + 0.5
+        return now > self.begun + longest
+    self.told(True)
+    return True
 
 # %% ../../nbs/jobs/15_following.ipynb #c191b96c
 @patch

@@ -77,6 +77,7 @@ def _all_written(self:Recorder, desk, ends):
         if a.done: settle(a.done, a.outcome)
     for a in others: self._written(a, True)
 
+# %% ../../nbs/jobs/12_recorder.ipynb #25c10193
 def _end_of(store, row, o, status=None):
     status = status or str(o.status)
     return event_of('retried' if status == 'pending' else 'finished', store.tenant, row, status=status, outcome=o.kind, error=o.error)

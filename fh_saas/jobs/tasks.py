@@ -68,27 +68,31 @@ class Task:
         if func is None or func is self.func or getattr(func, '__code__', 0) is getattr(self.func, '__code__', None): return self
         return Task(func, self.name, **self.said)
 
-    def arguments(self, payload:dict, job:JobContext=None) -> dict:
-        "The keyword arguments of a call, from a row, with the context where the task wants it"
-        return self._checked(payload, job, self.signature.unpack)
+# %% ../../nbs/jobs/07_tasks.ipynb #10043369
+@patch
+def arguments(self:Task, payload:dict, job:JobContext=None) -> dict:
+    "The keyword arguments of a call, from a row, with the context where the task wants it"
+    return self._checked(payload, job, self.signature.unpack)
 
-    def pack(self, payload:dict) -> str:
-        "The arguments of a submit as JSON text"
-        return self._checked(payload, None, self.signature.pack)
+@patch
+def pack(self:Task, payload:dict) -> str:
+    "The arguments of a submit as JSON text"
+    return self._checked(payload, None, self.signature.pack)
 
-    def _checked(self, payload, job, then):
-        extra = {self.job_param: job} if self.job_param and self.job_param not in payload else {}
-        try:
-            self.signature.fits(payload | extra if extra else payload)
-            done = then(payload)
-        except NotJson: raise
-        except TypeError as e: raise BadPayload(f"task {self.name!r}: {e}; it takes ({self.signature})") from None
-        return {**done, **extra} if then == self.signature.unpack else done
+@patch
+def _checked(self:Task, payload, job, then):
+    extra = {self.job_param: job} if self.job_param and self.job_param not in payload else {}
+    try:
+        self.signature.fits(payload | extra if extra else payload)
+        done = then(payload)
+    except NotJson: raise
+    except TypeError as e: raise BadPayload(f"task {self.name!r}: {e}; it takes ({self.signature})") from None
+    return {**done, **extra} if then == self.signature.unpack else done
 
-    @property
-    def schema(self) -> dict: # JSON Schema
-        "What a payload of this task must be"
-        return self.signature.schema(self.func, self.name)
+@patch(as_prop=True)
+def schema(self:Task) -> dict: # JSON Schema
+    "What a payload of this task must be"
+    return self.signature.schema(self.func, self.name)
 
 # %% ../../nbs/jobs/07_tasks.ipynb #843e2475
 class TaskNameTaken(FhSaasError, ValueError): "Another function has that name."
@@ -218,6 +222,7 @@ def task(
     if name is not None and not (isinstance(name, str) and 0 < len(name) <= 200): raise ValueError(f"{name!r} is not a task name: use text of 1 to 200 characters")
     return lambda func: register(func, name)
 
+# %% ../../nbs/jobs/07_tasks.ipynb #bfdebff8
 def _rate(rate):
     if rate is None: return None
     if not isinstance(rate, (tuple, list)) or len(rate) != 2: raise InvalidJob(f"rate={clean(repr(rate), 80)}: use (starts, seconds), for example (10, 60)")

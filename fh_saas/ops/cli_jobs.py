@@ -43,6 +43,7 @@ def jobs(
     with _manager(host, tenant) as m: found = m.list_jobs(type, status, limit, **{k: v for k, v in dict(queue=queue, tag=tag).items() if v})
     table([dict(id=j.id, type=j.job_type, state=shown_state(j, timestamp()), queue=j.queue, progress=j.progress_percent, failed=f'{j.retry_count}/{j.max_retries}', created=j.created_at, error=j.error_message and j.error_message[:60]) for j in found], 'there are none')
 
+# %% ../../nbs/ops/01_cli_jobs.ipynb #6d0b8240
 def job(tenant:str, job_id:str, host:str=None):
     "One job: its row, its attempts and its log"
     with _manager(host, tenant) as m: j, attempts, logs, args = m.get_job(job_id), m.attempts(job_id), m.logs(job_id), m.arguments(job_id)
@@ -91,6 +92,7 @@ def _bulk(action, done):
 cancel, retry, remove = _bulk('cancel', 'cancelled, or asked to end'), _bulk('retry', 'due again'), _bulk('delete', 'deleted')
 for _f, _name, _doc in ((cancel, 'cancel', 'Cancel jobs, or those that match'), (retry, 'retry', 'Run failed or cancelled jobs again, or those that match'), (remove, 'remove', 'Delete jobs that do not run, or those that match')): _f.__name__, _f.__doc__ = _name, _doc
 
+# %% ../../nbs/ops/01_cli_jobs.ipynb #5d140353
 def move(tenant:str, job_id:str, queue:str=None, priority:int=None, host:str=None):
     "Let a pending job wait in another queue, or with another priority"
     with _manager(host, tenant) as m: j = m.move(job_id, queue, priority)
