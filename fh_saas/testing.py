@@ -12,14 +12,14 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/testing.html.md"""
 __all__ = ['TestEngine', 'Performed', 'JobTester']
 
 # %% ../nbs/03_testing.ipynb #158989e1
-import asyncio, time
+import time
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fastcore.basics import patch
 from .db_connect import FhSaasError
 from .db_host import JobRecord, gen_id
-from .jobs.engine import Engine, engine_for_now
+from .jobs.engine import Engine, engine_for_now, run_until_done
 from .jobs.events import events
 from .jobs.payload import from_json
 from .jobs.settings import Settings
@@ -30,7 +30,7 @@ from .utils_bgtsk import BackgroundTaskManager
 # %% ../nbs/03_testing.ipynb #75111538
 class TestEngine(Engine):
     "An engine that starts no thread, and runs a job when it is told to"
-    __test__ = False  # pytest collects what is called Test…
+    __test__, manual = False, True  # pytest collects what is called Test…
     def __init__(self, registry=process_registry, inline:bool=False):
         super().__init__(Settings(concurrency=0), registry)
         self.inline, self.ahead, self.known, self._busy = inline, 0.0, [], False
@@ -54,9 +54,19 @@ def next_job(self:TestEngine, store):
 
 @patch
 def run(self:TestEngine, a) -> Outcome:
-    self._end(a, asyncio.run(a.acall()) if a.is_async else a.call(), done := Future())
+    self._end(a, run_until_done(a.acall()) if a.is_async else a.call(), done := Future())
     self._turn(a.desk)
     return done.result()
+
+@patch
+def follow(self:TestEngine, followed): self._followed.append(followed)
+
+@patch
+def look_now(self:TestEngine, store=None):
+    "Which transactions are committed by now? Asked when one was, and before each drain: no thread looks"
+    for f in [f for f in self._followed if store in (None, f.store)]:
+        f.next = 0.0
+        if f.look(time.monotonic()): self._followed.remove(f)
 
 @patch
 def drain(self:TestEngine, store, most:int=1000) -> list:
@@ -114,6 +124,7 @@ class JobTester:
     def drain(self, most:int=1000) -> list: # Job id and outcome of each
         "Run the jobs that are due now, in all databases the app has used, and those they submit"
         done = []
+        self.engine.look_now()
         while new := [d for s in list(self.engine.known) for d in self.engine.drain(s, most)]: done += new
         events.settled()
         return done
@@ -122,7 +133,8 @@ class JobTester:
 @patch
 def jobs(self:JobTester, task=None, **args) -> list[JobRecord]:
     "Jobs of a task (its function, its name, or a job type) with at least these arguments, the oldest first; in all databases"
-    found = []
+    found, t = [], self._known(task)
+    if t and (odd := args.keys() - (t.params or args).keys()): raise TypeError(f"task {t.name!r} has no argument {', '.join(sorted(odd))}; it takes ({t.signature})")
     for s in self.engine.known:
         for row in reversed(s.list(None)):
             t = self.engine.registry.find(row['task'], row['job_type'])
@@ -130,6 +142,11 @@ def jobs(self:JobTester, task=None, **args) -> list[JobRecord]:
             given = from_json(row['payload'])
             if (task is None or task in names) and all(k in given and given[k] == self._plain(t, k, v) for k, v in args.items()): found.append(JobRecord(**row))
     return found
+
+@patch
+def _known(self:JobTester, task):
+    if task is None: return None
+    return self.engine.registry.find(task, None) if isinstance(task, str) else self.engine.registry.meet(task)
 
 @patch
 def _plain(self:JobTester, t, name, value): return from_json(t.signature.pack({name: value}))[name] if t and name in (t.params or {}) else value
@@ -141,6 +158,7 @@ def assert_submitted(self:JobTester, task=None,
 ) -> JobRecord: # The newest of them; None if there are to be none
     "Fail unless such a job was submitted"
     found = self.jobs(task, **args)
+    if times == 0 and isinstance(task, str) and not self._known(task): self.engine.registry.named(task)  # a typing error would always pass
     wanted = 'at least 1' if times is None else str(times)
     if len(found) != times if times is not None else not found:
         there = ', '.join(f'{j.task or j.job_type}({j.payload})' for j in self.jobs()[-10:]) or 'none'
@@ -149,11 +167,11 @@ def assert_submitted(self:JobTester, task=None,
 
 # %% ../nbs/03_testing.ipynb #d79651f4
 @patch
-def perform(self:JobTester, db, task, *, max_retries:int=1, **args) -> Performed:
-    "Submit one job and run one attempt of it, with the arguments checked, stored and read back as always"
+def perform(self:JobTester, db, task, **args) -> Performed:
+    "Submit one job, with the options of `submit`, and run one attempt of it; arguments are checked, stored and read back as always"
     m = self.manager(db)
     inline, self.engine.inline = self.engine.inline, False
-    try: job_id, bg = m.submit(task, max_retries=max_retries, **args) if not isinstance(task, str) else m.submit(task, None, max_retries, **args)
+    try: job_id, bg = m.submit(task, **args)
     finally: self.engine.inline = inline
     o = bg.func(*bg.args)
     t = m._task_of(job := m.get_job(job_id))

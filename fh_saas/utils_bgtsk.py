@@ -17,7 +17,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/utils_bgtsk.html.md"""
 __all__ = ['log', 'TenantJob', 'BackgroundTaskManager', 'JobTask']
 
 # %% ../nbs/02_utils_bgtsk.ipynb #a350a7fc
-import asyncio, logging, time
+import asyncio, difflib, inspect, logging, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Callable
 from fastcore.basics import patch
 from starlette.background import BackgroundTask
-from .db_connect import DatabaseBusy, check_url, writing
+from .db_connect import DatabaseBusy, FhSaasError, check_url
 from .db_host import JobRecord, gen_id, timestamp
 from .jobs.asking import Asking, JobFailed, JobNotFound, StillRunning  # noqa: F401 what a manager raises, for those who catch it
+from .jobs.context import current_job
 from .jobs.engine import Engine, default_engine
 from .jobs.events import event_of, events
 from .jobs.following import Followed
+from .jobs.isolation import importing
 from .jobs.notice import QueueClosed, hint, open_for, ring, slow, soon  # noqa: F401
 from .jobs.options import InvalidJob, Unique, checked, checks, text  # noqa: F401
 from .jobs.states import Outcome
@@ -124,6 +126,7 @@ def _attempts(t, v) -> dict:
 @patch
 def _meant(self:BackgroundTaskManager, job_type, task_func) -> tuple: # Job type and function
     "A task may be given by its function or its registered name alone: its jobs are filed under its name"
+    if odd := next((x for x in (job_type, task_func) if inspect.isawaitable(x)), None): getattr(odd, 'close', int)(); raise InvalidJob("a coroutine is a call that was made already: give submit the function itself, and its arguments by keyword")
     if task_func is None and callable(job_type):
         if stands_for_itself(job_type): raise InvalidJob(f"{job_type!r} has no name to file its jobs under: submit('a_job_type', …)")
         return self.engine.registry.meet(job_type).name, job_type
@@ -132,10 +135,16 @@ def _meant(self:BackgroundTaskManager, job_type, task_func) -> tuple: # Job type
 
 # %% ../nbs/02_utils_bgtsk.ipynb #c551880c
 @patch
+def _handoff(self:BackgroundTaskManager, served):
+    "Seconds that a job waits for its response to bring it; a task has none, and no other process waits for it"
+    return self.engine.settings.handoff if served and current_job() is None else 0
+
+@patch
 def _stored(self:BackgroundTaskManager, op, handoff=None, conn=None) -> dict: # As `Adding` says
     (engine, store), queue = self.here, op.jobs[0].get('queue', 'default')
     limits, served, tenancy = open_for(queue, engine, store), engine.serves(queue), engine.tenancy(store)
-    op.delay, op.quota = (engine.settings.handoff if served else 0) if handoff is None else handoff, limits.pending
+    op.delay, op.quota = self._handoff(served) if handoff is None else handoff, limits.pending
+    if conn is None: store.refuse_beside_own()
     begun = time.monotonic()
     hint(tenancy)
     try: said = added(store.join(conn, op) if conn is not None else store.write(op))
@@ -208,19 +217,29 @@ def _made(self:BackgroundTaskManager, job_type, task_func, max_retries, task_kwa
         if task_kwargs: raise BadPayload(f"arguments of task {t.name!r} come in payload={{…}} or as keywords, not both (keywords: {', '.join(task_kwargs)})")
         if not isinstance(payload, dict): raise BadPayload(f"payload of task {t.name!r} is {type(payload).__name__}: use a dict of its arguments")
         task_kwargs = payload
-    body = t.pack(task_kwargs)
-    job = dict(id=gen_id(), job_type=text('job_type', job_type, 200), payload=body, task=t.name, **t.defaults | attempts | checked(**options))
-    op = _operation(store, job, t, task_kwargs, alone or held)
+    try: body = t.pack(task_kwargs)
+    except BadPayload as e: raise _hinted(e, t, task_kwargs) from None
+    if importing(): raise FhSaasError(f"task {t.name!r}: its module is being imported for a task that runs in a process of its own, and submits at the top: put that under if __name__ == '__main__'")
+    job = dict(id=gen_id(), job_type=text('job_type', job_type, 200), payload=body, task=t.name, **_by() | t.defaults | attempts | checked(**options))
+    op = _operation(store, job, t, alone or held)
     if alone or held: engine.keep(store, job['id'], t, alone)
     if not alone:
         registry.add(task_func)
         registry.file_under(job_type, t.name)
     return op, conn
 
-def _operation(store, job, t, args, own=False) -> Adding:
+def _by() -> dict: return {} if (job := current_job()) is None else dict(triggered_by=f'job:{job.id}')
+
+def _hinted(e, t, given):
+    "An unknown argument may have been meant as an option"
+    odd = next((n for n in given if n not in (t.params or ())), None)
+    near = difflib.get_close_matches(odd, [*_options, 'conn', 'max_retries'], 1) if odd else []
+    return BadPayload(f"{e}{f'; did you mean the option {near[0]!r}?' if near else ''}")
+
+def _operation(store, job, t, own=False) -> Adding:
     "What writes the row of a new job: plainly, or unless the same one is there"
     unique = job.pop('unique', None)
-    if callable(key := job.get('concurrency_key')): job['concurrency_key'] = text('concurrency_key', key(**args), 200)
+    if callable(key := job.get('concurrency_key')): job['concurrency_key'] = t.key(job['payload'], key)
     if not unique: return Adding(store, [job])
     if own: raise InvalidJob(f"unique: {t.func!r} has no name that other jobs could have too: give submit a function with @task")
     return Once(store, job | dict(unique_key=unique_key(unique, t.name, t.signature.full(job['payload']))), unique)
@@ -229,21 +248,24 @@ def _operation(store, job, t, args, own=False) -> Adding:
 @patch
 def submit_many(self:BackgroundTaskManager,
     job_type:str, # What the jobs are filed under
-    task_func:Callable, # The function to run, sync or async: one that is found by its name; or that name
-    payloads:list, # The arguments of each job, a dict each
+    task_func:Callable=None, # The function to run, sync or async: one that is found by its name; or that name
+    payloads:list=None, # The arguments of each job, a dict each; in the place of `task_func` if the task comes first
     max_retries:int=_three, # Most attempts of each
     conn=None, # A transaction of this database that they are to be committed with
+    **options, # As for `submit`, but `unique`: the same for all
 ) -> list[str]: # The ids of the committed jobs
     "Store many jobs in one commit, all or none; they are due at once"
+    if payloads is None: task_func, payloads = None, task_func
     (engine, store), (job_type, task_func) = self.here, self._meant(job_type, task_func)
     registry = engine.registry
     if stands_for_itself(task_func) or captures(task_func): raise InvalidJob(f"{task_func!r} has no name under which other processes find it: give submit_many a function with @task")
-    t, filed, payloads = registry.meet(task_func), text('job_type', job_type, 200), [*payloads]
-    common = t.defaults | _attempts(t, max_retries)
+    t, filed, payloads = registry.meet(task_func), text('job_type', job_type, 200), [*(payloads or [])]
+    if unknown := options.keys() - {'triggered_by', 'queue', 'priority', 'run_at', 'timeout', 'tags', 'concurrency_key'}: raise InvalidJob(f"submit_many: {', '.join(sorted(unknown))} is no option here; arguments come in payloads")
+    common = _by() | t.defaults | _attempts(t, max_retries) | checked(**options)
     if odd := next((p for p in payloads if not isinstance(p, dict)), None): raise BadPayload(f"payloads holds a {type(odd).__name__}: use a dict of the arguments of task {t.name!r} for each job")
     if common.get('unique'): raise InvalidJob(f"task {t.name!r} is unique: submit its jobs one by one")
-    keyed = callable(key := common.get('concurrency_key'))
-    jobs = [dict(id=gen_id(), job_type=filed, payload=t.pack(p), task=t.name, **common | (dict(concurrency_key=text('concurrency_key', key(**p), 200)) if keyed else {})) for p in payloads]
+    jobs = [dict(common, id=gen_id(), job_type=filed, payload=t.pack(p), task=t.name) for p in payloads]
+    if callable(key := common.get('concurrency_key')): jobs = [job | dict(concurrency_key=t.key(job['payload'], key)) for job in jobs]
     if not jobs: return []
     registry.add(task_func)
     registry.file_under(job_type, t.name)
@@ -272,7 +294,7 @@ async def _astored(self:BackgroundTaskManager, op):
     begun = time.monotonic()
     limits = await in_thread(open_for, queue, engine, store) if tenancy and tenancy.rules.stale else open_for(queue, engine, store)
     if tenancy and not tenancy.wakes.hinted(tenancy.tenant_id): await in_thread(hint, tenancy)
-    op.delay, op.quota = engine.settings.handoff if served else 0, limits.pending
+    op.delay, op.quota = self._handoff(served), limits.pending
     try: said = added(await store.awrite(op, engine.writers.submit))
     except DatabaseBusy as e: self._dropped(op); self._explain(e)
     except Exception: self._dropped(op); raise
@@ -288,5 +310,5 @@ async def _astored(self:BackgroundTaskManager, op):
 def transaction(self:BackgroundTaskManager):
     "A transaction of this database, as a SQLAlchemy connection, in which rows and jobs are committed together"
     engine, store = self.here
-    with writing(store.engine) as conn: yield conn
+    with store.transaction() as conn: yield conn
     engine.look_now(store)

@@ -70,8 +70,8 @@ def test_perform_is_a_whole_attempt(fh_jobs, fh_tenant_db):
     assert p.result == date(2026, 1, 31) and p.job.status == 'completed' and [(l['message'], l['item']) for l in p.logs] == [('sent', '7')]
     with pytest.raises(BadPayload): fh_jobs.perform(fh_tenant_db, confirm, order='x', due=date(2026, 1, 1))
     def f(kind): raise dict(p=Permanent, s=lambda m: Snooze(60, m), c=Cancel, v=ValueError)[kind]('no')
-    assert [fh_jobs.perform(fh_tenant_db, f, kind=k).outcome.kind for k in 'pscv'] == ['failed', 'snooze', 'cancelled', 'failed']
-    assert fh_jobs.perform(fh_tenant_db, f, kind='v', max_retries=2).outcome.kind == 'retry' and fh_jobs.perform(fh_tenant_db, 'app_async', n=5).result == 5
+    assert [fh_jobs.perform(fh_tenant_db, f, kind=k).outcome.kind for k in 'pscv'] == ['failed', 'snooze', 'cancelled', 'retry']
+    assert fh_jobs.perform(fh_tenant_db, f, kind='v', max_retries=1).outcome.kind == 'failed' and fh_jobs.perform(fh_tenant_db, 'app_async', n=5).result == 5
 
 def test_what_was_submitted(fh_jobs, fh_tenant_db):
     m = BackgroundTaskManager(fh_tenant_db)

@@ -103,6 +103,7 @@ def wait(self:Asking, job_id:str,
     timeout:float=None, # Most seconds to wait; for ever if left out
 ) -> JobRecord: # As it ended, whatever its end
     "Wait for the end of a job, in a thread; raises `StillRunning`"
+    self.engine.refuse_to_block()
     for pause in _pauses(job_id, timeout):
         if (job := self.get_job(job_id)).status in final: return job
         time.sleep(pause)

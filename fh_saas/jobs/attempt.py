@@ -62,9 +62,9 @@ def _call(self:Attempt):
         if self.task.isolate is not None: return in_child(self)
         result = self.func(**self.arguments())
         if inspect.isawaitable(result): result = asyncio.run(_wait_for(result))
+        return self.succeeded(result)
     except BaseException as e: return self.failed(e)  # a thread of ours is no place for SystemExit to travel on
     finally: self.ctx.close()
-    return self.succeeded(result)
 
 @patch
 def _begins(self:Attempt):
@@ -122,6 +122,7 @@ def _interrupt(self:Attempt):
 def succeeded(self:Attempt, result) -> Outcome:
     "The task returned `result`"
     if o := self._recorded(): return o
+    if self.ctx.left_open: return self._failure('failed', "job.complete was called in a transaction that was never committed: it is rolled back", None)
     try: text = self.task.signature.pack_result(result)
     except (NotJson, TooLarge) as e: return self._failure('failed', f"result of task {self.task.name!r} cannot be stored, and the task is not repeated for it: {e}", None)
     return Outcome('completed_with_warnings' if self.ctx.warnings else 'completed', result=text)

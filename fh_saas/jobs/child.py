@@ -13,6 +13,8 @@ __all__ = ['main']
 import asyncio, importlib, json, logging, os, runpy, sys, threading, time
 from dataclasses import asdict
 from .attempt import Attempt
+from .isolation import import_for_child
+from .payload import describe
 from .store import Store
 from .tasks import Task, registry
 
@@ -48,7 +50,8 @@ def main():
     logging.getLogger('fh_saas.task').disabled = True  # the parent says it
     def say(what):
         with lock: voice.write(json.dumps(what).encode() + b'\n'); voice.flush()
-    t = _find(order)
+    try: t = import_for_child(lambda: _find(order))
+    except BaseException as e: say(dict(lost=describe(e)[0])); raise
     store = Store(order['url'], order['table'], order['synchronous'], order['busy'], order['tenant'])
     a = Attempt(store, order['row'], Task(t.func, t.name, **t.said | dict(isolate=None)))
     for f, args in ((_heed, (a,)), (_speak, (a, say, over))): threading.Thread(target=f, args=args, daemon=True).start()

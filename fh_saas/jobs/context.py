@@ -16,7 +16,7 @@ from contextvars import ContextVar
 import sqlalchemy as sa
 from fastcore.basics import patch
 from fastsql import Database
-from ..db_connect import open_engine, writing
+from ..db_connect import open_engine
 from ..db_host import timestamp
 from .events import event_of, events
 from .masking import mask, secret_values
@@ -24,7 +24,8 @@ from .payload import clean, to_json
 from .retries import Cancel, Snooze, TimedOut
 from .states import Outcome
 from .store import Store
-import fh_saas.jobs.claims, fh_saas.jobs.joining  # noqa: F401 give a store `finishing` and `joined`
+import fh_saas.jobs.claims  # noqa: F401 gives a store `finishing`
+from .joining import connection_of, in_transaction
 
 said = logging.getLogger('fh_saas.task')
 
@@ -47,7 +48,7 @@ class JobContext:
         # should the task give way: is the process shutting down, or the job somebody else's by now?
         self.should_stop, self._lock = False, threading.Lock()
         self._progress, self._lines, self._count, self._seen = (None, None), [], 0, row['details'] or '{}'
-        self._secrets, self._databases, self._passed = None, {}, 0
+        self._secrets, self._databases, self._passed, self._complained, self._joined = None, {}, 0, False, None
 
     def __repr__(self): return f'JobContext(tenant={self.tenant!r}, job={self.id!r}, attempt={self.attempt})'
 
@@ -136,7 +137,9 @@ def note(self:JobContext) -> tuple: # The operation for `Store.write`, and what 
     with self._lock: lines, progress = self._lines[:], self._progress
     if not lines and progress == (None, None) and not self.details and self._seen == '{}': return None
     try: details = to_json(dict(self.details), 'job.details', 64*1024)
-    except Exception: details = self._seen  # the task may have put anything there, and may be changing it now
+    except Exception as e:  # the task may have put anything there, and may be changing it now
+        details = self._seen
+        if not self._complained: self._complained = True; said.warning('tenant=%s job=%s: job.details stay as they were: %s', self.tenant, self.id, e)
     if not lines and progress == (None, None) and details == self._seen: return None
     def written():
         with self._lock:
@@ -173,7 +176,7 @@ def hear(self:JobContext, said_there:dict):
 @contextmanager
 def begin(self:JobContext):
     "A transaction on the job's own database, as a SQLAlchemy connection; committed at the end"
-    with writing(self.store.engine) as conn: yield conn
+    with self.store.transaction() as conn: yield conn
 
 # %% ../../nbs/jobs/06_context.ipynb #04dafbbd
 class JobDatabase(Database):
@@ -215,7 +218,12 @@ def complete(self:JobContext,
     o, note = Outcome('completed_with_warnings' if self.warnings else 'completed', result=self.pack_result(result)), self.note()
     with self.store.joined(conn) as (cur, now):
         if not self.store.finishing(self.row, o, note and note[0])(cur, now): raise Cancel('the job is not this attempt\'s any more: nothing of it is to be committed')
-    self.completed = o
+    self.completed, self._joined = o, connection_of(conn)
+
+@patch(as_prop=True)
+def left_open(self:JobContext) -> bool:
+    "Has the task called `complete` in a transaction that it has neither committed nor rolled back?"
+    return self._joined is not None and in_transaction(self._joined)
 
 @patch
 def pack_result(self:JobContext, v) -> str: return None if v is None else to_json(v, 'result')  # an attempt puts the way of its task's signature in its place

@@ -51,6 +51,8 @@ class Events:
 
     def on(self, *which:str, tenant:str=None, job_type:str=None):
         "Decorator: call the function with each `Event` of these kinds (all, if none is named), of that tenant and type"
+        if len(which) == 1 and callable(which[0]): return self.on(tenant=tenant, job_type=job_type)(which[0])
+        if any(map(callable, which)): raise TypeError("a subscriber comes by itself: @events.on('finished'), or events.on('finished')(function)")
         if odd := [k for k in which if k not in kinds]: raise ValueError(f"{odd[0]!r} is no kind of event: use {', '.join(kinds)}")
         def subscribe(f):
             if not callable(f): raise TypeError(f"{f!r} is not callable: a subscriber is a function of an Event")

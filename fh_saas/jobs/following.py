@@ -11,13 +11,11 @@ __all__ = ['log', 'longest', 'after_commit', 'after_end', 'Followed']
 
 # %% ../../nbs/jobs/15_following.ipynb #07535284
 import logging, threading, time
-from contextlib import suppress
 import sqlalchemy as sa
 from fastcore.basics import patch
-from sqlalchemy.orm import Session
 from ..db_connect import FhSaasError
 from .engine import Engine
-from .joining import driver_of
+from .joining import connection_of, in_transaction
 from .notice import hint
 from .store import JobNotFound, Store
 
@@ -33,8 +31,8 @@ class Followed:
     ):
         self.store, self.job_ids, self.told, self.begun, self.over = store, job_ids, told, time.monotonic(), None
         self.pause, self.next, self.hinted = 0.005, 0.0, time.monotonic()
-        sqla = conn.connection() if isinstance(conn, Session) else conn if isinstance(conn, sa.Connection) else getattr(conn, 'conn', None)
-        self._raw = None if isinstance(sqla, sa.Connection) else driver_of(conn)
+        sqla = connection_of(conn)
+        self._raw = None if isinstance(sqla, sa.Connection) else sqla
         if self._raw is None:
             sa.event.listen(sqla, 'commit', lambda conn: self._ends(after_commit), once=True)  # said before the driver commits
             sa.event.listen(sqla, 'rollback', lambda conn: self._ends(after_end), once=True)
@@ -45,12 +43,7 @@ class Followed:
     def _gone(self, now) -> bool:
         if self.over is not None: return now > self.over
         if now > self.begun + longest: return True
-        if self._raw is None: return False
-        with suppress(Exception):  # a closed connection answers nothing
-            if getattr(self._raw, 'closed', False) is True or not getattr(self._raw, 'in_transaction', True): self._ends(after_end)
-            elif (info := getattr(self._raw, 'info', None)) is not None and not info.transaction_status: self._ends(after_end)
-            return False
-        self._ends(after_end)
+        if self._raw is not None and not in_transaction(self._raw): self._ends(after_end)
         return False
 
 # %% ../../nbs/jobs/15_following.ipynb #28280ef7

@@ -51,6 +51,7 @@ class TimedOut(TaskSignal): "The attempt has taken longer than its timeout; it h
 # %% ../../nbs/jobs/01_retries.ipynb #3b4dfbb5
 def check_policy(policy) -> dict: # As given
     "Refuse what says nothing about an exception"
+    if policy is not None and not isinstance(policy, dict): raise TypeError(f"on_error is a {type(policy).__name__}: use a dict, for example {{PermissionError: Permanent}}")
     for cls, what in dict(policy or {}).items():
         if not (isinstance(cls, type) and issubclass(cls, Exception)): raise TypeError(f"on_error: {cls!r} is no class of exceptions")
         if not (isinstance(what, (TaskSignal, wait_base)) or callable(what)): raise TypeError(f"on_error: {cls.__name__} means {what!r}: use Permanent, RetryAfter(seconds), Snooze(seconds), Cancel, a wait of tenacity, or a function of the exception")

@@ -80,6 +80,7 @@ def rerun(self:Steering, job_id:str,
     t = self._task_of(old)
     job = {c: v for c in ('job_type', 'task', 'max_retries', 'queue', 'priority', 'triggered_by', 'timeout', 'concurrency_key', 'tags') if (v := getattr(old, c)) is not None}
     job |= dict(id=gen_id(), payload=t.pack(args) if t else to_json(args, 'payload'), rerun_of=old.id)
+    if t and callable(key := t.defaults.get('concurrency_key')): job['concurrency_key'] = t.key(job['payload'], key)
     self._stored(Adding(self.store, [job]), handoff=0)
     return job['id']
 
@@ -102,16 +103,16 @@ def _all(self:Steering, action, only, everything, dry_run) -> int:
     return store.act_on_all(action, only, told, but)
 
 @patch
-def cancel_all(self:Steering, everything:bool=False, dry_run:bool=False, **only) -> int: # How many; with `dry_run`, how many it would be
+def cancel_all(self:Steering, *, everything:bool=False, dry_run:bool=False, **only) -> int: # How many; with `dry_run`, how many it would be
     "Cancel the jobs that match: by `job_type`, `task`, `queue`, `status`, `tag`, `since`, `until` (of `created_at`)"
     return self._all('cancel', only, everything, dry_run)
 
 @patch
-def retry_all(self:Steering, everything:bool=False, dry_run:bool=False, **only) -> int:
+def retry_all(self:Steering, *, everything:bool=False, dry_run:bool=False, **only) -> int:
     "Run the failed and cancelled jobs that match again; filters as for `cancel_all`"
     return self._all('retry', only, everything, dry_run)
 
 @patch
-def delete_all(self:Steering, everything:bool=False, dry_run:bool=False, **only) -> int:
+def delete_all(self:Steering, *, everything:bool=False, dry_run:bool=False, **only) -> int:
     "Remove the jobs that match and do not run; filters as for `cancel_all`"
     return self._all('delete', only, everything, dry_run)

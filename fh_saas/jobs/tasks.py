@@ -56,6 +56,8 @@ class Task:
         self.aliases, self.on_error, self.isolate, self.rate, self.defaults = tuple(aliases), on_error or {}, isolate, rate, defaults
         self.signature = Signature(func, JobContext)
         self.params, self.job_param = self.signature.params, self.signature.context
+        if inspect.isgeneratorfunction(bare := _bare(func)) or inspect.isasyncgenfunction(bare): raise InvalidJob(f"task {name!r} is a generator: nothing would take what it yields; return a list, or submit a job for each")
+        if odd := [n for n, p in (self.params or {}).items() if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]: raise InvalidJob(f"task {name!r} takes {odd[0]!r} by position only: arguments of a job have names")
 
     def __repr__(self): return f'Task({self.name!r})'
 
@@ -88,6 +90,13 @@ def _checked(self:Task, payload, job, then):
     except NotJson: raise
     except TypeError as e: raise BadPayload(f"task {self.name!r}: {e}; it takes ({self.signature})") from None
     return {**done, **extra} if then == self.signature.unpack else done
+
+@patch
+def key(self:Task, payload:str, key) -> str: # None if it has none
+    "The concurrency key of a job with these packed arguments, from a function of them"
+    try: found = key(**self.signature.unpack(self.signature.full(payload)))
+    except Exception as e: raise InvalidJob(f"concurrency_key of task {self.name!r}: its function raised {type(e).__name__}: {clean(str(e), 200)}") from e
+    return None if found is None else text('concurrency_key', found, 200)
 
 @patch(as_prop=True)
 def schema(self:Task) -> dict: # JSON Schema
@@ -214,7 +223,9 @@ def task(
     own = dict(on_error=check_policy(on_error), rate=_rate(rate), isolate=_isolation(isolate, memory))
     def register(func, name=None):
         if own['isolate'] is not None: _importable(func)
-        if name is not None: func.__task_name__ = name
+        if name is not None:
+            try: func.__task_name__ = name
+            except AttributeError: raise InvalidJob(f"{func!r} cannot be given a name: put it into a function of your own") from None
         registry.add(func, name, backoff=backoff, aliases=aliases, **own, **options)
         for door in ('submit', 'asubmit'): hasattr(func, door) or setattr(func, door, _door(func, door))
         return func
@@ -241,6 +252,8 @@ def _importable(func):
     func.__task_isolated__ = True
 
 def _door(func, name):
-    def submit(manager, /, **task_kwargs): return getattr(manager, name)(func, **task_kwargs)
+    def submit(manager=None, /, **task_kwargs):
+        if not hasattr(manager, name): raise TypeError(f"{getattr(func, '__name__', func)}.{name}(manager, …): the first argument is the BackgroundTaskManager of a tenant's database, not {type(manager).__name__}")
+        return getattr(manager, name)(func, **task_kwargs)
     submit.__doc__ = f'`manager.{name}` of {func.__name__!r}, filed under its name' if hasattr(func, '__name__') else None
     return submit

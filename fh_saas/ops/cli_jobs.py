@@ -85,7 +85,7 @@ def _bulk(action, done):
         with _manager(host, tenant) as m:
             for id in job_ids: getattr(m, action)(id); print(f'{plain(id)} {done}')
             if job_ids: return
-            n = getattr(m, f'{action}_all')(everything, dry_run=not yes, **only)
+            n = getattr(m, f'{action}_all')(everything=everything, dry_run=not yes, **only)
         print(f'{n} jobs {done}' if yes else f'{n} jobs match: say --yes')
     return command
 
