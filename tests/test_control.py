@@ -366,3 +366,26 @@ def test_any_order_of_actions_keeps_the_invariants(store, steps):
         assert not (now['cancel_requested_at'] and now['status'] != 'running')
         if before['completed_at'] and not now['completed_at']: assert step == 'retry' and before['status'] in ('failed', 'cancelled')
         if before['cancel_requested_at'] and now['status'] != 'running': assert now['completed_at']
+
+def test_a_word_is_no_leave_to_change_everything(manager):
+    id, _ = manager.submit('t', print, run_at='2100-01-01T00:00:00Z')
+    for f in (manager.cancel_all, manager.retry_all, manager.delete_all): pytest.raises(TypeError, f, 'boom')
+    assert manager.get_job(id).status == 'pending'
+
+def test_run_again_is_with_the_key_of_its_own_arguments(manager):
+    def f(order, region='eu'): return order
+    f.__qualname__ = 'keyed'
+    manager.engine.registry.add(f, f.__qualname__, concurrency_key=lambda order, region: f'{order}/{region}')
+    id, _ = manager.submit('t', f, order=1, run_at='2100-01-01T00:00:00Z')
+    assert manager.get_job(id).concurrency_key == '1/eu' and manager.get_job(manager.rerun(id, order=2)).concurrency_key == '2/eu'
+
+def test_who_would_wait_for_himself_is_told(manager):
+    async def f(): return 7
+    id, _ = manager.submit('t', f)
+    async def main():
+        manager.engine.use_loop(asyncio.get_running_loop())
+        with pytest.raises(RuntimeError, match='aresult'): manager.result(id, 5)
+        manager.store.write(lambda cur, now: cur.execute('UPDATE tenant_jobs SET run_at = created_at') and None)
+        manager.engine.attend(manager.store)
+        return await manager.aresult(id, 10)
+    assert asyncio.run(main()) == 7

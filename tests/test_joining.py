@@ -248,3 +248,27 @@ def test_a_tenant_of_a_host_is_rung_for(tmp_path, new_engine, monkeypatch):
             assert rung()[0] and not rung()[1]
         wait_until(lambda: rung()[1], 10)
     host.close()
+
+def test_a_forgotten_conn_is_said_at_once(new_sqlite, new_pg, new_manager):
+    m = new_manager(new_sqlite())
+    def f(job):
+        with job.begin(): m.submit('t', confirm, n=2)
+    for submit in (lambda: m.submit('t', confirm, n=1), lambda: m.transaction().__enter__(), lambda: m.submit_many('t', confirm, [dict(n=1)])):
+        with m.transaction(): begun = time.monotonic(); pytest.raises(InvalidJob, submit).match('conn=')
+        assert time.monotonic() - begun < 1
+    id, bg = m.submit('t', f, 1)
+    assert 'conn=' in bg.func(*bg.args).error
+    p = new_manager(new_pg())
+    with p.transaction(): p.submit('t', confirm, n=1)
+    assert jobs(p) == [1]
+
+def test_a_transaction_that_is_over_is_refused(shop):
+    with shop.transaction() as tx: pass
+    with pytest.raises(InvalidJob, match='over'): shop.submit('t', confirm, n=1, conn=tx)
+
+def test_what_a_task_submits_waits_for_no_response(manager):
+    def parent(job): return manager.submit('t', confirm, n=1)[0]
+    id, bg = manager.submit('t', parent)
+    bg.func(*bg.args)
+    child = manager.wait(json.loads(manager.get_job(id).result), 3)
+    assert child.status == 'completed' and child.triggered_by == f'job:{id}'

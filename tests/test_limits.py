@@ -334,3 +334,35 @@ def test_the_rate_of_a_task(new_url, new_manager):
 @pytest.mark.parametrize('bad', [5, (1,), (0, 1), (1, 0), ('1', 1), '10/m'])
 def test_a_bad_rate(bad):
     with pytest.raises(InvalidJob, match='rate'): task('x', rate=bad)
+
+def test_a_completion_that_was_never_committed_is_a_failure(own):
+    def f(job): put(job.db.conn); job.complete(job.db, 5)
+    id, bg = own.submit('t', f)
+    assert call(bg).kind == 'failed' and 'never committed' in own.get_job(id).error_message and rows(own) == 0
+
+def test_a_completed_job_is_done_to_100_percent(manager):
+    def f(job): job.progress(80, 'step 4'); return 1
+    def g(job): job.progress(80); raise Permanent('no')
+    ids = [manager.submit('t', x) for x in (f, g, lambda: 1)]
+    for _, bg in ids: call(bg)
+    assert [manager.get_job(id).progress_percent for id, _ in ids] == [100, 80, None]
+
+def test_a_script_that_submits_at_its_top_submits_nothing_in_the_child(tmp_path, new_sqlite):
+    import subprocess
+    url, script = new_sqlite(), tmp_path/'script.py'
+    script.write_text(f"""
+from fastsql import Database
+from fh_saas.jobs.tasks import task
+from fh_saas.utils_bgtsk import BackgroundTaskManager
+@task('iso', isolate='process', max_retries=1)
+def iso(): return 1
+m = BackgroundTaskManager(Database({url!r}))
+id, bg = m.submit('iso', iso)
+bg.func(*bg.args)
+print(len(m.list_jobs()), m.get_job(id).status, m.get_job(id).error_message)
+""")
+    p = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert p.stdout.startswith("1 failed ChildDied: the task's module cannot be imported") and "if __name__ == '__main__'" in p.stdout, p.stdout + p.stderr
+    script.write_text(script.read_text().replace('m = Back', "if __name__ == '__main__':\n  m = Back").replace('\nid, bg', '\n  id, bg').replace('\nbg.', '\n  bg.').replace('\nprint', '\n  print'))
+    p = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert p.stdout.startswith('2 completed None'), p.stdout + p.stderr

@@ -119,3 +119,31 @@ def test_a_function_that_has_a_submit_of_its_own_keeps_it(registry):
         def __call__(self): return 1
     c = task('c')(Callable_())
     assert c.submit() == 'mine'
+
+def test_what_no_job_can_call_is_refused_where_it_is_defined(m):
+    def gen(): yield 1
+    async def agen(): yield 1
+    def pos(a, /): pass
+    for f, said in ((gen, 'generator'), (agen, 'generator'), (pos, 'position only')):
+        with pytest.raises(InvalidJob, match=said): task('x')(f)
+        with pytest.raises(InvalidJob, match=said): m.submit('t', f)
+    with pytest.raises(InvalidJob, match='a name'): task('x')(print)
+
+def test_plausible_mistakes_are_told_what_was_meant(m):
+    @task('plain')
+    def plain(n=1): return n
+    async def co(): pass
+    with pytest.raises(TypeError, match="did you mean the option 'priority'"): m.submit(plain, priorty=4)
+    with pytest.raises(InvalidJob, match='the function itself'): m.submit(co())
+    with pytest.raises(TypeError, match='BackgroundTaskManager'): plain.submit(n=1)
+    with pytest.raises(TypeError, match='BackgroundTaskManager'): plain.submit(m.db)
+    with pytest.raises(InvalidJob, match='priorty is no option'): m.submit_many(plain, [dict(n=1)], priorty=4)
+    with pytest.raises(InvalidJob, match='raised KeyError'): m.submit(plain, concurrency_key=lambda n: {}[n])
+    assert m.list_jobs() == []
+
+def test_many_with_options(m):
+    @task('plain', concurrency_key=lambda n, k: f'{n}{k}')
+    def plain(n, k='a'): return n
+    ids = m.submit_many(plain, [dict(n=1), dict(n=2, k='b')], queue='q', priority=4, tags=['x'], triggered_by='api', **far)
+    jobs = [m.get_job(i) for i in ids]
+    assert {(j.queue, j.priority, j.tags, j.triggered_by) for j in jobs} == {('q', 4, ',x,', 'api')} and [j.concurrency_key for j in jobs] == ['1a', '2b']

@@ -136,3 +136,30 @@ def test_again(fh_jobs, fh_tenant_db): fh_jobs.assert_submitted(hello, times=0)
 ''')
     p = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
     assert '2 passed' in p.stdout, p.stdout + p.stderr
+
+def test_the_runner_of_the_app_leaves_the_jobs_to_the_test(fh_jobs, fh_host, fh_tenant_db):
+    from fh_saas.workers.runner import Runner
+    app, runner = FastHTML(secret_key='x'), Runner(fh_host)
+    runner.attach(app)
+    @app.route('/later')
+    async def post(n:int):
+        id, bg = await BackgroundTaskManager(fh_tenant_db).asubmit(later, n=n)
+        return P(id), bg
+    with TestClient(app) as client:
+        client.post('/later?n=5')
+        assert fh_jobs.assert_submitted(later, n=5).status == 'pending' and default_engine() is fh_jobs.engine
+        assert [o.result for _, o in fh_jobs.drain()] == ['5']
+    assert default_engine() is fh_jobs.engine and not fh_jobs.engine.closed
+
+def test_inline_in_an_event_loop_and_in_a_transaction(fh_jobs_inline, fh_tenant_db):
+    m = BackgroundTaskManager(fh_tenant_db)
+    async def main(): return (await m.asubmit(later, n=5))[0]
+    assert m.result(asyncio.run(main()), 0) == 5
+    threads = threading.active_count()
+    with m.transaction() as tx: id, _ = later.submit(m, n=6, conn=tx)
+    assert m.result(id, 0) == 6 and threading.active_count() <= threads
+
+def test_a_typing_error_makes_no_test_pass(fh_jobs, fh_tenant_db):
+    from fh_saas.jobs.tasks import UnknownTask
+    with pytest.raises(UnknownTask, match="did you mean 'app_confirm'"): fh_jobs.assert_submitted('app_confrm', times=0)
+    with pytest.raises(TypeError, match='no argument ordr'): fh_jobs.assert_submitted(confirm, times=0, ordr=1)
