@@ -29,3 +29,18 @@ Modules:
 - `fh_saas.workers.runner`: The engine as a part of the web process: it starts and stops with the app and serves all tenants of a host."""
 
 __version__ = "0.10.0"
+
+# The names that apps use, imported when they are first asked for: `import fh_saas` alone stays light.
+_names = {n: m for m, names in dict(
+    db_host='HostDatabase SystemJob timestamp gen_id', db_tenant='get_or_create_tenant_db open_tenant_db delete_tenant', utils_bgtsk='BackgroundTaskManager TenantJob',
+    **{'jobs.tasks': 'task', 'jobs.options': 'Unique InvalidJob', 'jobs.unique': 'NotUnique', 'jobs.retries': 'Permanent RetryAfter Snooze Cancel TimedOut',
+    'jobs.states': 'Priority Status', 'jobs.context': 'JobContext current_job', 'jobs.events': 'events Event', 'jobs.settings': 'Settings', 'jobs.store': 'JobNotFound QuotaExceeded',
+    'jobs.asking': 'JobFailed StillRunning', 'jobs.control': 'WrongState', 'jobs.arguments': 'BadPayload', 'jobs.masking': 'hide', 'workers.runner': 'Runner'}).items() for n in names.split()}
+__all__ = ['__version__', *_names]
+
+def __getattr__(name):
+    if name not in _names: raise AttributeError(f"module 'fh_saas' has no attribute {name!r}")
+    from importlib import import_module
+    return getattr(import_module(f'fh_saas.{_names[name]}'), name)
+
+def __dir__(): return __all__

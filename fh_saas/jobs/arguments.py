@@ -45,6 +45,13 @@ def _inside(shape):
         for t in getattr(shape, name, ()): yield from _inside(t)
 
 # %% ../../nbs/jobs/06_arguments.ipynb #d8594204
+def _lost(given, there):
+    "The first key of `given` that its type does not know"
+    if isinstance(given, dict) and isinstance(there, dict): return next((f'{k}.{odd}' if odd is not True else k for k, v in given.items() if (odd := k not in there or _lost(v, there[k]))), None)
+    if isinstance(given, (list, tuple)) and isinstance(there, (list, tuple)) and len(given) == len(there): return next((odd for a, b in zip(given, there) if (odd := _lost(a, b))), None)
+    return None
+
+# %% ../../nbs/jobs/06_arguments.ipynb #002df6ce
 class Wire:
     "Values of one type, as they are in a row and as the task gets them"
     def __init__(self, typ):
@@ -59,8 +66,11 @@ class Wire:
         "`v` as what JSON has; TypeError if it is not of this type"
         if self.same is not None and type(v) is self.same: return v
         plain = v if self.open else msgspec.to_builtins(v, enc_hook=_packed)
-        self.unpack(plain)
-        return plain if self.open else msgspec.to_builtins(plain, str_keys=True)
+        there = self.unpack(plain)
+        if self.open: return plain
+        plain = msgspec.to_builtins(plain, str_keys=True)
+        if odd := _lost(plain, msgspec.to_builtins(there, enc_hook=_packed, str_keys=True)): raise TypeError(f'Object contains unknown field `{odd}`')
+        return plain
 
     def unpack(self, v):
         if self.same is not None and type(v) is self.same: return v
