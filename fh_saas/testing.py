@@ -59,6 +59,9 @@ def run(self:TestEngine, a) -> Outcome:
     return done.result()
 
 @patch
+def _start(self:TestEngine): "No schedule and no heartbeat"
+
+@patch
 def follow(self:TestEngine, followed): self._followed.append(followed)
 
 @patch
@@ -66,7 +69,7 @@ def look_now(self:TestEngine, store=None):
     "Which transactions are committed by now? Asked when one was, and before each drain: no thread looks"
     for f in [f for f in self._followed if store in (None, f.store)]:
         f.next = 0.0
-        if f.look(time.monotonic()): self._followed.remove(f)
+        if f.look(time.monotonic()): f.done(); self._followed.remove(f)
 
 @patch
 def drain(self:TestEngine, store, most:int=1000) -> list:

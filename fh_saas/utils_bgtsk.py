@@ -147,7 +147,7 @@ def _stored(self:BackgroundTaskManager, op, handoff=None, conn=None) -> dict: # 
     if conn is None: store.refuse_beside_own()
     begun = time.monotonic()
     hint(tenancy)
-    try: said = added(store.join(conn, op) if conn is not None else store.write(op))
+    try: said = added(store.write_soon(op, None if conn is None else lambda op: store.join(conn, op)))
     except DatabaseBusy as e: self._dropped(op); self._explain(e)
     except BaseException: self._dropped(op); raise
     if 'found' in said and conn is None: self._dropped(op)
@@ -283,11 +283,10 @@ async def asubmit(self:BackgroundTaskManager,
     "As `submit`, from an event loop, which goes on while the job is committed together with those of other requests"
     job_type, task_func = self._meant(job_type, task_func)
     op, conn = self._made(job_type, task_func, max_retries, task_kwargs)
-    said = await self._astored(op) if conn is None else self._stored(op, conn=conn)  # a connection is used where it is
-    return self._handle(op, said, task_func)
+    return self._handle(op, await self._astored(op, conn), task_func)
 
 @patch
-async def _astored(self:BackgroundTaskManager, op):
+async def _astored(self:BackgroundTaskManager, op, conn=None):
     (engine, store), queue = self.here, op.jobs[0].get('queue', 'default')
     tenancy, served = engine.tenancy(store), engine.serves(queue)
     def in_thread(f, *args): return asyncio.wrap_future(engine.writers.submit(f, *args))
@@ -295,9 +294,10 @@ async def _astored(self:BackgroundTaskManager, op):
     limits = await in_thread(open_for, queue, engine, store) if tenancy and tenancy.rules.stale else open_for(queue, engine, store)
     if tenancy and not tenancy.wakes.hinted(tenancy.tenant_id): await in_thread(hint, tenancy)
     op.delay, op.quota = self._handoff(served), limits.pending
-    try: said = added(await store.awrite(op, engine.writers.submit))
+    try: said = added(await store.awrite_soon(op, engine.writers.submit, None if conn is None else lambda op: store.join(conn, op)))
     except DatabaseBusy as e: self._dropped(op); self._explain(e)
     except Exception: self._dropped(op); raise
+    if conn is not None: self._committed(op, said, served, begun, conn); return said  # a connection is used where it is
     if 'found' in said: self._dropped(op)
     _tell(store, op, said)
     engine.attend(store, soon(at := _moment(op, said), op.delay))

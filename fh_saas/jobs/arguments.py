@@ -16,7 +16,8 @@ import msgspec
 from fastcore.basics import patch
 from msgspec import inspect as shapes
 from ..db_connect import FhSaasError
-from .payload import NotJson, clean, to_json
+from .masking import is_secret, mask
+from .payload import NotJson, TooLarge, clean, to_json
 
 # %% ../../nbs/jobs/06_arguments.ipynb #fd9ee2c6
 class BadPayload(FhSaasError, TypeError): "The payload does not fit the task's signature."
@@ -68,9 +69,10 @@ class Wire:
         plain = v if self.open else msgspec.to_builtins(v, enc_hook=_packed)
         there = self.unpack(plain)
         if self.open: return plain
-        plain = msgspec.to_builtins(plain, str_keys=True)
-        if odd := _lost(plain, msgspec.to_builtins(there, enc_hook=_packed, str_keys=True)): raise TypeError(f'Object contains unknown field `{odd}`')
-        return plain
+        # what was understood, so that equal arguments look the same: 1 as 1.0 where a float is wanted, a set in one order
+        as_type = msgspec.to_builtins(there, enc_hook=_packed, str_keys=True, order='deterministic')
+        if odd := _lost(msgspec.to_builtins(plain, str_keys=True), as_type): raise TypeError(f'Object contains unknown field `{odd}`')
+        return as_type
 
     def unpack(self, v):
         if self.same is not None and type(v) is self.same: return v
@@ -125,7 +127,7 @@ def _each(self:Signature, payload, way):
     for k, v in payload.items():
         w = self.ways.get(k) or (self.rest if k not in (self.params or ()) else None)
         try: done[k] = way(w, v) if w else v
-        except (TypeError, ValueError, NotImplementedError, RecursionError) as e: raise BadPayload(f"{k}={clean(repr(v), 80)}: {e}") from None
+        except (TypeError, ValueError, NotImplementedError, RecursionError) as e: raise BadPayload(f"{k}=***: {type(e).__name__}" if is_secret(k, v) else f"{k}={mask(clean(repr(v), 80))}: {mask(clean(str(e), 1000))}") from None
     return done
 
 @patch
@@ -165,7 +167,8 @@ def pack_result(self:Signature, v) -> str: # None for None
     except NotJson as e:
         # the work is done: whatever has a form in JSON is kept, annotated or not
         try: return to_json(msgspec.to_builtins(v, enc_hook=_packed, str_keys=self.result is not None and not self.result.open), 'result')
-        except (TypeError, ValueError, NotImplementedError, RecursionError): raise e from None
+        except TooLarge: raise
+        except Exception: raise e from None  # what an object says of itself may be anything
 
 @patch
 def unpack_result(self:Signature, text:str):

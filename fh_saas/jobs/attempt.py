@@ -9,9 +9,9 @@ __all__ = ['log', 'Attempt']
 
 # %% ../../nbs/jobs/08_attempt.ipynb #7d497f21
 import asyncio, contextvars, inspect, logging, threading, time
-from dataclasses import replace
 from fastcore.basics import patch
 from tenacity.wait import wait_base
+from ..db_connect import FhSaasError
 from .context import JobContext, current
 from .events import event_of, events
 from .isolation import in_child
@@ -77,17 +77,19 @@ def _begins(self:Attempt):
 async def acall(self:Attempt) -> Outcome:
     "Run an async task in this event loop"
     self.loop, self.async_task = asyncio.get_running_loop(), (me := asyncio.current_task())
-    before = current.set(self.ctx)
+    before, alarm = current.set(self.ctx), None
     try:
         self._begins()
-        if self.deadline: self.loop.call_later(self.row['timeout'], self.time_out)
+        if self.deadline: alarm = self.loop.call_later(self.row['timeout'], self.time_out)
         o = self.succeeded(await self.func(**self.arguments()))
     except asyncio.CancelledError as e:
         # cancelled from outside: the loop is going down. A task that raises it by itself has failed.
         down = me.cancelling() > self._told
         o = Outcome('release', error='cancelled while the process was shutting down') if down else self.failed(e)
     except BaseException as e: o = self.failed(e)
-    finally: self.ctx.close()
+    finally:
+        if alarm: alarm.cancel()
+        self.ctx.close()
     self.async_task = None
     current.reset(before)
     if self._told: me.uncancel()  # it was meant for the job, not for who awaits it
@@ -130,6 +132,13 @@ def succeeded(self:Attempt, result) -> Outcome:
 @patch
 def failed(self:Attempt, e:BaseException) -> Outcome:
     "The task raised `e`"
+    try: return self._failed(e)
+    except Exception as worse:  # an attempt has an outcome, whatever its error or its policy is made of
+        log.error('%s: what its error means cannot be told: %s', self, self._said(worse)[0])
+        return Outcome('failed' if (self.row['retry_count'] or 0) + 1 >= max(1, self.row['max_retries'] or 1) else 'retry', error=type(e).__name__, delay=2)
+
+@patch
+def _failed(self:Attempt, e):
     if o := self._recorded(e): return o
     if self.ctx.timed_out and isinstance(e, (asyncio.CancelledError, Snooze)): e = TimedOut(f"took longer than its timeout of {self.row['timeout']} s")
     what = self._meaning(e)
@@ -138,28 +147,31 @@ def failed(self:Attempt, e:BaseException) -> Outcome:
     failed = (self.row['retry_count'] or 0) + 1
     if isinstance(what, (Permanent, BadPayload, NotJson)) or failed >= max(1, self.row['max_retries'] or 1): return self._failure('failed', *self._said(e))
     try: delay = what.seconds if isinstance(what, RetryAfter) else wait_after(failed, what if isinstance(what, wait_base) else self.task.backoff)
-    except Exception as broken:
-        log.exception('%s: its backoff policy raised; waiting %s s instead', self, delay := wait_after(failed), exc_info=broken)
+    except Exception as broken: log.error('%s: its backoff policy raised %s; waiting %s s instead', self, self._said(broken)[0], delay := wait_after(failed))
     return self._failure('retry', *self._said(e), delay)
 
 # %% ../../nbs/jobs/08_attempt.ipynb #fc99ec09
 @patch
 def _meaning(self:Attempt, e):
     "What the task's policy makes of an exception, which may be itself"
-    if isinstance(e, TaskSignal) or not self.task.on_error: return e
+    if isinstance(e, TaskSignal) and not isinstance(e, TimedOut) or not self.task.on_error: return e
     try: what = meaning(self.task.on_error, e)
-    except Exception: log.exception('%s: its policy for %s raised; it fails as usual', self, type(e).__name__); what = None
+    except Exception as broken: log.error('%s: its policy for %s raised %s; it fails as usual', self, type(e).__name__, self._said(broken)[0]); what = None
     return e if what is None else what
 
 @patch
-def _said(self:Attempt, e) -> tuple: return tuple(map(self.ctx.masked, describe(e)))
+def _said(self:Attempt, e) -> tuple: return describe(e, self.ctx.masked)
 
 @patch
 def _recorded(self:Attempt, e=None) -> Outcome: # None if it has not
     "Has the task committed its own completion?"
-    if self.ctx.completed is None or not self.store.has_ended(self.row): return None
+    if self.ctx.completed is None and self.task.isolate is None: return None
+    try:
+        if not self.store.has_ended(self.row): return None
+        row = self.store.get(self.row['id'])
+    except FhSaasError: return None  # it is written as usual then; if it had ended, the claim is gone and nothing is changed
     if e is not None: log.warning('%s: raised after it was completed, which changes nothing: %s', self, self._said(e)[0])
-    return replace(self.ctx.completed, recorded=True)
+    return Outcome(row['status'], result=row['result'], recorded=True)
 
 @patch
 def _failure(self:Attempt, kind, line, trace, delay=0):

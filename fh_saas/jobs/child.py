@@ -10,15 +10,32 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/child.html.md"""
 __all__ = ['main']
 
 # %% ../../nbs/jobs/09_child.ipynb #ba9a0981
-import asyncio, importlib, json, logging, os, runpy, sys, threading, time
+import asyncio, ctypes, importlib, json, logging, os, runpy, signal, sys, threading
 from dataclasses import asdict
 from .attempt import Attempt
+from .engine import Engine, use_engine
+from .events import events
 from .isolation import import_for_child
 from .payload import describe
+from .settings import Settings
 from .store import Store
 from .tasks import Task, registry
 
 # %% ../../nbs/jobs/09_child.ipynb #df76cae8
+def _lines(fd, rest=b''):
+    "Lines of a pipe, by hand: a buffered file's lock would be copied by a fork of the task's"
+    while True:
+        *lines, rest = rest.split(b'\n')
+        yield from lines
+        if not (some := os.read(fd, 1 << 16)): return
+        rest += some
+
+def _alone():
+    "Die with the parent, even while a library holds the interpreter; run nobody else's jobs; tell nobody, the parent does"
+    if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    use_engine(Engine(Settings.from_env(concurrency=0)))
+    events.mute()
+
 def _find(order) -> Task:
     if 'file' in order: runpy.run_path(order['file'], run_name='__mp_main__')  # as multiprocessing does: not `__main__`, so that nothing is started
     else: importlib.import_module(order['module'])
@@ -32,7 +49,7 @@ def _limit(mib):
 
 def _heed(a):
     "Do as the parent says; end when it has"
-    for line in sys.stdin:
+    for line in _lines(a.orders):
         why = json.loads(line)
         if why['cancelled']: a.cancel()
         elif why['timed_out']: a.time_out()
@@ -45,8 +62,12 @@ def _speak(a, say, over):
 # %% ../../nbs/jobs/09_child.ipynb #b2adc821
 def main():
     "Run the attempt that the parent describes on the standard input, and say on a pipe how it goes"
-    order, voice, lock, over = json.loads(sys.stdin.readline()), os.fdopen(int(sys.argv[1]), 'wb'), threading.Lock(), threading.Event()
+    orders, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)  # what the task starts must not read what is meant for this process
+    lines = _lines(orders)
+    order, voice, lock, over = json.loads(next(lines)), os.fdopen(int(sys.argv[1]), 'wb'), threading.Lock(), threading.Event()
     sys.path[:] = order['path']
+    _alone()
     logging.getLogger('fh_saas.task').disabled = True  # the parent says it
     def say(what):
         with lock: voice.write(json.dumps(what).encode() + b'\n'); voice.flush()
@@ -54,6 +75,7 @@ def main():
     except BaseException as e: say(dict(lost=describe(e)[0])); raise
     store = Store(order['url'], order['table'], order['synchronous'], order['busy'], order['tenant'])
     a = Attempt(store, order['row'], Task(t.func, t.name, **t.said | dict(isolate=None)))
+    a.orders = orders
     for f, args in ((_heed, (a,)), (_speak, (a, say, over))): threading.Thread(target=f, args=args, daemon=True).start()
     if order['memory']: _limit(order['memory'])
     o = asyncio.run(a.acall()) if a.is_async else a.call()

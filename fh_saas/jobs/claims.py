@@ -242,7 +242,7 @@ def _held(self:Store, cur, rows) -> set:
     keys = sorted({k for r in rows if (k := r['concurrency_key']) is not None})
     if not keys: return set()
     j = self.t.jobs
-    late = {k for k in keys if not self.kind.try_alone(cur, k)}
+    late = {k for k in keys if not self.kind.try_alone(cur, 7309, k)}
     stmt = self.statement(('held', j.name), lambda: sa.select(j.c.concurrency_key).where(j.c.status == RUNNING, self._among(j.c.concurrency_key)))
     return late | {k for k, in stmt(cur, ids=self._list(keys)).fetchall()}
 
@@ -286,7 +286,7 @@ _seconds = lru_cache(4096)(seconds)  # jobs that were submitted or claimed toget
 def _waited(job) -> float:
     "Seconds between due and begun; None for a row that was not written by `submit` and does not say"
     try:
-        start, due = job['started_at'], job['run_at'] or job['created_at']
+        start, due = job['started_at'], max(job['run_at'] or job['created_at'], job['created_at'])  # a moment that had passed was no wait
         return max(0.0, _seconds(start) - _seconds(due if due <= start else job['created_at']))
     except (AttributeError, TypeError, ValueError): return None
 

@@ -48,7 +48,7 @@ class JobContext:
         # should the task give way: is the process shutting down, or the job somebody else's by now?
         self.should_stop, self._lock = False, threading.Lock()
         self._progress, self._lines, self._count, self._seen = (None, None), [], 0, row['details'] or '{}'
-        self._secrets, self._databases, self._passed, self._complained, self._joined = None, {}, 0, False, None
+        self._secrets, self._databases, self._passed, self._reported, self._complained, self._joined = None, {}, 0, None, False, None
 
     def __repr__(self): return f'JobContext(tenant={self.tenant!r}, job={self.id!r}, attempt={self.attempt})'
 
@@ -82,12 +82,12 @@ def progress(self:JobContext,
     try: percent = None if percent is None or not math.isfinite(percent) else min(100, max(0, int(percent)))
     except TypeError: percent = None
     old_percent, old_message = self._progress
-    self._progress = old_percent if percent is None else percent, old_message if message is None else clean(self.masked(clean(str(message), 2000)), 255)
+    self._progress = old_percent if percent is None else percent, old_message if message is None else clean(self.masked(clean(str(message), 50_000)), 255)
 
 @patch
 def log(self:JobContext, message:str, item=None, level:str='info'):
     "Add a line to the job's log, and to the process's, as `fh_saas.task`"
-    message, item, level = (None if x is None else clean(self.masked(clean(str(x), 4*n)), n) for x, n in ((message, 2000), (item, 500), (level, 20)))
+    message, item, level = (None if x is None else clean(self.masked(clean(str(x), 50_000)), n) for x, n in ((message, 2000), (item, 500), (level, 20)))
     with self._lock:
         self._count += 1
         if self._count > max_lines + 1: return
@@ -158,7 +158,8 @@ def told(self:JobContext) -> dict:
         lines, self._passed = [l for l in self._lines if l[0] > self._passed], self._count
         try: details = to_json(dict(self.details), 'job.details', 64*1024)
         except Exception: details = None
-        return dict(progress=self._progress, lines=lines, details=details, warnings=self.warnings)
+        new, self._reported = self._progress if self._progress != self._reported else (None, None), self._progress
+        return dict(progress=new, lines=lines, details=details, warnings=self.warnings)
 
 @patch
 def hear(self:JobContext, said_there:dict):
@@ -215,6 +216,7 @@ def complete(self:JobContext,
 ):
     "Record the job as completed in the task's own transaction; raises `Cancel` if the job is not this attempt's any more"
     self.leave_if_cancelled()
+    if self.completed is not None and self.left_open: raise RuntimeError("job.complete was called already in this transaction: commit it")
     o, note = Outcome('completed_with_warnings' if self.warnings else 'completed', result=self.pack_result(result)), self.note()
     with self.store.joined(conn) as (cur, now):
         if not self.store.finishing(self.row, o, note and note[0])(cur, now): raise Cancel('the job is not this attempt\'s any more: nothing of it is to be committed')

@@ -175,7 +175,8 @@ def cancel(self:Engine, store:Store, changed:dict):
     "These jobs were cancelled: what runs of them here learns it at once"
     if desk := self._desks.get(store): desk.cancel(changed)
     if events and (over := [id for id, status in changed.items() if status == 'cancelled']):
-        for job in store.these(over): events.tell(event_of('finished', store.tenant, job, error=job['error_message']))
+        try: events.tell(*(event_of('finished', store.tenant, job, error=job['error_message']) for job in store.these(over)))
+        except FhSaasError as e: log.warning('tenant=%s: nobody is told of %s cancelled jobs: %s', store.tenant, len(over), e)
 
 # %% ../../nbs/jobs/14_engine.ipynb #e8130142
 @patch

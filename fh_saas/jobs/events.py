@@ -10,7 +10,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/events.html.md"""
 __all__ = ['log', 'kinds', 'most_waiting', 'events', 'Event', 'event_of', 'Events']
 
 # %% ../../nbs/jobs/03_events.ipynb #f771ed96
-import inspect, logging, threading
+import inspect, logging, os, threading, time
 from collections import deque
 from dataclasses import dataclass
 from fastcore.basics import patch
@@ -41,13 +41,20 @@ def event_of(kind, tenant, job, **more) -> Event:
     return Event(kind, tenant, job['id'], job['job_type'], job['task'], more.pop('status', None) or job['status'], timestamp(), job.get('attempt') or 0, **more)
 
 # %% ../../nbs/jobs/03_events.ipynb #12d1a55d
-most_waiting = 10_000 # events that wait for slow subscribers; what comes beyond that is dropped and counted
+most_waiting = 100_000 # events that wait for slow subscribers; what comes beyond that is dropped and counted
 
 class Events:
     "Who wants to know, and what is still to be told"
-    def __init__(self): self.subscribers, self.dropped, self._waiting, self._lock, self._some, self._running = (), 0, deque(), threading.Lock(), threading.Condition(), False
+    def __init__(self):
+        self.subscribers, self.dropped, self._muted = (), 0, False
+        self._begin()
+        os.register_at_fork(after_in_child=self._begin)  # what waits is told by the parent, whose thread is not here
 
-    def __bool__(self): return bool(self.subscribers)
+    def _begin(self): self._waiting, self._lock, self._some, self._running, self._warned = deque(), threading.Lock(), threading.Condition(), False, 0.0
+
+    def __bool__(self): return bool(self.subscribers) and not self._muted
+
+    def mute(self): self._muted = True
 
     def on(self, *which:str, tenant:str=None, job_type:str=None):
         "Decorator: call the function with each `Event` of these kinds (all, if none is named), of that tenant and type"
@@ -63,7 +70,7 @@ class Events:
 
     def off(self, f):
         "Tell `f` nothing more"
-        with self._lock: self.subscribers = tuple(s for s in self.subscribers if s[0] is not f)
+        with self._lock: self.subscribers = tuple(s for s in self.subscribers if s[0] != f)
 
 # %% ../../nbs/jobs/03_events.ipynb #e97a926d
 @patch
@@ -73,9 +80,11 @@ def tell(self:Events, *found:Event):
         for e in found:
             if len(self._waiting) < most_waiting: self._waiting.append(e)
             else: self.dropped += 1
-        if self.dropped and self.dropped % 1000 == 1: log.error('%s events were dropped: a subscriber is too slow', self.dropped)
+        late = self.dropped and time.monotonic() > self._warned
+        if late: self._warned = time.monotonic() + 10
         start, self._running = not self._running, True
         self._some.notify_all()
+    if late: log.error('%s events were dropped so far: a subscriber is too slow', self.dropped)
     if start: threading.Thread(target=self._run, name='fh_saas-events', daemon=True).start()
 
 @patch

@@ -53,18 +53,25 @@ def in_child(
 ) -> Outcome:
     "Run an attempt in a process of its own; raises what it came to if it was killed"
     here, there = os.pipe()
-    # a session of its own: what a terminal sends to this process is not for the child. If this process dies, the child sees the end of its input and ends.
-    child = subprocess.Popen([sys.executable, '-c', 'from fh_saas.jobs.child import main; main()', str(there)], stdin=subprocess.PIPE, pass_fds=[there],
-        start_new_session=True, env={**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p)})
-    os.close(there)
     try:
-        _tell(child, _order(a))
-        return _attend(a, child, here)
-    finally:
-        child.kill()
-        child.wait()
-        child.stdin.close()
-        os.close(here)
+        # a session of its own: what a terminal sends to this process is not for the child, and what the child starts can be ended with it.
+        # -P: what lies in the current folder is not imported in the place of a module
+        try: child = subprocess.Popen([sys.executable, '-P', '-c', 'from fh_saas.jobs.child import main; main()', str(there)], stdin=subprocess.PIPE, pass_fds=[there],
+            start_new_session=True, env={**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p)})
+        finally: os.close(there)
+        try:
+            _tell(child, _order(a))
+            return _attend(a, child, here)
+        finally:
+            _kill(child)
+            child.wait()
+            child.stdin.close()
+    finally: os.close(here)
+
+def _kill(child):
+    "With all that it has started"
+    try: os.killpg(child.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError): child.kill()
 
 def _tell(child, text):
     try: child.stdin.write(text); child.stdin.flush()
@@ -81,12 +88,13 @@ def _attend(a, child, here) -> Outcome:
                 if not (some := os.read(here, 1 << 16)): break
                 *lines, heard = (heard + some).split(b'\n')
                 for line in lines: outcome = _hear(a, json.loads(line)) or outcome
+                if outcome: break  # what the task has started may hold the pipe open
             c = a.ctx
             if (why := (c.should_stop, c.cancelled, c.timed_out)) != told and c.should_stop:
                 told = why
                 _tell(child, json.dumps(dict(cancelled=c.cancelled, timed_out=c.timed_out)).encode() + b'\n')
                 if c.cancelled or c.timed_out or c.lost: until = until or time.monotonic() + last_words
-            if a.outcome or until and time.monotonic() > until: child.kill(); break
+            if a.outcome or until and time.monotonic() > until: _kill(child); break
     return outcome or _died(a, child.wait())
 
 def _hear(a, said) -> Outcome: # None unless it is the end

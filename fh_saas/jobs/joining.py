@@ -12,10 +12,11 @@ __all__ = ['connection_of', 'driver_of', 'in_transaction']
 # %% ../../nbs/jobs/05_store_joining.ipynb #2494e2c8
 import os, sqlite3, threading
 from contextlib import contextmanager
+from contextvars import ContextVar
 import sqlalchemy as sa
 from fastcore.basics import patch
 from sqlalchemy.orm import Session
-from ..db_connect import writing
+from ..db_connect import DatabaseBusy, show_url, writing
 from .commit import SQLite
 from .options import InvalidJob
 from .store import Store
@@ -90,6 +91,16 @@ def joined(self:Store, conn):
         raise known from e
 
 @patch
+def transaction_of(self:Store, conn) -> str: # None on SQLite
+    "The number under which PostgreSQL knows the transaction of `conn`"
+    return None if isinstance(self.kind, SQLite) else _tuples(driver_of(conn)).execute('SELECT pg_current_xact_id()::text').fetchone()[0]
+
+@patch
+def state_of(self:Store, xid:str) -> str: # 'in progress', 'committed' or 'aborted'
+    "What became of a transaction"
+    with self.cursor() as cur: return cur.execute('SELECT pg_xact_status(%s::text::xid8)', [xid]).fetchone()[0] or 'aborted'
+
+@patch
 def join(self:Store, conn,
     op, # As for `write`
 ):
@@ -100,20 +111,23 @@ def join(self:Store, conn,
         return op(cur, now)
 
 # %% ../../nbs/jobs/05_store_joining.ipynb #73c39a6b
-_own = threading.local()
+_here, _own = ContextVar('fh_saas_transactions', default=()), threading.local()  # of this context, and of this thread
 
 @patch
 @contextmanager
 def transaction(self:Store):
     "A transaction on this database, as a SQLAlchemy connection; committed at the end, rolled back on an error"
     self.refuse_beside_own()
-    open_here = _own.__dict__.setdefault('stores', [])
+    in_thread = _own.__dict__.setdefault('stores', [])
     with writing(self.engine) as conn:
-        open_here.append(self)
+        in_thread.append(self)
+        before = _here.set((*_here.get(), self))
         try: yield conn
-        finally: open_here.remove(self)
+        finally: in_thread.remove(self); _here.reset(before)
 
 @patch
 def refuse_beside_own(self:Store):
     "Raise if this thread would wait for a lock that it holds itself"
-    if isinstance(self.kind, SQLite) and self in _own.__dict__.get('stores', ()): raise InvalidJob("this thread has a transaction of this database open: pass it on with conn=…, or end it first; nothing was written")
+    if not isinstance(self.kind, SQLite): return
+    if self in _here.get(): raise InvalidJob("a transaction of this database is open here: pass it on with conn=…, or end it first; nothing was written")
+    if self in _own.__dict__.get('stores', ()): raise DatabaseBusy(f"{show_url(self.url)}: another task of this event loop has a transaction open, and cannot end it while this one waits: hold none across an await, or try again; nothing was written")

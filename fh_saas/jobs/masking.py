@@ -19,7 +19,7 @@ _patterns = [
     (re.compile(r'-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)', re.S), '***'),
     (re.compile(r'(?<![\w+.-])(\w[\w+.-]{0,30}://[^\s:/@\'"]{0,200}:)[^\s/@\'"]{1,500}(?=@)'), r'\1***'),
     (re.compile(r'(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}'), '***'),
-    (re.compile(r'\b(AKIA|ASIA)[A-Z0-9]{16}\b|\b(sk|rk|pk)_(live|test)_\w{8,}|\bgh[pousr]_\w{20,}|\bxox[abprs]-[\w-]{10,}|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*'), '***')]
+    (re.compile(r'\b(AKIA|ASIA)[A-Z0-9]{16}\b|\b(sk|rk|pk)_(live|test)_\w{8,}|\bgh[pousr]_\w{20,}|\bxox[abprs]-[\w-]{10,}|(?<![\w-])eyJ[\w-]{8,4000}\.[\w-]{8,20000}\.[\w-]{0,2000}'), '***')]
 _custom, _assigned = [], None
 
 def _compiled():
@@ -43,9 +43,10 @@ def hide(
 
 hide(*filter(None, (n.strip() for n in os.environ.get('FH_SAAS_HIDE', '').split(','))))
 
-def is_secret(name) -> bool:
+def is_secret(name, value=None) -> bool:
     "Is what goes by this name secret?"
     plain = re.sub(r'[^a-z0-9]', '', str(name).lower())
+    if plain.endswith('tokens') and isinstance(value, (int, float)): return False  # `max_tokens=4096` counts them
     return any(n in plain for n in _names)
 
 # %% ../../nbs/jobs/02_masking.ipynb #540b6b27
@@ -56,11 +57,13 @@ def mask(
     "`text` with *** for what is secret in it"
     for v in values: text = text.replace(v, '***')
     for p, new in (*_patterns, *_custom): text = p.sub(new, text)
-    return _assigned.sub(r'\1***', text)
+    return _assigned.sub(lambda m: m[0] if _counts.search(m[1]) and m[2].isdecimal() else f'{m[1]}***', text)
+
+_counts = re.compile(r'(?i)tokens["\']?\s{0,9}[:=]\s{0,9}$')
 
 def _find(o, found, secret=False):
     if isinstance(o, dict):
-        for k, v in o.items(): _find(v, found, secret or is_secret(k))
+        for k, v in o.items(): _find(v, found, secret or is_secret(k, v))
     elif isinstance(o, list):
         for v in o: _find(v, found, secret)
     elif secret and o not in (None, True, False, '') and len(s := str(o)) >= 4: found |= {s, *({repr(s)[1:-1], json.dumps(s)[1:-1], ' '.join(s.split())} if isinstance(o, str) else ())}  # as errors quote it
@@ -76,5 +79,5 @@ def secret_values(
 
 def masked(o):
     "A copy of arguments as they may be shown"
-    if isinstance(o, dict): return {k: '***' if is_secret(k) and v not in (None, '') else masked(v) for k, v in o.items()}
+    if isinstance(o, dict): return {k: '***' if is_secret(k, v) and v not in (None, '') else masked(v) for k, v in o.items()}
     return [masked(v) for v in o] if isinstance(o, list) else mask(o) if isinstance(o, str) else o

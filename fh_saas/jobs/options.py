@@ -55,6 +55,7 @@ class Unique:
         if self.then not in (known := ('existing', 'reject', *_replacing)): raise InvalidJob(f"unique: then={self.then!r} is none of {', '.join(known)}")
         if (self.by is None) == (self.key is None): raise InvalidJob("unique: what makes two jobs the same? Say by=('argument', …), by=True for all arguments, or key='…', and only one of these")
         if self.key is not None: text('unique: key', self.key, 200)
+        if self.by is not None and self.by is not True and not self.by: raise InvalidJob("unique: by=() names no argument: all jobs of the task would be the same; use key='…' for that")
         if isinstance(self.by, str): object.__setattr__(self, 'by', (self.by,))
         if self.period is not None and not (isinstance(self.period, (int, float)) and 0 < self.period < 1e9): raise InvalidJob(f"unique: period={self.period!r}: use seconds, more than 0")
         if self.then == 'debounce' and self.period is None: raise InvalidJob("unique: then='debounce' needs a period, the seconds to wait for more")

@@ -64,11 +64,13 @@ def clean(text:str, limit:int) -> str:
     head, mark = limit//4, ' … '
     return text[:head] + mark + text[len(text)-(limit-head-len(mark)):]
 
-def describe(e:BaseException) -> tuple[str, str]: # One line, and the traceback
+def describe(e:BaseException,
+    hide=str, # Called with the full text, to take secrets out: cut first, half of one might stay
+) -> tuple[str, str]: # One line, and the traceback
     "An exception in words, whatever its `str` does"
     try: msg = str(e)
     except BaseException as worse: msg = f'(its message cannot be shown: {type(worse).__name__})'
     line = ' '.join(f'{type(e).__name__}: {msg}'.split()) if msg else type(e).__name__
     try: log = ''.join(traceback.format_exception(e))
     except BaseException as worse: log = f'{line}\n(its traceback cannot be shown: {type(worse).__name__})'
-    return clean(line, 500), clean(log, 32_000)
+    return clean(hide(clean(line, 100_000)), 500), clean(hide(clean(log, 200_000)), 32_000)

@@ -116,13 +116,16 @@ def _see_to_timeouts(self:Recorder):
     now = time.monotonic()
     for a in self._live():
         if a.deadline is None or now < a.deadline or a.outcome: continue
-        a.time_out()
-        if now > a.deadline + last_words and a.task.isolate is None: self._abandon(a)
+        try:
+            a.time_out()
+            if now > a.deadline + last_words and a.task.isolate is None: self._abandon(a)
+        except Exception: log.exception('%s: its timeout cannot be seen to', a)
 
 @patch
 def _abandon(self:Recorder, a):
     if not a.gate.acquire(blocking=False): return  # it has ended meanwhile
     if self._record(a, a.failed(TimedOut(f"took longer than its timeout of {a.row['timeout']} s, and did not stop")), a.done): self._errand(a.desk)
+    if a.is_async: self._off(a); self._fed(); return log.error('%s: given up; its coroutine does not end', a)
     with self._lock:
         self._stuck += 1
         if free := self._stuck <= most_stuck: self.crew.size += 1
@@ -133,8 +136,10 @@ def _abandon(self:Recorder, a):
 def _too_late(self:Recorder, a, done) -> bool:
     "An attempt that was given up has ended after all"
     with self._lock:
-        if self._stuck <= most_stuck: self.crew.size -= 1
-        self._stuck, self.stale = self._stuck - 1, self.stale + 1
+        self.stale += 1
+        if not a.is_async:
+            if self._stuck <= most_stuck: self.crew.size -= 1
+            self._stuck -= 1
     log.warning('%s: has ended after it was given up; what it came to is dropped', a)
     if done: settle(done, None)
     return False

@@ -402,10 +402,12 @@ def _settle_wanted(self:Rounds, desk):
 @patch
 def _beats(self:Rounds):
     while not self.closed:
-        for desk in list(self._desks.values()):
-            if (desk.live or desk.unwritten) and not desk.beating: desk.beating = True; self.house.submit(self._beat, desk)
-        self._close_idle()
-        self._see_to_timeouts()
+        try:
+            for desk in list(self._desks.values()):
+                if (desk.live or desk.unwritten) and not desk.beating: desk.beating = True; self.house.submit(self._beat, desk)
+            self._close_idle()
+            self._see_to_timeouts()
+        except Exception: log.exception('leases go on to be renewed after an error')  # without them every running job would be taken back
         time.sleep(tick)
 
 @patch

@@ -16,6 +16,10 @@ from ..db_host import seconds, timestamp
 from .store import PENDING, RUNNING, Store, bind, rows_of
 
 # %% ../../nbs/jobs/05_store_statistics.ipynb #6c6b4e9c
+def _since(at, now):
+    try: return None if at is None else max(0.0, now - seconds(at))
+    except (TypeError, ValueError, AttributeError): return None  # a row of somebody else's that names no moment
+
 @patch
 def open_jobs(self:Store) -> dict: # Queue -> `due`, `scheduled`, `running`, `oldest_due`: seconds for which the first of the due has waited, None if none is
     "What is pending and running"
@@ -32,7 +36,7 @@ def open_jobs(self:Store) -> dict: # Queue -> `due`, `scheduled`, `running`, `ol
         for r in rows_of(self.statement(('open', j.name), build)(cur, now=timestamp(now))):
             q = found.setdefault(r['queue'], dict(due=0, scheduled=0, running=0, oldest_due=None))
             q['due'] += int(r['due']); q['scheduled'] += int(r['n']) - int(r['due']); q['running'] += int(r['running'])
-            if r['oldest'] is not None: q['oldest_due'] = max(0.0, now - seconds(r['oldest']))
+            if (late_for := _since(r['oldest'], now)) is not None: q['oldest_due'] = late_for
     return found
 
 @patch

@@ -55,6 +55,7 @@ def _runnable(self:Steering, job):
 def retry(self:Steering, job_id:str) -> JobRecord: # As it is now
     "Run a failed or cancelled job again, now, with at least one attempt"
     self._runnable(job := self.get_job(job_id))
+    if job.unique_key and job.has_ended and (twin := self.store.twin_of(job.unique_key)): raise WrongState(f"job {job.id} is unique, and the same one is there again: {twin[0]} is {twin[1]}; nothing was changed")
     self._changed('retry', job_id, job.queue)
     return self.get_job(job_id)
 

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..db_connect import FhSaasError
 from ..db_host import timestamp
 from .options import InvalidJob, Unique
-from .store import PENDING, Adding, Store, bind
+from .store import PENDING, Adding, Busy, Store, bind
 
 # %% ../../nbs/jobs/05_store_unique.ipynb #9e8fa80b
 class NotUnique(FhSaasError):
@@ -31,10 +31,10 @@ def unique_key(
     args:dict, # The arguments as JSON has them, with those that were left out
 ) -> str:
     "What two jobs that are the same have in common"
-    if u.key is not None: return f'{task}:{u.key}'
+    if u.key is not None: return f'{len(task)}:{task}:{u.key}'
     if u.by is not True and (odd := [n for n in u.by if n not in args]): raise InvalidJob(f"unique: task {task!r} has no argument {odd[0]!r}; it has {', '.join(args) or 'none'}")
     same = json.dumps(args if u.by is True else {n: args[n] for n in u.by}, sort_keys=True, separators=(',', ':'))
-    return f'{task}:{hashlib.sha256(same.encode("utf-8", "surrogatepass")).hexdigest()}'
+    return f'{len(task)}:{task}:{hashlib.sha256(same.encode("utf-8", "surrogatepass")).hexdigest()}'
 
 # %% ../../nbs/jobs/05_store_unique.ipynb #f2b26067
 class Once(Adding):
@@ -46,7 +46,7 @@ class Once(Adding):
 
     def __call__(self, cur, now):
         s, u, job = self.store, self.unique, self.jobs[0]
-        s.kind.alone_with(cur, job['unique_key'])
+        if not s.kind.try_alone(cur, 7308, job['unique_key']): return Busy
         if u.then == 'debounce': job = {**job, 'run_at': timestamp(now + u.period)}
         since = timestamp(now - u.period) if u.period and u.then != 'debounce' else ''
         old = s.twin(u.states)(cur, key=job['unique_key'], since=since).fetchone()
@@ -54,16 +54,15 @@ class Once(Adding):
         if old and u.then == 'existing': return dict(found=old[0])
         if old and s._replace(cur, now, old[0], job, self.delay): return dict(found=old[0], run_at=job.get('run_at') or timestamp(now))
         said = Adding(s, [job], self.delay, self.quota)(cur, now)
-        return said if isinstance(said, Exception) or u.then != 'debounce' else said | dict(run_at=job['run_at'], waits=job['run_at'])
+        return said if said is Busy or isinstance(said, Exception) or u.then != 'debounce' else said | dict(run_at=job['run_at'], waits=job['run_at'])
 
     @staticmethod
-    def together(ops, cur, now):
-        "Those of many requests: all locks first, in one order, so that no two transactions wait for each other"
-        for key in sorted({op.jobs[0]['unique_key'] for op in ops}): ops[0].store.kind.alone_with(cur, key)
-        return [op(cur, now) for op in ops]
+    def together(ops, cur, now): return [op(cur, now) for op in ops]
 
 # %% ../../nbs/jobs/05_store_unique.ipynb #0fdd4598
-_given = ('payload', 'max_retries', 'queue', 'priority', 'triggered_by', 'timeout', 'concurrency_key', 'tags')
+_given = ('job_type', 'payload', 'max_retries', 'queue', 'priority', 'triggered_by', 'timeout', 'concurrency_key', 'tags')
+
+_traces = ('details', 'error_message', 'error_log', 'progress_percent', 'progress_message', 'result', 'cancel_requested_at')  # of the old arguments' attempts
 
 @patch
 def twin(self:Store, states):
@@ -73,8 +72,14 @@ def twin(self:Store, states):
         .order_by((j.c.status == PENDING).desc(), j.c.created_at.desc(), j.c.id.desc()).limit(sa.literal_column('1')))
 
 @patch
+def twin_of(self:Store, key:str) -> tuple: # Id and status; None if there is none
+    "The open job with a key"
+    with self.cursor() as cur: return self.twin(('pending', 'running'))(cur, key=key, since='').fetchone()
+
+@patch
 def _replace(self:Store, cur, now, job_id, job, delay) -> bool: # False: it runs by now
     j = self.t.jobs
-    stmt = self.statement(('replace', j.name), lambda: j.update().where(j.c.id == bind('job'), j.c.status == PENDING).values({c: bind(f'new_{c}', type_=j.c[c].type) for c in (*_given, 'run_at')}))
+    stmt = self.statement(('replace', j.name), lambda: j.update().where(j.c.id == bind('job'), j.c.status == PENDING).values(
+        {c: bind(f'new_{c}', type_=j.c[c].type) for c in (*_given, 'run_at')} | dict.fromkeys(_traces, sa.null()) | dict(retry_count=0, lost=0)))
     new = {f'new_{c}': job.get(c) for c in _given} | dict(new_run_at=job.get('run_at') or timestamp(now))
     return stmt(cur, job=job_id, **new | dict(new_queue=job.get('queue', 'default'), new_priority=job.get('priority', 2))).rowcount > 0

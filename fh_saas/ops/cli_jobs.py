@@ -13,9 +13,11 @@ __all__ = ['cancel', 'retry', 'remove', 'job_commands', 'jobs', 'job', 'stats', 
 import json
 from contextlib import contextmanager
 from fastcore.script import CliError
+from ..db_connect import FhSaasError
 from ..db_host import timestamp
 from ..db_tenant import open_tenant_db
 from ..jobs.engine import Engine
+from ..jobs.masking import mask, secret_values
 from ..jobs.settings import Settings
 from ..jobs.states import shown_state
 from .terminal import plain, table, the_host
@@ -47,8 +49,9 @@ def jobs(
 def job(tenant:str, job_id:str, host:str=None):
     "One job: its row, its attempts and its log"
     with _manager(host, tenant) as m: j, attempts, logs, args = m.get_job(job_id), m.attempts(job_id), m.logs(job_id), m.arguments(job_id)
+    secrets = secret_values(j.payload)
     for k, v in vars(j).items():
-        if v is not None and k not in ('claim_token', 'payload', 'error_log'): print(f'{k:18} {plain(v)}')
+        if v is not None and k not in ('claim_token', 'payload', 'error_log'): print(f'{k:18} {plain(mask(str(v), secrets) if isinstance(v, str) else v)}')
     print(f"{'arguments':18} {plain(json.dumps(args, ensure_ascii=False))}")
     if attempts: print(); table([{k: v for k, v in a.items() if k != 'job_id'} for a in attempts], '')
     if logs: print(); table([{k: v for k, v in l.items() if k != 'job_id'} for l in logs], '')
@@ -66,6 +69,11 @@ def stats(tenant:str, host:str=None):
     table([dict(status=k, jobs=n) for k, n in sorted(s['statuses'].items())], 'there are no jobs')
 
 # %% ../../nbs/ops/01_cli_jobs.ipynb #44229220
+def _one(act, id, done) -> str: # What went wrong
+    try: act(id)
+    except FhSaasError as e: return str(e)
+    print(f'{plain(id)} {done}')
+
 def _bulk(action, done):
     def command(
         tenant:str, # Its id
@@ -83,7 +91,8 @@ def _bulk(action, done):
         only = dict(job_type=type, queue=queue, status=status, tag=tag, since=since, until=until)
         if job_ids and (everything or any(only.values())): raise CliError("name jobs or a filter, not both")
         with _manager(host, tenant) as m:
-            for id in job_ids: getattr(m, action)(id); print(f'{plain(id)} {done}')
+            failed = [e for id in job_ids if (e := _one(getattr(m, action), id, done))]
+            if failed: raise CliError('; '.join(failed))
             if job_ids: return
             n = getattr(m, f'{action}_all')(everything=everything, dry_run=not yes, **only)
         print(f'{n} jobs {done}' if yes else f'{n} jobs match: say --yes')
