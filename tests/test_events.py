@@ -162,3 +162,35 @@ def test_jobs_by_tag_and_column(manager):
     assert ids(tag='vip') == {a, b} and ids(tag='import') == {a} and ids(tag='p') == ids(tag='%') == set() and ids(queue='q', tag='vip') == {a} and ids(triggered_by='api') == {b}
     for bad in ('vip,import', 7): pytest.raises(InvalidJob, manager.list_jobs, tag=bad)
     with pytest.raises(InvalidJob, match='payload is no filter'): manager.list_jobs(payload='x')
+
+def test_a_forked_process_tells_its_own(lite):
+    import os
+    got = []
+    events.on('finished')(f := lambda e: got.append(e.job_id))
+    try:
+        call(lite.submit('t', print)[1]); events.settled()
+        if (pid := os.fork()) == 0:
+            got.clear()
+            events.tell(Event('finished', 't', 'mine', 't', 't', 'completed', timestamp()))
+            os._exit(0 if events.settled(5) and got == ['mine'] else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+    finally: events.off(f)
+
+def test_a_bound_method_can_leave(lite):
+    class Page:
+        def hear(self, e): pass
+    hub, page = Events(), Page()
+    hub.on()(page.hear)
+    hub.off(page.hear)
+    assert not hub
+
+def test_a_damaged_row_spoils_no_numbers(new_url):
+    s = Store(new_url())
+    s.add(dict(id='x', job_type='t', task='t'))
+    s.write(lambda cur, now: cur.execute("UPDATE tenant_jobs SET run_at = NULL, created_at = 'soon'") and None)
+    assert s.open_jobs()['default'] == dict(due=1, scheduled=0, running=0, oldest_due=None)
+
+def test_a_moment_that_had_passed_was_no_wait(manager):
+    id, bg = manager.submit('t', print, run_at='2019-01-01')
+    manager.wait(id, 10)
+    assert manager.attempts(id)[0]['waited'] < 60

@@ -272,3 +272,37 @@ def test_what_a_task_submits_waits_for_no_response(manager):
     bg.func(*bg.args)
     child = manager.wait(json.loads(manager.get_job(id).result), 3)
     assert child.status == 'completed' and child.triggered_by == f'job:{id}'
+
+def test_nothing_is_kept_on_a_connection_that_lives_long(shop, url):
+    import gc
+    conn, run, commit, rollback, close = Ways.connection(url)
+    for n in range(30):
+        shop.submit('t', confirm, n=n, conn=conn, run_at='2100-01-01')
+        (commit if n % 2 else rollback)()
+    wait_until(lambda: not shop.engine._following, 20)
+    gc.collect()
+    assert sum(isinstance(o, following.Followed) for o in gc.get_objects()) == 0 and jobs(shop) == list(range(1, 30, 2))
+    close()
+
+def test_rolled_back_on_a_connection_that_goes_on(new_pg, new_manager):
+    m = new_manager(url := new_pg())
+    conn = plain(url)
+    for n in range(5): m.submit('t', confirm, n=n, conn=conn); conn.rollback()
+    conn.execute('SELECT 1')  # in a transaction again
+    wait_until(lambda: not m.engine._following, 10)
+    conn.close()
+
+def test_another_task_of_the_loop_is_told_to_try_again(new_sqlite, new_manager):
+    m = new_manager(new_sqlite())
+    async def main():
+        entered, leave = asyncio.Event(), asyncio.Event()
+        async def a():
+            with m.transaction() as tx: m.submit('t', confirm, n=1, conn=tx); entered.set(); await leave.wait()
+        t = asyncio.create_task(a())
+        await entered.wait()
+        with pytest.raises(DatabaseBusy, match='another task'): m.submit('t', confirm, n=2)
+        leave.set()
+        await t
+        m.submit('t', confirm, n=3)
+    asyncio.run(main())
+    assert jobs(m) == [1, 3]

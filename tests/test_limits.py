@@ -292,7 +292,7 @@ def test_each_thread_has_a_database_that_is_closed_at_the_end(own):
 def test_secrets_by_name_and_by_looks(text, shown): assert mask(text) == shown
 
 def test_hostile_text_is_masked_in_no_time():
-    for s in ('a'*50_000, '_'*50_000, 'token'*10_000, 'a-'*25_000, 'x://'*12_000, 'eyJ'*16_000, '"'*50_000, 'secret: "' + '\\'*50_000, 'sk_live_'*6000, 'password = '*5000, '-----BEGIN PRIVATE KEY-----'*1800):
+    for s in ('a'*50_000, '_'*50_000, 'token'*10_000, 'a-'*25_000, 'x://'*12_000, 'eyJ'*16_000, '"'*50_000, 'secret: "' + '\\'*50_000, 'sk_live_'*6000, 'eyJ-'*12_000, 'eyJ-'*3 + '.' + 'eyJ-'*12_000, 'password = '*5000, '-----BEGIN PRIVATE KEY-----'*1800):
         begun = time.perf_counter()
         mask(s)
         assert time.perf_counter() - begun < 2, s[:20]  # milliseconds; minutes without bounds in the patterns
@@ -366,3 +366,122 @@ print(len(m.list_jobs()), m.get_job(id).status, m.get_job(id).error_message)
     script.write_text(script.read_text().replace('m = Back', "if __name__ == '__main__':\n  m = Back").replace('\nid, bg', '\n  id, bg').replace('\nbg.', '\n  bg.').replace('\nprint', '\n  print'))
     p = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
     assert p.stdout.startswith('2 completed None'), p.stdout + p.stderr
+
+# --- What an attack has found
+
+def gone(pid):
+    try: return Path(f'/proc/{pid}/stat').read_text().split()[2] == 'Z'
+    except OSError: return True
+
+def test_the_child_runs_nobody_elses_jobs(crew):
+    others = [crew.submit('agood', n=n)[0] for n in range(3)]
+    id, bg = crew.submit('hires')
+    t = threading.Thread(target=call, args=(bg,)); t.start()
+    wait_until(lambda: crew.get_job(id).status == 'running')
+    crew.store.write(lambda cur, now: cur.execute("UPDATE tenant_jobs SET run_at = created_at WHERE status = 'pending'") and None)
+    t.join()
+    child, worker, concurrency = crew.result(id, 20)
+    crew.engine.attend(crew.store)
+    assert concurrency == 0 and crew.result(child, 20) == 3
+    assert all(crew.wait(o, 20).status == 'completed' for o in others) and {a['worker'] for o in (*others, child) for a in crew.attempts(o)} == {crew.engine.worker}
+
+def test_what_it_has_started_ends_with_it_and_keeps_nobody_waiting(crew):
+    begun = time.monotonic()
+    id, bg = crew.submit('forks')
+    call(bg)
+    found, pid = crew.result(id, 0)
+    assert found == [1, 2] and time.monotonic() - begun < 20
+    wait_until(lambda: gone(pid), 10)
+
+def test_it_dies_with_its_parent_even_while_a_library_holds_the_interpreter(new_sqlite):
+    import subprocess, signal
+    url = new_sqlite()
+    code = f"""
+import sys, threading, time; sys.path.insert(0, {str(Path(isolated.__file__).parent)!r})
+import isolated
+from fastsql import Database
+from fh_saas.utils_bgtsk import BackgroundTaskManager
+id, bg = BackgroundTaskManager(Database({url!r})).submit('hangs', isolated.hangs)
+threading.Thread(target=bg.func, args=bg.args, daemon=True).start()
+time.sleep(3); print('now', flush=True); time.sleep(60)
+"""
+    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+    assert p.stdout.readline() == 'now\n'
+    children = [int(c) for t in Path(f'/proc/{p.pid}/task').iterdir() for c in (t/'children').read_text().split()]
+    assert children
+    os.kill(p.pid, signal.SIGKILL); p.wait()
+    wait_until(lambda: all(map(gone, children)), 5)
+
+def test_a_child_that_cannot_be_started_leaves_nothing_open(crew, monkeypatch):
+    before = len(os.listdir('/proc/self/fd'))
+    monkeypatch.setattr(sys, 'executable', '/nowhere')
+    for _ in range(5): call(crew.submit('agood', isolated.agood, 1, n=1)[1])
+    monkeypatch.undo()
+    assert len(os.listdir('/proc/self/fd')) <= before + 3
+
+def test_an_outage_at_the_end_of_a_completed_task_costs_no_slot(lite, monkeypatch):
+    from fh_saas.db_connect import DatabaseUnavailable
+    from fh_saas.jobs.store import Store
+    def broken(*a): raise DatabaseUnavailable('away')
+    def f(job):
+        with job.begin() as conn: job.complete(conn, 1)
+        monkeypatch.setattr(Store, 'has_ended', broken)
+    id, bg = lite.submit('t', f)
+    call(bg)
+    assert lite.get_job(id).result == '1' and lite.get_job(id).status == 'completed'
+    wait_until(lambda: lite.engine.idle)
+
+def test_an_error_in_the_heart_stops_no_heart(lite, monkeypatch):
+    def broken(self): raise RuntimeError
+    monkeypatch.setattr(type(lite.engine), '_close_idle', broken)
+    id, bg = lite.submit('t', lambda: time.sleep(1.2))
+    call(bg)
+    assert any(t.name == 'fh_saas-heartbeat' and t.is_alive() for t in threading.enumerate())
+
+def test_a_timeout_leaves_no_attempt_in_the_event_loop(lite):
+    import gc
+    from fh_saas.jobs.attempt import Attempt
+    async def f(): return 1
+    def alive(): gc.collect(); return sum(isinstance(o, Attempt) for o in gc.get_objects())
+    async def main():
+        before = alive()
+        for _ in range(20): await (await lite.asubmit('t', f, timeout=3600))[1]()
+        return alive() - before
+    assert asyncio.run(main()) < 5
+
+@pytest.mark.parametrize('pad', [0, 85, 100, 124, 125, 126, 150, 360])
+def test_no_half_of_a_secret_stays_where_a_text_is_cut(lite, pad):
+    def f(api_token, job):
+        job.log('y'*(pad*16) + api_token + 'z'*3000)
+        raise RuntimeError('y'*pad + api_token + 'z'*600)
+    id, bg = lite.submit('t', f, 1, api_token='S3CRETabcdefghijabcdefghijabcdefghijabcdefghij')
+    call(bg)
+    job = lite.get_job(id)
+    assert not any(part in t for t in (job.error_message, job.error_log, json.dumps(lite.logs(id))) for part in ('S3CRET', 'abcdefghij'))
+
+def test_policies_and_refusals_show_no_secret(lite, caplog):
+    def f(api_token:str): raise ValueError(api_token)
+    def broken(e): raise RuntimeError('no opinion')
+    lite.engine.registry.add(f, f.__qualname__, on_error={ValueError: broken})
+    id, bg = lite.submit('t', f, api_token='S3CRETvalue')
+    call(bg)
+    with pytest.raises(TypeError) as e: lite.submit('t', f, api_token=['S3CRETvalue'])
+    assert 'S3CRET' not in caplog.text + str(e.value) and 'api_token=***' in str(e.value)
+
+def test_numbers_of_tokens_are_no_secret():
+    assert masked(dict(max_tokens=4096, token='abc')) == dict(max_tokens=4096, token='***') and secret_values('{"max_tokens": 4096}') == () and mask('max_tokens=4096 token=4096') == 'max_tokens=4096 token=***'
+
+def test_a_policy_may_speak_of_timeouts(lite):
+    from fh_saas.jobs.retries import TimedOut
+    async def f(): await asyncio.sleep(30)
+    lite.engine.registry.add(f, f.__qualname__, on_error={TimedOut: Permanent})
+    id, bg = lite.submit('t', f, timeout=1)
+    asyncio.run(bg())
+    assert lite.get_job(id).status == 'failed'
+
+def test_completed_twice_in_one_transaction(own):
+    def f(job):
+        with job.begin() as conn: job.complete(conn, 1); job.complete(conn, 2)
+    id, bg = own.submit('t', f, 1)
+    call(bg)
+    assert own.get_job(id).status == 'failed' and 'called already' in own.get_job(id).error_message

@@ -5,10 +5,12 @@ from datetime import datetime, timedelta, timezone
 import pytest
 from fastsql import Database
 from hypothesis import HealthCheck, given, settings, strategies as st
+from fh_saas.db_connect import DatabaseBusy
 from fh_saas.db_host import seconds, timestamp
 from fh_saas.jobs.options import InvalidJob, Unique
 from fh_saas.jobs.states import Outcome
-from fh_saas.jobs.store import Store
+from fh_saas.jobs.control import WrongState
+from fh_saas.jobs.store import Adding, Store
 from fh_saas.jobs.tasks import task
 from fh_saas.jobs.unique import NotUnique
 from fh_saas.utils_bgtsk import BackgroundTaskManager
@@ -219,3 +221,81 @@ def test_a_bad_concurrency_key(lite, bad):
 @pytest.mark.parametrize('bad', ['', 'a,b', [], [1], ['x'*100], 7, [str(n) for n in range(30)]])
 def test_bad_tags(lite, bad):
     with pytest.raises(InvalidJob, match='tag'): lite.submit('t', sync, account=1, tags=bad)
+
+# --- What an attack has found
+
+def test_an_open_transaction_that_holds_a_key_stops_nobody_else(new_pg, new_manager):
+    m = new_manager(new_pg(), busy=1)
+    with m.transaction() as tx:
+        m.submit('t', sync, account=1, unique='k', conn=tx)
+        def clicks():
+            for _ in range(3):
+                with pytest.raises(DatabaseBusy, match='same unique job'): m.submit('t', sync, account=1, unique='k')
+        c = threading.Thread(target=clicks)
+        c.start()
+        took = []
+        while c.is_alive():
+            begun = time.monotonic()
+            m.submit('t', sync, account=2, **far)
+            took.append(time.monotonic() - begun)
+    c.join()
+    assert len(took) > 10 and max(took) < 0.9 and m.submit('t', sync, account=1, unique='k')[0]
+
+def test_two_coroutines_with_one_key_do_not_wait_for_each_other_in_their_loop(new_pg, new_manager):
+    m = new_manager(new_pg())
+    async def route(n):
+        with m.transaction() as tx:
+            id, _ = await m.asubmit('t', sync, account=1, unique='k', conn=tx)
+            await asyncio.sleep(0.2)
+        return id
+    async def main(): return await asyncio.gather(route(1), route(2))
+    begun = time.monotonic()
+    a, b = asyncio.run(main())
+    assert a == b and time.monotonic() - begun < 3
+
+def test_a_replaced_job_begins_anew(manager):
+    u, seen = Unique(key='k', then='replace'), []
+    def f(path, job):
+        seen.append((path, dict(job.details), job.row['retry_count']))
+        job.details['row'] = 500; job.progress(50)
+        if path == 'a': raise ValueError
+    f.__qualname__ = 'replaced'
+    id, bg = manager.submit('t', f, path='a', unique=u)
+    bg.func(*bg.args)
+    again, bg = manager.submit('other', f, path='b', unique=u, run_at='2100-01-01')
+    job = manager.get_job(id)
+    assert again == id and (job.job_type, job.retry_count, job.error_message, job.details, job.progress_percent) == ('other', 0, None, None, None)
+    manager.run_job(id, f)
+    assert seen == [('a', {}, 0), ('b', {}, 0)]
+
+def test_the_key_is_the_same_for_the_same_arguments(lite):
+    def f(tags:set[str], x:float=0): pass
+    f.__qualname__ = 'same'
+    a, _ = lite.submit('t', f, tags={'a', 'b', 'c', 'd'}, x=1, unique=True, **far)
+    assert lite.submit('t', f, tags={'d', 'c', 'b', 'a'}, x=1.0, unique=True)[0] == a
+    assert [json.loads(j.payload)['tags'] for j in lite.list_jobs()] == [['a', 'b', 'c', 'd']]
+
+def test_keys_of_two_tasks_never_meet(lite):
+    def g(): pass
+    def h(): pass
+    lite.engine.registry.add(g, 'mail'); lite.engine.registry.add(h, 'mail:x')
+    assert lite.submit('t', g, unique='x:y', **far)[0] != lite.submit('t', h, unique='y', **far)[0]
+    with pytest.raises(InvalidJob, match='names no argument'): Unique(by=())
+
+def test_a_retry_makes_no_second_one(manager):
+    def f(): raise ZeroDivisionError
+    a, bg = manager.submit('t', f, 1, unique=True)
+    bg.func(*bg.args)
+    b, _ = manager.submit('t', f, unique=True, **far)
+    with pytest.raises(WrongState, match=b): manager.retry(a)
+    manager.cancel(b)
+    manager.retry(a)
+
+def test_a_quota_counted_in_an_open_transaction_stops_no_claim(new_pg, new_manager):
+    m = new_manager(new_pg(), busy=1)
+    m.engine.registry.add(report, 'report', rate=(100, 60))
+    with m.transaction() as tx:
+        m.store.join(tx, Adding(m.store, [dict(id='x', job_type='t', task='report', payload='{"day":1}', max_retries=3, run_at='2100-01-01')], quota=100))
+        id, _ = m.submit('t', report, day=2, run_at='2020-01-01')
+        assert m.wait(id, 5).status == 'completed'
+        with pytest.raises(DatabaseBusy, match='quota'): m.store.add(dict(id='y', job_type='t', max_retries=3), quota=100)

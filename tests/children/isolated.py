@@ -59,3 +59,25 @@ def commits(job, back=False):
         job.complete(conn, 'committed')
         if back: conn.rollback()
     os._exit(9)
+
+@task(isolate='process')
+def hires(job):
+    "Makes a manager, submits a job, and works on for a while"
+    from fastsql import Database
+    from fh_saas.utils_bgtsk import BackgroundTaskManager
+    url = job.store.url.render_as_string(hide_password=False)
+    m = BackgroundTaskManager(Database(url))
+    id = m.submit('agood', agood, n=3)[0]
+    time.sleep(1.5)
+    return [id, m.engine.worker, m.engine.settings.concurrency]
+
+@task(isolate='process')
+def forks():
+    import multiprocessing, subprocess
+    with multiprocessing.get_context('fork').Pool(2) as pool: found = pool.map(abs, [-1, -2])
+    return found, subprocess.Popen(['sleep', '61']).pid
+
+@task(isolate='process')
+def hangs():
+    import re
+    re.match('(a+)+$', 'a'*60 + 'b')
