@@ -551,6 +551,20 @@ def test_poison_in_one_tenant_fails_no_job_of_another(tmp_path, child):
         if c.proc.returncode == 0: break
     assert n == 3 and "[('innocent', 'completed'), ('killer', 'failed')]" in c.text
 
+def test_poison_of_every_kind_beside_good_jobs(new_sqlite, child, open_manager):
+    "Two that kill the process, two that fail, one that never ends; and twelve that are to be done"
+    m = open_manager(url := new_sqlite(), runs=False, handoff=0)
+    good = [m.submit('work', tasks.work, seconds=0.3)[0] for _ in range(6)]
+    bad = {how: m.submit('harm', tasks.harm, 2, how=how, timeout=1)[0] for how in ('exit', 'segv', 'memory', 'loop', 'result')}
+    good += [m.submit('work', tasks.work, seconds=0.3)[0] for _ in range(6)]
+    for _ in range(12):
+        c = child('worker.py', url, '{"lease": 1}')
+        wait_until(lambda: not c.running or all(m.get_job(i).status in ended for i in (*bad.values(), *good)), 30, 'neither poisoned nor done')
+        if c.running: break
+    errors = {how: m.get_job(i).error_message for how, i in bad.items()}
+    assert {m.get_job(i).status for i in bad.values()} == {'failed'} and {m.get_job(i).status for i in good} == {'completed'}
+    assert {how: next((w for w in ('worker_lost', 'MemoryError', 'TimedOut', 'cannot be stored') if w in e), e) for how, e in errors.items()} == dict(exit='worker_lost', segv='worker_lost', memory='MemoryError', loop='TimedOut', result='cannot be stored')
+
 class Unprintable(Exception):
     def __str__(self): raise RuntimeError('no words')
 

@@ -39,3 +39,13 @@ async def anap_stubborn():
 
 @task('poison')
 def poison(): time.sleep(0.05); os._exit(66)
+
+@task('harm')
+def harm(how, seconds=0.05):
+    "What no other job may notice"
+    time.sleep(seconds)
+    if how == 'exit': os._exit(66)
+    if how == 'segv': os.kill(os.getpid(), 11)
+    if how == 'memory': return bytearray(2**60)
+    if how == 'result': return object()
+    while how == 'loop': pass
