@@ -236,7 +236,7 @@ def test_a_payload_that_does_not_fit_is_refused(lite, kw, word):
 
 def test_a_positional_only_argument_cannot_be_given(lite):
     def f(a, /): return a
-    with pytest.raises(BadPayload, match='a'): lite.submit('t', f, a=1)
+    with pytest.raises(InvalidJob, match='by position only'): lite.submit('t', f, a=1)
     def g(a=3, /, *rest, b, **more): return [a, rest, b, more]
     assert json.loads(run(lite, g, b=1, c=7).result) == [3, [], 1, {'c': 7}]
 

@@ -231,8 +231,7 @@ def test_a_success_keeps_the_last_trace_and_has_no_error(store):
     assert (got['error_log'], got['error_message'], got['result']) == ('trace', None, '0')
 
 def test_the_queue_wait_is_measured_from_the_due_time(store):
-    row = begun(store, run_at=later(-5))
-    sql(store, 'UPDATE tenant_jobs SET created_at = :at', at=later(-500))
+    row = begun(store, run_at=later(-5)) | dict(created_at=later(-500))
     store.finish(row, Outcome('completed'))
     assert 4.5 < store.attempts('a')[0]['waited'] < 7
 
