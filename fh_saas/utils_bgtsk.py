@@ -178,7 +178,7 @@ def _moment(op, said):
     return said.get('run_at') if 'found' in said else said.get('waits') or op.jobs[0].get('run_at')
 
 def _tell(store, op, said):
-    if events and 'found' not in said: events.tell(*(event_of('submitted', store.tenant, job, status='pending') for job in op.jobs))
+    if events.subscribers and 'found' not in said: events.tell(*(event_of('submitted', store.tenant, job, status='pending') for job in op.jobs))
 
 @patch
 def _explain(self:BackgroundTaskManager, e):

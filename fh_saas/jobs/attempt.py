@@ -26,6 +26,12 @@ log = logging.getLogger('fh_saas.jobs')
 # %% ../../nbs/jobs/08_attempt.ipynb #1cdf28bd
 class Attempt:
     "One execution of a job that was claimed"
+    desk = loop = async_task = outcome = done = last_note = None
+    counted, since = False, 0.0  # does it hold a slot, and since when does it wait for a thread?
+    suspect = False  # holds the slot of a job that was lost with its process before
+    _told = False  # was the event loop's task cancelled because the job was?
+    deadline = gate = None  # by when it must end, and what goes through here first: its end, or giving it up after that
+    refused = False  # the database would not take its outcome as it was
     def __init__(self,
         store:Store, # Where the job lives
         row:dict, # As it was claimed
@@ -35,14 +41,8 @@ class Attempt:
         self.store, self.row, self.task, self.func = store, row, task.of(func), func or task.func
         self.is_async = self.task.isolate is None and (self.task.is_async if self.func is self.task.func else is_async(self.func))
         self.ctx, self.key = JobContext(store, row), (row['id'], row['claim_token'])
-        self.desk = self.loop = self.async_task = self.outcome = self.done = self.last_note = None
-        self.counted, self.since = False, 0.0  # does it hold a slot, and since when does it wait for a thread?
-        self.suspect = False  # holds the slot of a job that was lost with its process before
-        self._told = False  # was the event loop's task cancelled because the job was?
-        self.ctx.pack_result = self.task.signature.pack_result
-        # by when it must end, and what goes through here first: its end, or giving it up after that
-        self.deadline, self.gate = None, threading.Lock() if row['timeout'] else None
-        self.refused = False  # the database would not take its outcome as it was
+        self.ctx._signature = self.task.signature
+        if row['timeout']: self.gate = threading.Lock()
 
     def __str__(self): return f"tenant={self.store.tenant} job={self.row['id']} type={self.row['job_type']} attempt={self.row['attempt']}"
 
@@ -64,12 +64,13 @@ def _call(self:Attempt):
         if inspect.isawaitable(result): result = asyncio.run(_wait_for(result))
         return self.succeeded(result)
     except BaseException as e: return self.failed(e)  # a thread of ours is no place for SystemExit to travel on
-    finally: self.ctx.close()
+    finally:
+        if self.ctx._databases: self.ctx.close()
 
 @patch
 def _begins(self:Attempt):
-    self.ctx.leave_if_cancelled()
-    if events: events.tell(event_of('started', self.store.tenant, self.row))
+    if self.ctx.should_stop: self.ctx.leave_if_cancelled()
+    if events.subscribers: events.tell(event_of('started', self.store.tenant, self.row))
     if self.row['timeout']: self.deadline = time.monotonic() + self.row['timeout']
 
 # %% ../../nbs/jobs/08_attempt.ipynb #76afd4c6
@@ -123,8 +124,10 @@ def _interrupt(self:Attempt):
 @patch
 def succeeded(self:Attempt, result) -> Outcome:
     "The task returned `result`"
-    if o := self._recorded(): return o
-    if self.ctx.left_open: return self._failure('failed', "job.complete was called in a transaction that was never committed: it is rolled back", None)
+    if self.ctx.completed is not None:
+        if o := self._recorded(): return o
+        if self.ctx.left_open: return self._failure('failed', "job.complete was called in a transaction that was never committed: it is rolled back", None)
+    self.ctx.fill_bar()
     try: text = self.task.signature.pack_result(result)
     except (NotJson, TooLarge) as e: return self._failure('failed', f"result of task {self.task.name!r} cannot be stored, and the task is not repeated for it: {e}", None)
     return Outcome('completed_with_warnings' if self.ctx.warnings else 'completed', result=text)

@@ -44,7 +44,7 @@ class Room:
         return self.n if self.by_queue is None else min(self.n, self.by_queue.get(queue, 0))
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #f8313434
-_heavy = ('error_log', 'result', 'error_message', 'completed_at', 'progress_percent', 'progress_message', 'batch_id', 'rerun_of', 'celery_task_id', 'unique_key', 'cancel_requested_at')  # no attempt needs them
+_heavy = ('error_log', 'result', 'error_message', 'completed_at', 'progress_percent', 'progress_message', 'batch_id', 'rerun_of', 'celery_task_id', 'unique_key', 'cancel_requested_at', 'tags')  # no attempt needs them
 _claimed = ('status', 'claim_token', 'lease_until', 'worker', 'started_at')  # the claim writes them
 
 def _columns(j): return [c for c in j.c if c.name not in _heavy + _claimed]
@@ -277,7 +277,7 @@ def _finish_sql(self:Store):
     asked = j.c.cancel_requested_at.is_not(None)
     done = self.statement(('finish', j.name), lambda: j.update().where(j.c.id == bind('job'), j.c.claim_token == bind('token'), j.c.status == RUNNING).values(
         status=sa.case((asked, bind('if_asked')), else_=bind('new_status')), retry_count=bind('failed'), lost=bind('losses'), error_message=bind('error'), error_log=keep('error_log'), result=keep('result'),
-        progress_percent=sa.case((sa.and_(j.c.progress_percent.is_not(None), bind('new_status', type_=sa.String).like('completed%')), 100), else_=j.c.progress_percent), run_at=keep('run_at'), completed_at=sa.case((asked, bind('at', type_=sa.String)), else_=bind('ended', type_=sa.String)), claim_token=sa.null(), lease_until=sa.null(), cancel_requested_at=sa.null()))
+        run_at=keep('run_at'), completed_at=sa.case((asked, bind('at', type_=sa.String)), else_=bind('ended', type_=sa.String)), claim_token=sa.null(), lease_until=sa.null(), cancel_requested_at=sa.null()))
     cols = ('job_id', 'number', 'started_at', 'ended_at', 'outcome', 'error', 'worker', 'waited')
     return done, self.statement(('attempt', a.name), lambda: a.insert().values({c: bind(c) for c in cols}))
 
@@ -337,7 +337,7 @@ def _done_sql(self:Store):
     def update():
         d = self.kind.pairs(bind('results'))
         return j.update().where(j.c.id == d.c.key, j.c.claim_token == bind('token'), j.c.status == RUNNING).values(status=bind('kind'), completed_at=bind('ended'),
-            result=sa.func.coalesce(d.c.value, j.c.result), progress_percent=sa.case((j.c.progress_percent.is_not(None), 100)), error_message=sa.null(), claim_token=sa.null(), lease_until=sa.null(), cancel_requested_at=sa.null())
+            result=sa.func.coalesce(d.c.value, j.c.result), error_message=sa.null(), claim_token=sa.null(), lease_until=sa.null(), cancel_requested_at=sa.null())
     def both():
         done = update().returning(j.c.id).cte('done')
         return attempts(done.c.id, sa.cast(bind('waits'), JSONB)[done.c.id].astext)

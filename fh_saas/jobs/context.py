@@ -39,16 +39,18 @@ def _details(text) -> dict:
 
 class JobContext:
     "One attempt of one job, as its task sees it"
+    # at the beginning, of each of them: few attempts need more than one or two of these
+    warnings, lost, cancelled, timed_out, completed = 0, False, False, False, None
+    should_stop = False # should the task give way: is the process shutting down, or the job somebody else's by now?
+    _progress, _count, _has_bar = (None, None), 0, False
+    _secrets = _databases = _reported = _joined = _signature = None
+    _passed, _complained = 0, False
     def __init__(self, store:Store, row:dict):
         self.store, self.row = store, row
         self.id, self.job_type, self.attempt, self.tenant = row['id'], row['job_type'], row['attempt'], store.tenant
         self.triggered_by, self.idempotency_key = row['triggered_by'], row['id']
-        self.details = _details(row['details'])
-        self.warnings, self.lost, self.cancelled, self.timed_out, self.completed = 0, False, False, False, None
-        # should the task give way: is the process shutting down, or the job somebody else's by now?
-        self.should_stop, self._lock = False, threading.Lock()
-        self._progress, self._lines, self._count, self._seen = (None, None), [], 0, row['details'] or '{}'
-        self._secrets, self._databases, self._passed, self._reported, self._complained, self._joined = None, {}, 0, None, False, None
+        self.details, self._lines, self._seen = _details(row['details']), [], row['details'] or '{}'
+        self._lock = threading.Lock()
 
     def __repr__(self): return f'JobContext(tenant={self.tenant!r}, job={self.id!r}, attempt={self.attempt})'
 
@@ -82,7 +84,13 @@ def progress(self:JobContext,
     try: percent = None if percent is None or not math.isfinite(percent) else min(100, max(0, int(percent)))
     except TypeError: percent = None
     old_percent, old_message = self._progress
+    self._has_bar = self._has_bar or percent is not None
     self._progress = old_percent if percent is None else percent, old_message if message is None else clean(self.masked(clean(str(message), 50_000)), 255)
+
+@patch
+def fill_bar(self:JobContext):
+    "What was shown ends full"
+    if self._has_bar: self._progress = 100, self._progress[1]
 
 @patch
 def log(self:JobContext, message:str, item=None, level:str='info'):
@@ -146,7 +154,7 @@ def note(self:JobContext) -> tuple: # The operation for `Store.write`, and what 
             self._lines = [l for l in self._lines if l not in lines]
             if self._progress == progress: self._progress = (None, None)
         self._seen = details
-        if events and progress != (None, None): events.tell(event_of('progressed', self.tenant, self.row, percent=progress[0], message=progress[1]))
+        if events.subscribers and progress != (None, None): events.tell(event_of('progressed', self.tenant, self.row, percent=progress[0], message=progress[1]))
     return self.store.note(self.row, progress, details, lines), written
 
 # %% ../../nbs/jobs/06_context.ipynb #ca7ce3b3
@@ -197,13 +205,14 @@ def db(self:JobContext) -> Database:
     "The tenant's database, as routes use it; each thread of the task gets its own, which is closed when the attempt ends"
     with self._lock:
         me = threading.get_ident()
+        if self._databases is None: self._databases = {}
         if me not in self._databases: self._databases[me] = JobDatabase(open_engine(self.store.url, self.store.synchronous, self.store.busy, explicit=False, pool_size=1, max_overflow=-1))
         return self._databases[me]
 
 @patch
 def close(self:JobContext):
     "The attempt has ended"
-    with self._lock: open_dbs, self._databases = self._databases, {}
+    with self._lock: open_dbs, self._databases = self._databases or {}, None
     for db in open_dbs.values():
         try: db.close()
         except Exception as e: said.warning('tenant=%s job=%s: its database was not closed: %s', self.tenant, self.id, e)  # a connection that is broken
@@ -217,6 +226,7 @@ def complete(self:JobContext,
     "Record the job as completed in the task's own transaction; raises `Cancel` if the job is not this attempt's any more"
     self.leave_if_cancelled()
     if self.completed is not None and self.left_open: raise RuntimeError("job.complete was called already in this transaction: commit it")
+    self.fill_bar()
     o, note = Outcome('completed_with_warnings' if self.warnings else 'completed', result=self.pack_result(result)), self.note()
     with self.store.joined(conn) as (cur, now):
         if not self.store.finishing(self.row, o, note and note[0])(cur, now): raise Cancel('the job is not this attempt\'s any more: nothing of it is to be committed')
@@ -228,7 +238,7 @@ def left_open(self:JobContext) -> bool:
     return self._joined is not None and in_transaction(self._joined)
 
 @patch
-def pack_result(self:JobContext, v) -> str: return None if v is None else to_json(v, 'result')  # an attempt puts the way of its task's signature in its place
+def pack_result(self:JobContext, v) -> str: return self._signature.pack_result(v) if self._signature else None if v is None else to_json(v, 'result')
 
 # %% ../../nbs/jobs/06_context.ipynb #25f4329d
 current = ContextVar('fh_saas_job', default=None)

@@ -219,7 +219,7 @@ def rescue(self:Desk):
     self.verify()
     if self.live: self.renew()  # what runs here is alive, however long the database was out of reach
     for row, o in self.store.rescue():
-        if events: events.tell(event_of('finished' if o.kind == 'failed' else 'retried', self.store.tenant, row, status=str(o.status), outcome=o.kind, error=o.error))
+        if events.subscribers: events.tell(event_of('finished' if o.kind == 'failed' else 'retried', self.store.tenant, row, status=str(o.status), outcome=o.kind, error=o.error))
         log.warning('tenant=%s job=%s type=%s attempt=%s: taken back, %s', self.store.tenant, row['id'], row['job_type'], row['attempt'], o.kind)
 
 # %% ../../nbs/jobs/11_desk.ipynb #8c397a29

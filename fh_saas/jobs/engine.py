@@ -174,7 +174,7 @@ def drop(self:Engine, store:Store, job_id:str):
 def cancel(self:Engine, store:Store, changed:dict):
     "These jobs were cancelled: what runs of them here learns it at once"
     if desk := self._desks.get(store): desk.cancel(changed)
-    if events and (over := [id for id, status in changed.items() if status == 'cancelled']):
+    if events.subscribers and (over := [id for id, status in changed.items() if status == 'cancelled']):
         try: events.tell(*(event_of('finished', store.tenant, job, error=job['error_message']) for job in store.these(over)))
         except FhSaasError as e: log.warning('tenant=%s: nobody is told of %s cancelled jobs: %s', store.tenant, len(over), e)
 

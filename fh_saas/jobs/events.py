@@ -52,9 +52,7 @@ class Events:
 
     def _begin(self): self._waiting, self._lock, self._some, self._running, self._warned = deque(), threading.Lock(), threading.Condition(), False, 0.0
 
-    def __bool__(self): return bool(self.subscribers) and not self._muted
-
-    def mute(self): self._muted = True
+    def mute(self): self._muted, self.subscribers = True, ()
 
     def on(self, *which:str, tenant:str=None, job_type:str=None):
         "Decorator: call the function with each `Event` of these kinds (all, if none is named), of that tenant and type"
@@ -64,7 +62,7 @@ class Events:
         def subscribe(f):
             if not callable(f): raise TypeError(f"{f!r} is not callable: a subscriber is a function of an Event")
             if inspect.iscoroutinefunction(f): raise TypeError(f"{f!r} is async: subscribe a function that hands the event over with loop.call_soon_threadsafe")
-            with self._lock: self.subscribers += ((f, which or kinds, tenant, job_type),)
+            with self._lock: self.subscribers += ((f, which or kinds, tenant, job_type),)*(not self._muted)
             return f
         return subscribe
 

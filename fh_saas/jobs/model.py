@@ -37,7 +37,7 @@ def tables(name:str='tenant_jobs') -> SimpleNamespace:
     j = sa.Table(name, meta, *map(_column, fields(JobRecord)))
     pending, running = j.c.status == sa.literal_column("'pending'"), j.c.status == sa.literal_column("'running'")
     by = (('ready', (j.c.queue, j.c.priority, j.c.run_at, j.c.id), pending), ('lease', (j.c.lease_until,), running),
-        ('unique', (j.c.unique_key, j.c.status, j.c.created_at), j.c.unique_key.is_not(None)), ('key', (j.c.concurrency_key,), sa.and_(running, j.c.concurrency_key.is_not(None))))
+        ('unique', (j.c.unique_key, j.c.created_at), j.c.unique_key.is_not(None)), ('key', (j.c.concurrency_key,), sa.and_(running, j.c.concurrency_key.is_not(None))))
     for nm, cols, where in by:
         sa.Index(f'ix_{name}_{nm}', *cols, sqlite_where=where, postgresql_where=where)
     sa.Index(f'ix_{name}_created', j.c.created_at, j.c.id, info=dict(only='postgresql'))

@@ -63,7 +63,7 @@ def _written(self:Recorder, a, written):
         self.stale += 1
         log.warning('%s: its outcome %r was dropped: the job is not its own any more', a, a.outcome.kind)
     elif written and a.outcome.status == 'pending': self.attend(a.store, a.outcome.delay)
-    if written and events: self.told_of(a.store, a.row, a.outcome)
+    if written and events.subscribers: self.told_of(a.store, a.row, a.outcome)
     if a.done: settle(a.done, a.outcome if written else None)
 
 @patch
@@ -71,8 +71,9 @@ def _all_written(self:Recorder, desk, ends):
     over, others = [], []
     for a in ends: (others if a.suspect or a.outcome.status == 'pending' else over).append(a)
     desk.let_go(*over, ended=True)
-    for a in over: self._free_key(a)
-    if events: events.tell(*(_end_of(a.store, a.row, a.outcome) for a in over))
+    for a in over:
+        if a.row['concurrency_key'] is not None: self._free_key(a)
+    if events.subscribers: events.tell(*(_end_of(a.store, a.row, a.outcome) for a in over))
     for a in over:
         if a.done: settle(a.done, a.outcome)
     for a in others: self._written(a, True)
