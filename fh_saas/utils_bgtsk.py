@@ -228,6 +228,7 @@ def _made(self:BackgroundTaskManager, job_type, task_func, max_retries, task_kwa
         registry.file_under(job_type, t.name)
     return op, conn
 
+# %% ../nbs/02_utils_bgtsk.ipynb #fd73de68
 def _by() -> dict: return {} if (job := current_job()) is None else dict(triggered_by=f'job:{job.id}')
 
 def _hinted(e, t, given):

@@ -135,6 +135,7 @@ def pack(self:Signature, payload:dict) -> str:
     "Arguments as JSON text; `BadPayload` or `NotJson` if they are not of the types that the function names"
     return to_json(self._each(payload, Wire.pack), 'payload')
 
+# %% ../../nbs/jobs/06_arguments.ipynb #bcdc91f2
 @patch
 def full(self:Signature, text:str) -> dict:
     "Packed arguments, with the defaults of those that were left out"

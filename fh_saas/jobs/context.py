@@ -92,6 +92,7 @@ def fill_bar(self:JobContext):
     "What was shown ends full"
     if self._has_bar: self._progress = 100, self._progress[1]
 
+# %% ../../nbs/jobs/06_context.ipynb #4a27a4a1
 @patch
 def log(self:JobContext, message:str, item=None, level:str='info'):
     "Add a line to the job's log, and to the process's, as `fh_saas.task`"

@@ -43,6 +43,7 @@ def _same_file(raw, url) -> bool:
 
 _server = 'SELECT current_database(), pg_postmaster_start_time()'  # tells apart servers that have many names
 
+# %% ../../nbs/jobs/05_store_joining.ipynb #a7767437
 @patch
 def _is_ours(self:Store, raw) -> bool:
     if isinstance(self.kind, SQLite): return _same_file(raw, self.url)
@@ -100,6 +101,7 @@ def state_of(self:Store, xid:str) -> str: # 'in progress', 'committed' or 'abort
     "What became of a transaction"
     with self.cursor() as cur: return cur.execute('SELECT pg_xact_status(%s::text::xid8)', [xid]).fetchone()[0] or 'aborted'
 
+# %% ../../nbs/jobs/05_store_joining.ipynb #9a056862
 @patch
 def join(self:Store, conn,
     op, # As for `write`

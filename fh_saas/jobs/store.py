@@ -156,6 +156,7 @@ async def awrite_soon(self:Store, op, call=None, write=None):
     while (said := write(op) if write else await self.awrite(op, call)) is Busy: await asyncio.sleep(next(pauses))
     return said
 
+# %% ../../nbs/jobs/05_store.ipynb #59d1c6e1
 @patch
 def add(self:Store, job:dict, delay:float=0, quota:int=None) -> dict: # The row as written
     "Write a pending job"
