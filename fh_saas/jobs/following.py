@@ -10,7 +10,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/following.html.md"""
 __all__ = ['log', 'longest', 'after_commit', 'after_end', 'longest_unseen', 'Followed']
 
 # %% ../../nbs/jobs/15_following.ipynb #07535284
-import logging, threading, time
+import logging, threading, time, weakref
 import sqlalchemy as sa
 from fastcore.basics import patch
 from ..db_connect import FhSaasError
@@ -25,6 +25,19 @@ log = logging.getLogger('fh_saas.jobs')
 longest, after_commit, after_end = 3600.0, 10.0, 0.1 # seconds for which a transaction is followed; for which its job is looked for once a commit was begun, and once it is over
 longest_unseen = 60.0 # seconds for a connection of sqlite3: it may be in another transaction by now, and does not say
 
+_on, _on_lock = weakref.WeakKeyDictionary(), threading.Lock()
+
+def _followed_on(conn) -> set:
+    "What is followed on a connection of SQLAlchemy, which says when its transactions end: before the driver ends them"
+    with _on_lock:
+        if (those := _on.get(conn)) is None:
+            _on[conn] = those = set()
+            # two listeners for as long as the connection lives: taking them away while it commits in another thread would break its commit
+            for event, soon in (('commit', lambda: after_commit), ('rollback', lambda: after_end)):
+                sa.event.listen(conn, event, lambda _, soon=soon: [f._ends(soon()) for f in list(those)])
+        return those
+
+# %% ../../nbs/jobs/15_following.ipynb #6f445137
 class Followed:
     "Jobs in a transaction that is not ours"
     def __init__(self, store:Store, job_ids:list, conn,
@@ -36,13 +49,12 @@ class Followed:
         self.xid = store.transaction_of(conn)
         self._raw = None if isinstance(sqla, sa.Connection) else sqla
         if self._raw is None:
-            self._sqla, self._heard = sqla, dict(commit=lambda conn: self._ends(after_commit), rollback=lambda conn: self._ends(after_end))  # said before the driver does it
-            for event, f in self._heard.items(): sa.event.listen(sqla, event, f)
+            self._sqla = sqla
+            _followed_on(sqla).add(self)
 
     def done(self):
         "It is decided: a connection that lives long keeps nothing of it"
-        if self._sqla is not None:
-            for event, f in self._heard.items(): sa.event.remove(self._sqla, event, f)
+        if self._sqla is not None: _followed_on(self._sqla).discard(self)
         self._sqla = self._raw = None
 
     def _ends(self, soon):

@@ -33,7 +33,7 @@ def open_jobs(self:Store) -> dict: # Queue -> `due`, `scheduled`, `running`, `ol
     found = {}
     with self.cursor() as cur:
         now = self.kind.now(cur)
-        for r in rows_of(self.statement(('open', j.name), build)(cur, now=timestamp(now))):
+        for r in rows_of(self.statement(('open jobs', j.name), build)(cur, now=timestamp(now))):
             q = found.setdefault(r['queue'], dict(due=0, scheduled=0, running=0, oldest_due=None))
             q['due'] += int(r['due']); q['scheduled'] += int(r['n']) - int(r['due']); q['running'] += int(r['running'])
             if (late_for := _since(r['oldest'], now)) is not None: q['oldest_due'] = late_for
