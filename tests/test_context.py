@@ -76,3 +76,17 @@ def test_no_job_sees_what_another_tenant_has_left(new_engine, new_url, kind):
         assert m.wait(id, 20).result == f'["nobody","{t}","{t}","{t}"]'
     assert mine.get() == 'nobody'
     for db in dbs: db.conn.close(); db.engine.dispose()
+
+def test_what_is_too_large_or_no_number_is_clamped(manager):
+    seen = []
+    def f(job):
+        for p in (140, -3, float('nan'), float('inf'), None, 'half', 55.9): job.progress(p); seen.append(job._progress[0])
+        job.warn('w'*1_000_000, item='i'*1_000_000)
+        job.log('l'*1_000_000, level='x'*1000)
+        job.progress(60, 'm'*1_000_000)
+        job.details['big'] = 'x'*100_000
+    id, bg = manager.submit('t', f)
+    bg.func(*bg.args)
+    job, (warning, line) = manager.get_job(id), manager.logs(id)
+    assert seen == [100, 0, 0, 0, 0, 0, 55] and job.status == 'completed_with_warnings' and len(job.progress_message) == 255 and job.details is None
+    assert (len(warning['message']), len(warning['item']), len(line['message']), len(line['level'])) == (2000, 500, 2000, 20)

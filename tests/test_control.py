@@ -389,3 +389,16 @@ def test_who_would_wait_for_himself_is_told(manager):
         manager.engine.attend(manager.store)
         return await manager.aresult(id, 10)
     assert asyncio.run(main()) == 7
+
+def test_each_action_in_a_state_that_is_not_for_it(manager):
+    def f(): return 1
+    done, bg = manager.submit('t', f)
+    bg.func(*bg.args)
+    waits, _ = manager.submit('t', f, run_at='2100-01-01T00:00:00Z')
+    runs, _ = manager.submit('t', f, run_at='2100-01-01T00:00:00Z')
+    manager.store.claim_one(runs, 'token', 'me', 30)
+    for act, id, said in ((manager.cancel, done, 'has ended'), (manager.retry, done, 'rerun'), (manager.retry, waits, 'only a failed'), (manager.retry, runs, 'only a failed'), (manager.delete, runs, 'cancel it first')):
+        before = manager.get_job(id)
+        with pytest.raises(WrongState, match=said): act(id)
+        assert manager.get_job(id) == before
+    for id in (done, runs): pytest.raises(WrongState, manager.move, id, 'q')
