@@ -71,6 +71,7 @@ def look_now(self:TestEngine, store=None):
         f.next = 0.0
         if f.look(time.monotonic()): f.done(); self._followed.remove(f)
 
+# %% ../nbs/03_testing.ipynb #3e6c28d2
 @patch
 def drain(self:TestEngine, store, most:int=1000) -> list:
     "Run what is due, and what these jobs submit; a job that is submitted while one runs waits for its turn"
@@ -115,22 +116,25 @@ class JobTester:
         "The manager of a database, as the app makes it"
         return BackgroundTaskManager(db, self.engine)
 
-    @property
-    def now(self) -> float: # Seconds since 1970
-        return time.time() + self.engine.ahead
+# %% ../nbs/03_testing.ipynb #4181ab31
+@patch(as_prop=True)
+def now(self:JobTester) -> float: # Seconds since 1970
+    return time.time() + self.engine.ahead
 
-    def advance(self, seconds:float):
-        "Let time pass for the jobs of all databases"
-        self.engine.ahead += seconds
-        for s in self.engine.known: s.kind.ahead = self.engine.ahead
+@patch
+def advance(self:JobTester, seconds:float):
+    "Let time pass for the jobs of all databases"
+    self.engine.ahead += seconds
+    for s in self.engine.known: s.kind.ahead = self.engine.ahead
 
-    def drain(self, most:int=1000) -> list: # Job id and outcome of each
-        "Run the jobs that are due now, in all databases the app has used, and those they submit"
-        done = []
-        self.engine.look_now()
-        while new := [d for s in list(self.engine.known) for d in self.engine.drain(s, most)]: done += new
-        events.settled()
-        return done
+@patch
+def drain(self:JobTester, most:int=1000) -> list: # Job id and outcome of each
+    "Run the jobs that are due now, in all databases the app has used, and those they submit"
+    done = []
+    self.engine.look_now()
+    while new := [d for s in list(self.engine.known) for d in self.engine.drain(s, most)]: done += new
+    events.settled()
+    return done
 
 # %% ../nbs/03_testing.ipynb #b0aa8101
 @patch

@@ -54,22 +54,27 @@ class JobContext:
 
     def __repr__(self): return f'JobContext(tenant={self.tenant!r}, job={self.id!r}, attempt={self.attempt})'
 
-    def stop(self, cancelled:bool=False, timed_out:bool=False):
-        self.cancelled, self.timed_out, self.should_stop = self.cancelled or cancelled, self.timed_out or timed_out, True
+# %% ../../nbs/jobs/06_context.ipynb #6ac8c68b
+@patch
+def stop(self:JobContext, cancelled:bool=False, timed_out:bool=False):
+    self.cancelled, self.timed_out, self.should_stop = self.cancelled or cancelled, self.timed_out or timed_out, True
 
-    def leave_if_cancelled(self):
-        if self.cancelled: raise Cancel('cancelled on request')
-        if self.timed_out: raise TimedOut(f"took longer than its timeout of {self.row['timeout']} s")
+@patch
+def leave_if_cancelled(self:JobContext):
+    if self.cancelled: raise Cancel('cancelled on request')
+    if self.timed_out: raise TimedOut(f"took longer than its timeout of {self.row['timeout']} s")
 
-    def masked(self, text) -> str:
-        "Text without the secrets in it, those of this job's arguments too"
-        if self._secrets is None: self._secrets = secret_values(self.row['payload'])
-        return mask(str(text), self._secrets)
+@patch
+def masked(self:JobContext, text) -> str:
+    "Text without the secrets in it, those of this job's arguments too"
+    if self._secrets is None: self._secrets = secret_values(self.row['payload'])
+    return mask(str(text), self._secrets)
 
-    def give_way(self):
-        "Leave the task here if it should give way: to a shutdown, which gives the attempt back, or because the job was cancelled"
-        self.leave_if_cancelled()
-        if self.should_stop: raise Snooze(0, 'gave way to a shutdown')
+@patch
+def give_way(self:JobContext):
+    "Leave the task here if it should give way: to a shutdown, which gives the attempt back, or because the job was cancelled"
+    self.leave_if_cancelled()
+    if self.should_stop: raise Snooze(0, 'gave way to a shutdown')
 
 # %% ../../nbs/jobs/06_context.ipynb #14d53b0f
 max_lines = 1000
