@@ -42,7 +42,7 @@ class TestEngine(Engine):
         return s
 
     def attend(self, store, delay:float=0):
-        if self.inline: self.drain(store)
+        if self.inline: self.run_due(store)
 
 # %% ../nbs/03_testing.ipynb #dd0df41c
 @patch
@@ -73,7 +73,7 @@ def look_now(self:TestEngine, store=None):
 
 # %% ../nbs/03_testing.ipynb #3e6c28d2
 @patch
-def drain(self:TestEngine, store, most:int=1000) -> list:
+def run_due(self:TestEngine, store, most:int=1000) -> list:
     "Run what is due, and what these jobs submit; a job that is submitted while one runs waits for its turn"
     if self._busy: return []
     done, self._busy = [], True
@@ -132,7 +132,7 @@ def drain(self:JobTester, most:int=1000) -> list: # Job id and outcome of each
     "Run the jobs that are due now, in all databases the app has used, and those they submit"
     done = []
     self.engine.look_now()
-    while new := [d for s in list(self.engine.known) for d in self.engine.drain(s, most)]: done += new
+    while new := [d for s in list(self.engine.known) for d in self.engine.run_due(s, most)]: done += new
     events.settled()
     return done
 
