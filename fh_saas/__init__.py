@@ -26,6 +26,7 @@ Modules:
 - `fh_saas.pytest_plugin`: Fixtures for the tests of an app, found by pytest as soon as fh_saas is installed.
 - `fh_saas.testing`: Jobs in the tests of an app: nothing runs by itself, nothing sleeps, and the clock is yours.
 - `fh_saas.utils_bgtsk`: The door: submit a job from a route, and ask how it is doing.
+- `fh_saas.web.setup`: One line where a FastHTML app is made: jobs start and stop with it, and no task of a response is lost.
 - `fh_saas.workers.runner`: The engine as a part of the web process: it starts and stops with the app and serves all tenants of a host."""
 
 __version__ = "0.10.0"
@@ -35,7 +36,7 @@ _names = {n: m for m, names in dict(
     db_host='HostDatabase SystemJob timestamp gen_id', db_tenant='get_or_create_tenant_db open_tenant_db delete_tenant', utils_bgtsk='BackgroundTaskManager TenantJob',
     **{'jobs.tasks': 'task', 'jobs.options': 'Unique InvalidJob', 'jobs.unique': 'NotUnique', 'jobs.retries': 'Permanent RetryAfter Snooze Cancel TimedOut',
     'jobs.states': 'Priority Status', 'jobs.context': 'JobContext current_job', 'jobs.events': 'events Event', 'jobs.settings': 'Settings', 'jobs.store': 'JobNotFound QuotaExceeded',
-    'jobs.asking': 'JobFailed StillRunning', 'jobs.control': 'WrongState', 'jobs.arguments': 'BadPayload', 'jobs.masking': 'hide', 'workers.runner': 'Runner'}).items() for n in names.split()}
+    'jobs.asking': 'JobFailed StillRunning', 'jobs.control': 'WrongState', 'jobs.arguments': 'BadPayload', 'jobs.masking': 'hide', 'workers.runner': 'Runner', 'web.setup': 'setup_jobs'}).items() for n in names.split()}
 __all__ = ['__version__', *_names]
 
 def __getattr__(name):

@@ -7,9 +7,10 @@ import tasks, uvicorn
 from fasthtml.common import *
 from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import get_or_create_tenant_db
+from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.store import JobNotFound
 from fh_saas.utils_bgtsk import BackgroundTaskManager
-from fh_saas.workers.runner import Runner, Settings
+from fh_saas.web.setup import setup_jobs
 from marketplace import ar as marketplace
 from pages import FINISHED, hdrs, job_page, live, page, row, table
 from sample_data import EXPECTED, write_products
@@ -66,8 +67,7 @@ def shop_page(shop:str):
 def start(shop:str, name:str):
     if name not in TASKS: raise HTTPException(404)
     with opened(shop) as (_, m): _, bg_task = m.submit(name, getattr(tasks, name), triggered_by='manual:demo', **TASKS[name])
-    # FastHTML drops the task of a tuple whose other half is a Response: here the response itself carries it.
-    return RedirectResponse(f'/{shop}', 303, background=bg_task)
+    return RedirectResponse(f'/{shop}', 303), bg_task
 
 @rt('/{shop}/jobs/{job_id}', methods=['get'])
 def show_job(shop:str, job_id:str):
@@ -108,7 +108,7 @@ def main():
     with listen() as sock:
         try: prepare()
         except OSError as e: raise SystemExit(f"The data folder {DATA} cannot be used: {e.strerror}. Set FH_SAAS_DATA to another") from None
-        Runner(host(), Settings(lease=10)).attach(app)
+        setup_jobs(app, host(), Settings(lease=10))
         print(f"The shop is at {URL}", flush=True)
         with suppress(KeyboardInterrupt): uvicorn.Server(uvicorn.Config(app, log_level='warning', timeout_graceful_shutdown=3)).run(sockets=[sock])
 
