@@ -194,3 +194,7 @@ def test_a_moment_that_had_passed_was_no_wait(manager):
     id, bg = manager.submit('t', print, run_at='2019-01-01')
     manager.wait(id, 10)
     assert manager.attempts(id)[0]['waited'] < 60
+
+def test_a_job_that_waits_for_its_response_is_not_called_scheduled(manager):
+    waits, later = manager.submit('t', print)[0], manager.submit('t', print, run_at='2100-01-01')[0]
+    assert [manager.state(manager.get_job(i)) for i in (waits, later)] == ['pending', 'scheduled']

@@ -13,7 +13,7 @@ __all__ = ['Asking', 'StillRunning', 'JobFailed']
 import asyncio, json, time
 from fastcore.basics import patch
 from ..db_connect import FhSaasError
-from ..db_host import JobRecord, timestamp
+from ..db_host import JobRecord, seconds, timestamp
 from .options import InvalidJob, whole, word
 from .masking import masked
 from .payload import clean, from_json
@@ -49,7 +49,9 @@ def list_jobs(self:Asking,
 @patch
 def state(self:Asking, job:JobRecord) -> str:
     "The job's state in words: its status, or `waiting` (for a task nobody here has registered), `scheduled`, `retrying`, `snoozed`, `cancelling`"
-    return shown_state(job, timestamp(time.time() + self.store.kind.ahead), self.engine.registry.names[1])
+    shown = shown_state(job, timestamp(time.time() + self.store.kind.ahead), self.engine.registry.names[1])
+    # a job that waits for its response has no moment of its own
+    return 'pending' if shown == 'scheduled' and seconds(job.run_at) <= seconds(job.created_at) + self.engine.settings.handoff + 0.001 else shown
 
 # %% ../../nbs/jobs/19_asking.ipynb #885bcfeb
 @patch
