@@ -485,3 +485,16 @@ def test_completed_twice_in_one_transaction(own):
     id, bg = own.submit('t', f, 1)
     call(bg)
     assert own.get_job(id).status == 'failed' and 'called already' in own.get_job(id).error_message
+
+def test_cancelled_and_out_of_time_at_once(lite):
+    async def f(job):
+        while True:
+            try: await asyncio.sleep(10)
+            except asyncio.CancelledError:
+                if job.cancelled: raise
+                lite.cancel(job.id)
+    id, bg = lite.submit('t', f, timeout=1)
+    async def main(): await bg(); return asyncio.current_task().cancelling()
+    assert asyncio.run(main()) == 0
+    job = lite.wait(id, 10)
+    assert job.status == 'cancelled' and [a['outcome'] for a in lite.attempts(id)] == ['cancelled']

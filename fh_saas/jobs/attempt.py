@@ -29,7 +29,7 @@ class Attempt:
     desk = loop = async_task = outcome = done = last_note = None
     counted, since = False, 0.0  # does it hold a slot, and since when does it wait for a thread?
     suspect = False  # holds the slot of a job that was lost with its process before
-    _told = False  # was the event loop's task cancelled because the job was?
+    _told = 0  # how often the event loop's task was cancelled because the job was, or its time was over
     deadline = gate = None  # by when it must end, and what goes through here first: its end, or giving it up after that
     refused = False  # the database would not take its outcome as it was
     def __init__(self,
@@ -93,7 +93,7 @@ async def acall(self:Attempt) -> Outcome:
         self.ctx.close()
     self.async_task = None
     current.reset(before)
-    if self._told: me.uncancel()  # it was meant for the job, not for who awaits it
+    for _ in range(self._told): me.uncancel()  # it was meant for the job, not for who awaits it
     return o
 
 async def _wait_for(awaitable): return await awaitable
@@ -118,7 +118,7 @@ def _stop(self:Attempt, **why):
 @patch
 def _interrupt(self:Attempt):
     # asked again in the loop's own thread, in which an attempt ends: who awaits it must not be cancelled in its place
-    if self.async_task: self._told = self.async_task.cancel()
+    if self.async_task: self._told += self.async_task.cancel()
 
 # %% ../../nbs/jobs/08_attempt.ipynb #a4a84403
 @patch
