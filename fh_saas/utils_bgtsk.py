@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Callable
 from fastcore.basics import patch
 from starlette.background import BackgroundTask
-from .db_connect import DatabaseBusy, FhSaasError, check_url
+from .db_connect import DatabaseBusy, check_url
 from .db_host import JobRecord, gen_id, timestamp
 from .jobs.asking import Asking, JobFailed, JobNotFound, StillRunning  # noqa: F401 what a manager raises, for those who catch it
 from .jobs.context import current_job
 from .jobs.engine import Engine, default_engine
 from .jobs.events import event_of, events
 from .jobs.following import Followed
-from .jobs.isolation import importing
 from .jobs.notice import QueueClosed, hint, open_for, ring, slow, soon  # noqa: F401
 from .jobs.options import InvalidJob, Unique, checked, checks, text  # noqa: F401
 from .jobs.states import Outcome
@@ -148,7 +147,7 @@ def _stored(self:BackgroundTaskManager, op, handoff=None, conn=None) -> dict: # 
     begun = time.monotonic()
     hint(tenancy)
     try: said = added(store.write_soon(op, None if conn is None else lambda op: store.join(conn, op)))
-    except DatabaseBusy as e: self._dropped(op); self._explain(e)
+    except DatabaseBusy as e: self._dropped(op); self._explain(e, conn)
     except BaseException: self._dropped(op); raise
     if 'found' in said and conn is None: self._dropped(op)
     self._committed(op, said, served, begun, conn)
@@ -164,12 +163,12 @@ def _dropped(self:BackgroundTaskManager, op):
 def _committed(self:BackgroundTaskManager, op, said, served, begun, conn=None):
     "Who runs these jobs learns of them; once they are committed, if that is somebody else's decision"
     (engine, store), at, queue = self.here, _moment(op, said), op.jobs[0].get('queue', 'default')
-    tenancy = engine.tenancy(store)
+    tenancy, joined = engine.tenancy(store), conn is not None  # `told` must not keep a connection that the app forgets
     def told(there=True):
         if not there: return self._dropped(op)
         _tell(store, op, said)
         engine.attend(store, soon(at, op.delay))
-        if not served or conn is not None or slow(tenancy, begun): ring(tenancy, at, queue)
+        if not served or joined or slow(tenancy, begun): ring(tenancy, at, queue)
     if conn is None: return told()
     engine.follow(Followed(store, [said.get('found') or op.jobs[-1]['id']], conn, told))
 
@@ -181,8 +180,8 @@ def _tell(store, op, said):
     if events.subscribers and 'found' not in said: events.tell(*(event_of('submitted', store.tenant, job, status='pending') for job in op.jobs))
 
 @patch
-def _explain(self:BackgroundTaskManager, e):
-    if self._host or not self.db.conn.in_transaction(): raise e
+def _explain(self:BackgroundTaskManager, e, conn=None):
+    if conn is not None or self._host or self._url.get_backend_name() != 'sqlite' or not self.db.conn.in_transaction(): raise e
     raise DatabaseBusy(f"{e}. A transaction is open on this manager's db.conn: commit it before submit") from e
 
 # %% ../nbs/02_utils_bgtsk.ipynb #c28f1509
@@ -219,7 +218,6 @@ def _made(self:BackgroundTaskManager, job_type, task_func, max_retries, task_kwa
         task_kwargs = payload
     try: body = t.pack(task_kwargs)
     except BadPayload as e: raise _hinted(e, t, task_kwargs) from None
-    if importing(): raise FhSaasError(f"task {t.name!r}: its module is being imported for a task that runs in a process of its own, and submits at the top: put that under if __name__ == '__main__'")
     job = dict(id=gen_id(), job_type=text('job_type', job_type, 200), payload=body, task=t.name, **_by() | t.defaults | attempts | checked(**options))
     op = _operation(store, job, t, alone or held)
     if alone or held: engine.keep(store, job['id'], t, alone)
@@ -295,8 +293,9 @@ async def _astored(self:BackgroundTaskManager, op, conn=None):
     limits = await in_thread(open_for, queue, engine, store) if tenancy and tenancy.rules.stale else open_for(queue, engine, store)
     if tenancy and not tenancy.wakes.hinted(tenancy.tenant_id): await in_thread(hint, tenancy)
     op.delay, op.quota = self._handoff(served), limits.pending
+    if conn is None: store.refuse_beside_own(waits=False)
     try: said = added(await store.awrite_soon(op, engine.writers.submit, None if conn is None else lambda op: store.join(conn, op)))
-    except DatabaseBusy as e: self._dropped(op); self._explain(e)
+    except DatabaseBusy as e: self._dropped(op); self._explain(e, conn)
     except Exception: self._dropped(op); raise
     if conn is not None: self._committed(op, said, served, begun, conn); return said  # a connection is used where it is
     if 'found' in said: self._dropped(op)

@@ -165,3 +165,14 @@ def test_every_payload_that_is_taken_fits_the_schema():
 
 def test_functions_that_say_nothing_have_a_schema_too():
     assert Task(print, 'print').schema['type'] == 'object' and Task(lambda **kw: 1, 'l').schema['additionalProperties'] is True
+
+def test_unknown_fields_are_refused_where_a_type_would_drop_them(lite):
+    class Loose(pydantic.BaseModel):
+        n: int = pydantic.Field(alias='N')
+    class Lean(msgspec.Struct, omit_defaults=True): a: int = 0; b: int = 0
+    def f(order:Order=None, loose:Loose=None, lean:Lean=None, size:Size=None, many:dict[str, list[Customer | None]]=None, orders:list[Order]=None): pass
+    f.__annotations__ |= dict(order=Order | None, loose=Loose | None, lean=Lean | None, size=Size | None, orders=list[Order] | None)
+    o = json.loads(msgspec.json.encode(order(order())))
+    for ok in (dict(order=o), dict(loose={'N': 1}), dict(lean={'a': 0, 'b': 1}), dict(size={'wide': 1}), dict(orders=[o])): lite.submit('t', f, **ok, run_at='2100-01-01')
+    for bad, said in ((dict(order=o | {'nots': 1}), 'nots'), (dict(order=o | {'parts': o['parts'] | {'itms': 1}}), 'parts.itms'), (dict(size={'wide': 1, 'high': 2}), 'high'), (dict(orders=[o, o | {'x': 1}]), 'x')):
+        with pytest.raises(BadPayload, match=f'unknown field `{said}`'): lite.submit('t', f, **bad)

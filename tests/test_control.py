@@ -70,8 +70,9 @@ def test_a_sync_task_ends_where_it_reports(manager, how):
 
 @pytest.mark.parametrize('clean', [True, False])
 def test_an_async_task_is_cancelled_where_it_awaits(manager, clean):
-    told = []
+    told, begun = [], []
     async def f():
+        begun.append(1)
         try: await asyncio.sleep(20)
         except asyncio.CancelledError:
             told.append(1)
@@ -81,7 +82,7 @@ def test_an_async_task_is_cancelled_where_it_awaits(manager, clean):
     id, bg = manager.submit('t', f)
     async def main():
         t = asyncio.create_task(bg())
-        while manager.get_job(id).status != 'running': await asyncio.sleep(0.01)
+        while not begun: await asyncio.sleep(0.01)
         manager.cancel(id)
         await asyncio.wait_for(t, 10)  # the request that awaits it is not cancelled with it
         return t.cancelled()

@@ -307,3 +307,56 @@ def test_another_task_of_the_loop_is_told_to_try_again(new_sqlite, new_manager):
         m.submit('t', confirm, n=3)
     asyncio.run(main())
     assert jobs(m) == [1, 3]
+
+# --- What a second review has found
+
+def test_the_block_may_end_in_another_context_than_it_began_in(new_sqlite, new_manager):
+    import contextvars
+    m = new_manager(new_sqlite())
+    block = m.transaction()
+    tx = contextvars.copy_context().run(block.__enter__)
+    m.submit('t', confirm, n=1, conn=tx)
+    contextvars.copy_context().run(block.__exit__, None, None, None)
+    assert jobs(m) == [1]
+
+def test_what_was_started_in_the_block_may_submit_after_it(new_sqlite, new_manager):
+    m = new_manager(new_sqlite())
+    async def main():
+        over = asyncio.Event()
+        async def later(): await over.wait(); m.submit('t', confirm, n=2)
+        with m.transaction() as tx:
+            t = asyncio.create_task(later())
+            m.submit('t', confirm, n=1, conn=tx)
+            with pytest.raises(InvalidJob, match='conn='): await m.asubmit('t', confirm, n=3)
+            with pytest.raises(InvalidJob, match='conn='): m.cancel('x')
+        over.set()
+        await t
+    asyncio.run(main())
+    assert jobs(m) == [1, 2]
+
+def test_a_look_that_fails_ends_no_following(new_pg, new_manager, monkeypatch):
+    from fh_saas.db_connect import DatabaseUnavailable
+    from fh_saas.jobs.store import Store
+    m, fails = new_manager(url := new_pg(), handoff=0), [1, 1]
+    was = Store.state_of
+    def broken(self, xid):
+        if fails: fails.pop(); raise DatabaseUnavailable('away')
+        return was(self, xid)
+    monkeypatch.setattr(Store, 'state_of', broken)
+    conn = plain(url)
+    id, _ = m.submit('t', lambda: 7, conn=conn)
+    wait_until(lambda: not fails, 10)
+    conn.commit(); conn.close()
+    wait_until(lambda: not m.engine._following, 10)
+    assert m.result(id, 20) == 7
+
+def test_a_forgotten_connection_lets_go_of_its_lock(new_sqlite, new_manager):
+    import gc
+    m = new_manager(url := new_sqlite(), busy=2)
+    def forget():
+        conn = sa.create_engine(url).connect()
+        m.submit('t', confirm, n=1, conn=conn)
+    forget()
+    gc.collect()
+    m.submit('t', confirm, n=2)
+    assert jobs(m) == [2]

@@ -498,3 +498,100 @@ def test_cancelled_and_out_of_time_at_once(lite):
     assert asyncio.run(main()) == 0
     job = lite.wait(id, 10)
     assert job.status == 'cancelled' and [a['outcome'] for a in lite.attempts(id)] == ['cancelled']
+
+# --- What a second review has found
+
+def test_an_open_completion_keeps_no_lease_from_being_renewed(new_pg, new_manager):
+    "Its row is held by the task's transaction; those of the others are renewed, and submits do not wait for it"
+    m, go, done = new_manager(new_pg(), lease=3, busy=1, handoff=0), threading.Event(), []
+    def holds(job):
+        with job.begin() as conn: job.complete(conn, 'held'); go.wait(20)
+    def lives(job): done.append(job.attempt); go.wait(20); return 'lived'
+    a, b = m.submit('t', holds, 1)[0], m.submit('t', lives, 1)[0]
+    wait_until(lambda: done and m.get_job(a).status == 'running')
+    until, slowest = time.monotonic() + 6, 0
+    while time.monotonic() < until:
+        begun = time.monotonic()
+        m.submit('t', print, run_at='2100-01-01')
+        slowest = max(slowest, time.monotonic() - begun)
+        time.sleep(0.05)
+    go.set()
+    assert m.result(a, 10) == 'held' and m.result(b, 10) == 'lived' and done == [1] and slowest < 0.9
+
+@pytest.mark.parametrize('then', ['read', 'again'])
+def test_after_a_rollback_it_is_as_if_nothing_had_been_said(own, then):
+    def f(job):
+        conn = job.db.conn
+        put(conn); job.complete(job.db, 1); conn.rollback()
+        conn.execute(sa.text('SELECT 1'))
+        if then == 'again': put(conn); job.complete(job.db, 2); conn.commit()
+        return 3
+    id, bg = own.submit('t', f)
+    call(bg)
+    job = own.get_job(id)
+    assert (job.status, job.result, rows(own)) == ('completed', '2' if then == 'again' else '3', then == 'again')
+
+def test_a_bar_is_not_full_before_it_is_over(own):
+    def f(job):
+        job.progress(40)
+        with job.begin() as conn: job.complete(conn); conn.rollback()
+        raise Permanent('no')
+    id, bg = own.submit('t', f)
+    call(bg)
+    assert (own.get_job(id).status, own.get_job(id).progress_percent) == ('failed', 40)
+
+def test_a_policy_does_not_run_where_leases_are_renewed(lite):
+    names = []
+    def f(): time.sleep(3.5)
+    def policy(e): names.append(threading.current_thread().name)
+    from fh_saas.jobs.retries import TimedOut
+    lite.engine.registry.add(f, f.__qualname__, on_error={TimedOut: policy})
+    id, _ = lite.submit('t', f, 1, timeout=1, run_at='2020-01-01')
+    assert lite.wait(id, 10).status == 'failed' and names and 'heartbeat' not in names[0]
+
+def test_a_policy_may_raise_anything(lite):
+    def f(): raise ValueError('x')
+    def policy(e): raise SystemExit
+    lite.engine.registry.add(f, f.__qualname__, on_error={ValueError: policy})
+    id, bg = lite.submit('t', f, 1)
+    assert call(bg).kind == 'failed' and lite.get_job(id).error_message == 'ValueError: x'
+
+def test_a_slow_start_counts(crew, monkeypatch, tmp_path):
+    (tmp_path/'sitecustomize.py').write_text('import time; time.sleep(8)')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    id, bg = crew.submit('bad', isolated.bad, 1, how='x'*300_000, timeout=1)
+    begun = time.monotonic()
+    call(bg)
+    assert crew.get_job(id).error_message.startswith('TimedOut') and time.monotonic() - begun < 6
+
+def test_many_submitted_at_the_top_of_a_script_and_its_types(tmp_path, new_sqlite):
+    import subprocess
+    url, script = new_sqlite(), tmp_path/'script.py'
+    script.write_text(f"""
+from __future__ import annotations
+from dataclasses import dataclass
+from fastsql import Database
+from fh_saas.jobs.tasks import task
+from fh_saas.utils_bgtsk import BackgroundTaskManager
+@dataclass
+class Inner: n: int
+@dataclass
+class Outer: inner: Inner
+@task('iso', isolate='process', max_retries=1)
+def iso(o: Outer) -> Outer:
+    print('done', o.inner.n)
+    return o
+m = BackgroundTaskManager(Database({url!r}))
+try: m.submit_many(iso, [dict(o=Outer(Inner(1)))], run_at='2100-01-01')
+except Exception as e: print('refused')
+if __name__ == '__main__':
+    id, bg = m.submit('iso', iso, o=Outer(Inner(7)))
+    bg.func(*bg.args)
+    print(len(m.list_jobs()), m.get_job(id).status, m.get_job(id).error_message, m.result(id, 0))
+""")
+    p = subprocess.run([sys.executable, '-u', str(script)], capture_output=True, text=True, timeout=60)
+    assert p.stdout.splitlines() == ['refused', 'done 7', '2 completed None Outer(inner=Inner(n=7))'], p.stdout + p.stderr
+
+def test_short_forms_of_a_secret_hide_nothing_else():
+    assert secret_values('{"password": "    ", "token": "   x"}') == ('   x',) or 'x' not in secret_values('{"token": "   x"}')
+    assert mask('hello', secret_values('{"password": "    "}')) == 'hello' and mask('k-eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.abcdefghij') == 'k-***'

@@ -163,3 +163,22 @@ def test_a_typing_error_makes_no_test_pass(fh_jobs, fh_tenant_db):
     from fh_saas.jobs.tasks import UnknownTask
     with pytest.raises(UnknownTask, match="did you mean 'app_confirm'"): fh_jobs.assert_submitted('app_confrm', times=0)
     with pytest.raises(TypeError, match='no argument ordr'): fh_jobs.assert_submitted(confirm, times=0, ordr=1)
+
+def test_inline_jobs_that_open_transactions_themselves(fh_jobs_inline, fh_tenant_db):
+    m = BackgroundTaskManager(fh_tenant_db)
+    def outer():
+        with m.transaction() as tx: return later.submit(m, n=1, conn=tx)[0]
+    with m.transaction() as tx: id, _ = m.submit('outer', outer, conn=tx)
+    assert m.result(m.result(id, 0), 0) == 1
+
+def test_an_outcome_that_cannot_be_written_is_said(fh_jobs, fh_tenant_db):
+    import sqlite3
+    m, kept = BackgroundTaskManager(fh_tenant_db), []
+    def f(job):
+        kept.append(c := sqlite3.connect(job.store.url.database))
+        c.execute('BEGIN IMMEDIATE')
+    fh_jobs.engine.settings.__dict__['busy'] = 0.2
+    m.store.busy = 0.2
+    m.submit('t', f)
+    with pytest.raises(Exception, match='cannot be written'): fh_jobs.drain()
+    kept[0].close()

@@ -299,3 +299,14 @@ def test_a_quota_counted_in_an_open_transaction_stops_no_claim(new_pg, new_manag
         id, _ = m.submit('t', report, day=2, run_at='2020-01-01')
         assert m.wait(id, 5).status == 'completed'
         with pytest.raises(DatabaseBusy, match='quota'): m.store.add(dict(id='y', job_type='t', max_retries=3), quota=100)
+
+def test_many_retried_at_once_are_one_of_a_kind(manager):
+    def f(): raise ZeroDivisionError
+    ids = []
+    for _ in range(3):
+        id, bg = manager.submit('t', f, 1, unique=True)
+        bg.func(*bg.args)
+        ids.append(id)
+    assert manager.retry_all(status='failed', dry_run=True) == 1 == manager.retry_all(status='failed')
+    manager.wait(ids[2], 20)
+    assert [manager.get_job(i).attempt for i in ids] == [1, 1, 2]

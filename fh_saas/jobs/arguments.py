@@ -46,18 +46,25 @@ def _inside(shape):
         for t in getattr(shape, name, ()): yield from _inside(t)
 
 # %% ../../nbs/jobs/06_arguments.ipynb #d8594204
-def _lost(given, there):
-    "The first key of `given` that its type does not know"
-    if isinstance(given, dict) and isinstance(there, dict): return next((f'{k}.{odd}' if odd is not True else k for k, v in given.items() if (odd := k not in there or _lost(v, there[k]))), None)
-    if isinstance(given, (list, tuple)) and isinstance(there, (list, tuple)) and len(given) == len(there): return next((odd for a, b in zip(given, there) if (odd := _lost(a, b))), None)
-    return None
+def _unknown(shape, v) -> str: # None if there is none
+    "The first key in `v` that the type has no field for"
+    if isinstance(shape, shapes.UnionType):
+        some = [t for t in shape.types if not isinstance(t, shapes.NoneType)]
+        return _unknown(some[0], v) if len(some) == 1 else None  # of several, msgspec has chosen
+    if isinstance(v, dict) and isinstance(shape, (shapes.DataclassType, shapes.TypedDictType)):
+        fields = {f.encode_name: f.type for f in shape.fields}
+        return next((k for k in v if k not in fields), None) or next((f'{k}.{odd}' for k, x in v.items() if (odd := _unknown(fields[k], x))), None)
+    if isinstance(v, dict) and isinstance(shape, shapes.DictType): return next((odd for x in v.values() if (odd := _unknown(shape.value_type, x))), None)
+    item = getattr(shape, 'item_type', None)
+    return next((odd for x in v if (odd := _unknown(item, x))), None) if item is not None and isinstance(v, (list, tuple)) else None
 
 # %% ../../nbs/jobs/06_arguments.ipynb #002df6ce
 class Wire:
     "Values of one type, as they are in a row and as the task gets them"
     def __init__(self, typ):
         self.typ, self.same = typ, typ if typ in (str, int, float, bool) else None  # is JSON what the task gets?
-        parts = list(_inside(shapes.type_info(typ)))
+        self.shape = shapes.type_info(typ)
+        parts = list(_inside(self.shape))
         if odd := next((p.cls for p in parts if isinstance(p, shapes.CustomType) and not _known(p.cls)), None): raise TypeError(f'{odd!r} has no form in JSON')
         self.open = any(isinstance(p, shapes.AnyType) for p in parts)  # `list`, `dict[str, Any]`: what is in there has no type to come back as
 
@@ -71,7 +78,7 @@ class Wire:
         if self.open: return plain
         # what was understood, so that equal arguments look the same: 1 as 1.0 where a float is wanted, a set in one order
         as_type = msgspec.to_builtins(there, enc_hook=_packed, str_keys=True, order='deterministic')
-        if odd := _lost(msgspec.to_builtins(plain, str_keys=True), as_type): raise TypeError(f'Object contains unknown field `{odd}`')
+        if odd := _unknown(self.shape, msgspec.to_builtins(plain, str_keys=True)): raise TypeError(f'Object contains unknown field `{odd}`')
         return as_type
 
     def unpack(self, v):

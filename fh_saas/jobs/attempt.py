@@ -136,7 +136,7 @@ def succeeded(self:Attempt, result) -> Outcome:
 def failed(self:Attempt, e:BaseException) -> Outcome:
     "The task raised `e`"
     try: return self._failed(e)
-    except Exception as worse:  # an attempt has an outcome, whatever its error or its policy is made of
+    except BaseException as worse:  # an attempt has an outcome, whatever its error or its policy is made of
         log.error('%s: what its error means cannot be told: %s', self, self._said(worse)[0])
         return Outcome('failed' if (self.row['retry_count'] or 0) + 1 >= max(1, self.row['max_retries'] or 1) else 'retry', error=type(e).__name__, delay=2)
 
@@ -159,7 +159,7 @@ def _meaning(self:Attempt, e):
     "What the task's policy makes of an exception, which may be itself"
     if isinstance(e, TaskSignal) and not isinstance(e, TimedOut) or not self.task.on_error: return e
     try: what = meaning(self.task.on_error, e)
-    except Exception as broken: log.error('%s: its policy for %s raised %s; it fails as usual', self, type(e).__name__, self._said(broken)[0]); what = None
+    except BaseException as broken: log.error('%s: its policy for %s raised %s; it fails as usual', self, type(e).__name__, self._said(broken)[0]); what = None
     return e if what is None else what
 
 @patch

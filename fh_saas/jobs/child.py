@@ -10,7 +10,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/child.html.md"""
 __all__ = ['main']
 
 # %% ../../nbs/jobs/09_child.ipynb #ba9a0981
-import asyncio, ctypes, importlib, json, logging, os, runpy, signal, sys, threading
+import asyncio, ctypes, importlib, json, logging, os, runpy, signal, sys, threading, types
 from dataclasses import asdict
 from .attempt import Attempt
 from .engine import Engine, use_engine
@@ -37,7 +37,10 @@ def _alone():
     events.mute()
 
 def _find(order) -> Task:
-    if 'file' in order: runpy.run_path(order['file'], run_name='__mp_main__')  # as multiprocessing does: not `__main__`, so that nothing is started
+    if 'file' in order:  # as multiprocessing does: not `__main__`, so that nothing is started
+        main = types.ModuleType('__mp_main__')
+        main.__dict__.update(runpy.run_path(order['file'], run_name='__mp_main__'))
+        sys.modules['__main__'] = sys.modules['__mp_main__'] = main  # types are looked up in their modules
     else: importlib.import_module(order['module'])
     return registry.named(order['task'])
 
@@ -71,15 +74,16 @@ def main():
     logging.getLogger('fh_saas.task').disabled = True  # the parent says it
     def say(what):
         with lock: voice.write(json.dumps(what).encode() + b'\n'); voice.flush()
-    try: t = import_for_child(lambda: _find(order))
+    try:
+        t = import_for_child(lambda: _find(order))
+        store = Store(order['url'], order['table'], order['synchronous'], order['busy'], order['tenant'])
+        a = Attempt(store, order['row'], Task(t.func, t.name, **t.said | dict(isolate=None)))
     except BaseException as e: say(dict(lost=describe(e)[0])); raise
-    store = Store(order['url'], order['table'], order['synchronous'], order['busy'], order['tenant'])
-    a = Attempt(store, order['row'], Task(t.func, t.name, **t.said | dict(isolate=None)))
     a.orders = orders
     for f, args in ((_heed, (a,)), (_speak, (a, say, over))): threading.Thread(target=f, args=args, daemon=True).start()
     if order['memory']: _limit(order['memory'])
     o = asyncio.run(a.acall()) if a.is_async else a.call()
     over.set()
+    for f in (sys.stdout, sys.stderr): f.flush()  # before the last word: it ends this process
     say(a.ctx.told() | dict(outcome=asdict(o)))
-    for f in (sys.stdout, sys.stderr): f.flush()
     os._exit(0)  # whatever threads the task has left

@@ -379,11 +379,21 @@ def finishing_all(self:Store,
 @patch
 def heartbeat(self:Store, worker:str, lease:float) -> dict: # Token of each job still owned, and whether it should give way
     "Renew all leases of a worker, in one statement"
+    j, free = self.t.jobs, self._unlocked
+    mine = lambda: sa.and_(j.c.status == RUNNING, j.c.worker == bind('me'), j.c.claim_token.is_not(None))
+    renew = self.statement(('heartbeat', j.name), lambda: j.update().where(free(mine())).values(lease_until=bind('lease')))
+    owned = self.statement(('owned', j.name), lambda: sa.select(j.c.id, j.c.claim_token, j.c.cancel_requested_at).where(mine()))
+    def op(cur, now):
+        renew(cur, me=worker, lease=timestamp(now+lease))
+        return rows_of(owned(cur, me=worker))
+    return {(r['id'], r['claim_token']): bool(r['cancel_requested_at']) for r in self.write(op)}
+
+@patch
+def _unlocked(self:Store, which):
+    "On PostgreSQL: without rows that somebody's transaction holds, that of `job.complete` for instance. Who waits for them here keeps all others waiting"
+    if isinstance(self.kind, SQLite): return which
     j = self.t.jobs
-    stmt = self.statement(('heartbeat', j.name), lambda: j.update().where(j.c.status == RUNNING, j.c.worker == bind('me'), j.c.claim_token.is_not(None))
-        .values(lease_until=bind('lease')).returning(j.c.id, j.c.claim_token, j.c.cancel_requested_at))
-    rows = self.write(lambda cur, now: rows_of(stmt(cur, me=worker, lease=timestamp(now+lease))))
-    return {(r['id'], r['claim_token']): bool(r['cancel_requested_at']) for r in rows}
+    return j.c.id.in_(sa.select(j.c.id).where(which).with_for_update(skip_locked=True))
 
 @patch
 def asked_to_end(self:Store, worker:str) -> list: # Id and token of each
@@ -403,7 +413,7 @@ def note(self:Store,
     "What a running attempt says about itself, as an operation for `write`: True if it still owns its job"
     j, log = self.t.jobs, self.t.logs
     keep = lambda c, typ=sa.String: sa.func.coalesce(bind(c, type_=typ), j.c[c])
-    say = self.statement(('note', j.name), lambda: j.update().where(j.c.id == bind('job'), j.c.claim_token == bind('token'), j.c.status == RUNNING).values(
+    say = self.statement(('note', j.name), lambda: j.update().where(self._unlocked(sa.and_(j.c.id == bind('job'), j.c.claim_token == bind('token'), j.c.status == RUNNING))).values(
         progress_percent=keep('progress_percent', sa.Integer), progress_message=keep('progress_message'), details=keep('details')))
     # a note may be taken twice before it is known to be written: by the heartbeat, and with the outcome
     line = self.statement(('log', log.name), lambda: self.kind.insert(log).values({c.name: bind(c.name) for c in log.c}).on_conflict_do_nothing())

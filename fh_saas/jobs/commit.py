@@ -241,8 +241,8 @@ def _look(self:Committer): # The file
 # %% ../../nbs/jobs/04_commit.ipynb #b95d527c
 class _Write:
     "An operation in the queue, and who waits for it"
-    __slots__ = ('op', 'result', 'error', 'done', 'over')
-    def __init__(self, op, done=None): self.op, self.result, self.error, self.done, self.over = op, None, None, done, False
+    __slots__ = ('op', 'result', 'error', 'done', 'over', 'written')
+    def __init__(self, op, done=None): self.op, self.result, self.error, self.done, self.over, self.written = op, None, None, done, False, False
 
     def tell(self):
         self.over = True
@@ -320,6 +320,10 @@ def _lead(self:Committer, *own):
         if self._queue:
             with self._queue_lock: batch, self._queue = batch + self._queue, []
         if batch: self._commit(batch)
+    except BaseException:
+        for w in batch:
+            if not w.written and w.error is None: w.error = FhSaasError(f"{show_url(self.url)}: the thread that committed was interrupted; nothing was written")
+        raise
     finally:
         try: self._pass_on()
         finally:
@@ -369,7 +373,7 @@ def _transact(self:Committer, batch, again=True):
         if again and getattr(e, 'sqlstate', None) == deadlock: return self._transact(batch, again=False)
         if (known := self._error(e)) is e: raise
         raise known from e
-    for w, r in zip(batch, results): w.result, w.error = r, None
+    for w, r in zip(batch, results): w.result, w.error, w.written = r, None, True
 
 # %% ../../nbs/jobs/04_commit.ipynb #ea3dd9c3
 def _results(ops, cur, now) -> list:

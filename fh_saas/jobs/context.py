@@ -232,11 +232,13 @@ def complete(self:JobContext,
     "Record the job as completed in the task's own transaction; raises `Cancel` if the job is not this attempt's any more"
     self.leave_if_cancelled()
     if self.completed is not None and self.left_open: raise RuntimeError("job.complete was called already in this transaction: commit it")
+    o, so_far = Outcome('completed_with_warnings' if self.warnings else 'completed', result=self.pack_result(result)), self._progress
     self.fill_bar()
-    o, note = Outcome('completed_with_warnings' if self.warnings else 'completed', result=self.pack_result(result)), self.note()
+    note, self._progress = self.note(), so_far  # a bar is full when the transaction is committed, and not if it is rolled back
     with self.store.joined(conn) as (cur, now):
         if not self.store.finishing(self.row, o, note and note[0])(cur, now): raise Cancel('the job is not this attempt\'s any more: nothing of it is to be committed')
-    self.completed, self._joined = o, connection_of(conn)
+    sqla = connection_of(conn)
+    self.completed, self._joined = o, sqla.get_transaction() if isinstance(sqla, sa.Connection) else sqla
 
 @patch(as_prop=True)
 def left_open(self:JobContext) -> bool:

@@ -29,10 +29,20 @@ def nameless(task:str) -> bool:
 filters = (*_equal, 'since', 'until', 'tag')  # columns, bounds of `created_at` (from, and before), one of the tags
 
 # %% ../../nbs/jobs/05_store_control.ipynb #7ab0af62
+def _no_twin(j):
+    "Is none of the jobs that are the same open?"
+    r = j.alias('r')
+    return sa.or_(j.c.unique_key.is_(None), ~sa.exists().where(r.c.unique_key == j.c.unique_key, r.c.id != j.c.id, r.c.status.in_(['pending', 'running'])))
+
+def _newest(j, action):
+    "Of several that are the same, one is tried again"
+    r = j.alias('r')
+    return [] if action != 'retry' else [sa.or_(j.c.unique_key.is_(None), ~sa.exists().where(r.c.unique_key == j.c.unique_key, r.c.id > j.c.id, r.c.status.in_(['failed', 'cancelled'])))]
+
 def _may(j, action):
     "The jobs to which `action` can be done"
     return dict(cancel=sa.or_(j.c.status == PENDING, sa.and_(j.c.status == RUNNING, j.c.cancel_requested_at.is_(None))),
-        retry=sa.and_(j.c.status.in_(['failed', 'cancelled']), sa.or_(j.c.task.is_(None), j.c.task.not_like(_nameless.replace('*', '%')))), delete=j.c.status != RUNNING, move=j.c.status == PENDING)[action]
+        retry=sa.and_(j.c.status.in_(['failed', 'cancelled']), _no_twin(j), sa.or_(j.c.task.is_(None), j.c.task.not_like(_nameless.replace('*', '%')))), delete=j.c.status != RUNNING, move=j.c.status == PENDING)[action]
 
 def _within(j, only, but=()):
     "But not these tasks"
@@ -47,7 +57,7 @@ def _within(j, only, but=()):
 def matching(self:Store, action:str, only:dict, n:int, but:tuple=()):
     "Called as `op(cur, now, after)`: ids above `after` of at most `n` jobs that match, and to which `action` can be done"
     j = self.t.jobs
-    stmt = self.statement(('matching', j.name, action, but, *only), lambda: sa.select(j.c.id).where(j.c.id > bind('after'), _may(j, action), *_within(j, only, but)).order_by(j.c.id)
+    stmt = self.statement(('matching', j.name, action, but, *only), lambda: sa.select(j.c.id).where(j.c.id > bind('after'), _may(j, action), *_newest(j, action), *_within(j, only, but)).order_by(j.c.id)
         .limit(bind('n', type_=sa.Integer)).with_for_update())
     return lambda cur, now, after: [id for id, in stmt(cur, n=n, after=after, **only).fetchall()]
 
@@ -56,7 +66,7 @@ def matching(self:Store, action:str, only:dict, n:int, but:tuple=()):
 def count_matching(self:Store, action:str, only:dict, but:tuple=()) -> int:
     "To how many jobs could `action` be done?"
     j = self.t.jobs
-    stmt = self.statement(('count matching', j.name, action, but, *only), lambda: sa.select(sa.func.count()).select_from(j).where(_may(j, action), *_within(j, only, but)))
+    stmt = self.statement(('count matching', j.name, action, but, *only), lambda: sa.select(sa.func.count()).select_from(j).where(_may(j, action), *_newest(j, action), *_within(j, only, but)))
     with self.cursor() as cur: return stmt(cur, **only).fetchone()[0]
 
 # %% ../../nbs/jobs/05_store_control.ipynb #ed385d84

@@ -258,8 +258,9 @@ def beat(self:Desk):
     if live and time.monotonic() > self._asked + 1: self.hear()
     self.tell(5)
     if notes := [n for a in live.values() if (n := a.ctx.note())]:
-        self.store.write(lambda cur, now: [op(cur, now) for op, _ in notes])
-        for _, written in notes: written()
+        done = self.store.write(lambda cur, now: [op(cur, now) for op, _ in notes])
+        for (_, written), there in zip(notes, done):
+            if there: written()
 
 @patch
 def renew(self:Desk):

@@ -43,31 +43,31 @@ class Followed:
     def __init__(self, store:Store, job_ids:list, conn,
         told, # Called once with True when they are committed, with False when they never will be
     ):
-        self.store, self.job_ids, self.told, self.begun, self.over = store, job_ids, told, time.monotonic(), None
+        self.store, self.job_ids, self.told, self.begun, self.over, self.decided = store, job_ids, told, time.monotonic(), None, None
         self.pause, self.next, self.hinted = 0.005, 0.0, time.monotonic()
         sqla, self._sqla = connection_of(conn), None
         self.xid = store.transaction_of(conn)
         self._raw = None if isinstance(sqla, sa.Connection) else sqla
         if self._raw is None:
-            self._sqla = sqla
+            self._sqla = weakref.ref(sqla)  # one that the app forgets is rolled back by its end, which this must not put off
             _followed_on(sqla).add(self)
 
     def done(self):
         "It is decided: a connection that lives long keeps nothing of it"
-        if self._sqla is not None: _followed_on(self._sqla).discard(self)
+        if self._sqla is not None and (conn := self._sqla()) is not None: _followed_on(conn).discard(self)
         self._sqla = self._raw = None
 
     def _ends(self, soon):
         if self.over is None: self.over, self.pause, self.next = time.monotonic() + soon, 0.002, 0.0
 
     def _gone(self, now) -> bool:
-        if self.over is not None: return now > self.over
         if now > self.begun + (longest if self.xid or self._raw is None else longest_unseen): return True
         if self.xid:
-            if (state := self.store.state_of(self.xid)) == 'in progress': return False
-            self._ends(after_end if state == 'aborted' else 2*after_end)  # committed, and the job not there: a savepoint took it along
-            return False
-        if self._raw is not None and not in_transaction(self._raw): self._ends(after_end)
+            if self.store.state_of(self.xid) == 'in progress': return False
+            self.decided = self.decided or now + after_end  # one look more: it may have been committed after the last one
+            return now > self.decided
+        if self.over is not None: return now > self.over
+        if self._raw is not None and not in_transaction(self._raw) or self._sqla is not None and self._sqla() is None: self._ends(after_end)
         return False
 
 # %% ../../nbs/jobs/15_following.ipynb #28280ef7
@@ -75,18 +75,19 @@ class Followed:
 def look(self:Followed, now) -> bool:
     "Is it decided?"
     if now < self.next: return False
-    try: self.store.get(self.job_ids[-1])
-    except JobNotFound:
-        if gone := self._gone(now): self.told(False)
-        self.pause = min(0.5, self.pause*1.3)
-        self.next = now + self.pause
-        return gone
+    try: there = self._there() or (None if not self._gone(now) else False)
     except FhSaasError as e:
         log.warning('tenant=%s job=%s: cannot be looked for now: %s', self.store.tenant, self.job_ids[-1], e)
         self.next = now + 0.5
         return now > self.begun + longest
-    self.told(True)
+    if there is None: self.pause = min(0.5, self.pause*1.3); self.next = now + self.pause; return False
+    self.told(there)
     return True
+
+@patch
+def _there(self:Followed) -> bool:
+    try: return bool(self.store.get(self.job_ids[-1]))
+    except JobNotFound: return False
 
 # %% ../../nbs/jobs/15_following.ipynb #c191b96c
 @patch

@@ -65,8 +65,8 @@ def _psycopg_rows():
 
 # %% ../../nbs/jobs/05_store_joining.ipynb #f29941d3
 def in_transaction(raw) -> bool:
-    "Is a transaction open on a connection, of SQLAlchemy or of a driver?"
-    if isinstance(raw, sa.Connection): return not raw.closed and raw.in_transaction()
+    "Is a transaction open, one of SQLAlchemy or any on a driver's connection?"
+    if isinstance(raw, sa.RootTransaction): return raw.is_active
     try: return raw.in_transaction if isinstance(raw, sqlite3.Connection) else not raw.closed and bool(raw.info.transaction_status)
     except sqlite3.ProgrammingError: return False  # it is closed
 
@@ -115,21 +115,28 @@ def join(self:Store, conn,
 # %% ../../nbs/jobs/05_store_joining.ipynb #73c39a6b
 _here, _own = ContextVar('fh_saas_transactions', default=()), threading.local()  # of this context, and of this thread
 
+class _Open:
+    "A transaction of ours; tasks and threads that were started in it may outlive it"
+    def __init__(self, store): self.store, self.over = store, False
+
 @patch
 @contextmanager
 def transaction(self:Store):
     "A transaction on this database, as a SQLAlchemy connection; committed at the end, rolled back on an error"
     self.refuse_beside_own()
-    in_thread = _own.__dict__.setdefault('stores', [])
+    in_thread, mine = _own.__dict__.setdefault('stores', []), _Open(self)
     with writing(self.engine) as conn:
         in_thread.append(self)
-        before = _here.set((*_here.get(), self))
+        # what is over is left out, not taken back: the block may end in another context than it began in
+        _here.set((*(o for o in _here.get() if not o.over), mine))
         try: yield conn
-        finally: in_thread.remove(self); _here.reset(before)
+        finally: in_thread.remove(self); mine.over = True
 
 @patch
-def refuse_beside_own(self:Store):
-    "Raise if this thread would wait for a lock that it holds itself"
+def refuse_beside_own(self:Store,
+    waits:bool=True, # Would this thread wait, and keep an event loop from going on?
+):
+    "Raise if who asks for the lock holds it"
     if not isinstance(self.kind, SQLite): return
-    if self in _here.get(): raise InvalidJob("a transaction of this database is open here: pass it on with conn=…, or end it first; nothing was written")
-    if self in _own.__dict__.get('stores', ()): raise DatabaseBusy(f"{show_url(self.url)}: another task of this event loop has a transaction open, and cannot end it while this one waits: hold none across an await, or try again; nothing was written")
+    if any(o.store is self and not o.over for o in _here.get()): raise InvalidJob("a transaction of this database is open here: pass it on with conn=…, or end it first; nothing was written")
+    if waits and self in _own.__dict__.get('stores', ()): raise DatabaseBusy(f"{show_url(self.url)}: another task of this event loop has a transaction open, and cannot end it while this one waits: hold none across an await, or try again; nothing was written")

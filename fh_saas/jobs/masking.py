@@ -19,7 +19,7 @@ _patterns = [
     (re.compile(r'-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)', re.S), '***'),
     (re.compile(r'(?<![\w+.-])(\w[\w+.-]{0,30}://[^\s:/@\'"]{0,200}:)[^\s/@\'"]{1,500}(?=@)'), r'\1***'),
     (re.compile(r'(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}'), '***'),
-    (re.compile(r'\b(AKIA|ASIA)[A-Z0-9]{16}\b|\b(sk|rk|pk)_(live|test)_\w{8,}|\bgh[pousr]_\w{20,}|\bxox[abprs]-[\w-]{10,}|(?<![\w-])eyJ[\w-]{8,4000}\.[\w-]{8,20000}\.[\w-]{0,2000}'), '***')]
+    (re.compile(r'\b(AKIA|ASIA)[A-Z0-9]{16}\b|\b(sk|rk|pk)_(live|test)_\w{8,}|\bgh[pousr]_\w{20,}|\bxox[abprs]-[\w-]{10,}|(?<!\w)eyJ[\w-]{8,1000}\.[\w-]{8,20000}\.[\w-]{0,2000}'), '***')]
 _custom, _assigned = [], None
 
 def _compiled():
@@ -66,7 +66,7 @@ def _find(o, found, secret=False):
         for k, v in o.items(): _find(v, found, secret or is_secret(k, v))
     elif isinstance(o, list):
         for v in o: _find(v, found, secret)
-    elif secret and o not in (None, True, False, '') and len(s := str(o)) >= 4: found |= {s, *({repr(s)[1:-1], json.dumps(s)[1:-1], ' '.join(s.split())} if isinstance(o, str) else ())}  # as errors quote it
+    elif secret and o not in (None, True, False, '') and len(s := str(o)) >= 4: found |= {x for x in (s, *((repr(s)[1:-1], json.dumps(s)[1:-1], ' '.join(s.split())) if isinstance(o, str) else ())) if len(x.strip()) >= 4}  # as errors quote it
 
 def secret_values(
     payload:str, # JSON text

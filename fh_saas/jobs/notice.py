@@ -13,6 +13,7 @@ __all__ = ['log', 'QueueClosed', 'open_for', 'hint', 'ring', 'slow', 'soon']
 import logging, time
 from ..db_connect import FhSaasError
 from ..db_host import seconds
+from .isolation import refuse_while_importing
 
 log = logging.getLogger('fh_saas.jobs')
 
@@ -20,6 +21,7 @@ log = logging.getLogger('fh_saas.jobs')
 class QueueClosed(FhSaasError): "The queue is being drained."
 
 def open_for(queue, engine, store): # The tenant's limits
+    refuse_while_importing()
     limits = engine.limits(store)
     if shut := limits.draining & {'', queue}:
         raise QueueClosed(f"{'everything' if '' in shut else f'queue {queue!r}'} of {store.tenant} is being drained and takes no new jobs: nothing was submitted; try again when an operator has opened it")

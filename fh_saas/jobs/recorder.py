@@ -119,7 +119,8 @@ def _see_to_timeouts(self:Recorder):
         if a.deadline is None or now < a.deadline or a.outcome: continue
         try:
             a.time_out()
-            if now > a.deadline + last_words and a.task.isolate is None: self._abandon(a)
+            # what its policy says of the timeout is the app's code: not in the thread that renews the leases
+            if now > a.deadline + last_words and a.task.isolate is None: self.house.submit(self._abandon, a)
         except Exception: log.exception('%s: its timeout cannot be seen to', a)
 
 @patch

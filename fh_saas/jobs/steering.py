@@ -13,31 +13,38 @@ __all__ = ['Steering']
 from fastcore.basics import patch
 from ..db_host import JobRecord, gen_id
 from .control import WrongState, filters, nameless  # noqa: F401 what `cancel` and the like raise
+from .isolation import refuse_while_importing
 from .notice import hint, open_for, ring
 from .options import InvalidJob, checked, moment, text, word
 from .payload import clean, from_json, to_json
 from .store import Adding
 
 # %% ../../nbs/jobs/20_steering.ipynb #01a535f5
-class Steering: "The part of a manager that changes what becomes of jobs"
+class Steering:
+    "The part of a manager that changes what becomes of jobs"
+    @property
+    def _free(self) -> tuple: # As `here`
+        refuse_while_importing()
+        self.store.refuse_beside_own()
+        return self.here
 
 @patch
 def cancel(self:Steering, job_id:str) -> JobRecord: # As it is now
     "End a job: a pending one at once, a running one when its task gives way"
-    engine, store = self.here
+    engine, store = self._free
     engine.cancel(store, store.act_on('cancel', job_id))
     return self.get_job(job_id)
 
 @patch
 def delete(self:Steering, job_id:str):
     "Remove a job that does not run, with its attempts and log lines"
-    engine, store = self.here
+    engine, store = self._free
     engine.cancel(store, store.act_on('delete', job_id))
 
 # %% ../../nbs/jobs/20_steering.ipynb #d13ba6de
 @patch
 def _changed(self:Steering, action, job_id, whose, **new):
-    engine, store = self.here
+    engine, store = self._free
     hint(tenancy := engine.tenancy(store))
     store.act_on(action, job_id, **new)
     engine.attend(store)
@@ -93,7 +100,7 @@ def _filter(action, only, everything):
 
 @patch
 def _all(self:Steering, action, only, everything, dry_run) -> int:
-    (engine, store), only = self.here, _filter(action, only, everything)
+    (engine, store), only = self._free, _filter(action, only, everything)
     but = engine.registry_for(store, True).names[0] if action == 'retry' else ()
     if dry_run: return store.count_matching(action, only, but)
     hint(tenancy := engine.tenancy(store))
