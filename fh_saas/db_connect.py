@@ -61,7 +61,7 @@ def check_url(
     raise InvalidDatabaseURL(f"{show_url(u)}: fh_saas runs on SQLite and PostgreSQL, not on {name!r}")
 
 # %% ../nbs/00_db_connect.ipynb #71421063
-_sqlite_kinds = {sqlite3.SQLITE_BUSY: DatabaseBusy, sqlite3.SQLITE_LOCKED: DatabaseBusy, sqlite3.SQLITE_FULL: DatabaseFull,
+_sqlite_kinds = {sqlite3.SQLITE_BUSY: DatabaseBusy, sqlite3.SQLITE_LOCKED: DatabaseBusy, sqlite3.SQLITE_PROTOCOL: DatabaseBusy, sqlite3.SQLITE_FULL: DatabaseFull,
     sqlite3.SQLITE_READONLY: DatabaseReadOnly, sqlite3.SQLITE_CANTOPEN: DatabaseUnavailable, sqlite3.SQLITE_IOERR: DatabaseUnavailable,
     sqlite3.SQLITE_PERM: DatabaseUnavailable, sqlite3.SQLITE_CORRUPT: DatabaseCorrupt, sqlite3.SQLITE_NOTADB: DatabaseCorrupt}
 # https://www.postgresql.org/docs/current/errcodes-appendix.html; the longest prefix that fits wins

@@ -608,3 +608,11 @@ def test_a_fork_outlives_its_parent(url, child, open_manager):
     "SQLite keeps its locks per process: a child on inherited ones would write into a file that its parent has removed"
     ids = _forked(child, url, 0, {'before', 'child', 'last'})
     assert {j.id for j in open_manager(url, runs=False).list_jobs(None, 'completed')} == ids
+
+def test_a_lock_protocol_that_does_not_come_to_an_end_is_a_busy_database():
+    "A process that was stopped while it recovered the log; found by the soak, after 28 minutes"
+    import sqlite3
+    from fh_saas.db_connect import DatabaseBusy, typed
+    e = sqlite3.OperationalError('locking protocol')
+    e.sqlite_errorcode = sqlite3.SQLITE_PROTOCOL
+    assert type(typed('sqlite:///x.db', e)) is DatabaseBusy
