@@ -36,6 +36,7 @@ def _alone():
     use_engine(Engine(Settings.from_env(concurrency=0)))
     events.mute()
 
+# %% ../../nbs/jobs/09_child.ipynb #d1d19d3a
 def _find(order) -> Task:
     if 'file' in order:  # as multiprocessing does: not `__main__`, so that nothing is started
         main = types.ModuleType('__mp_main__')

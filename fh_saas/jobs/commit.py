@@ -253,6 +253,7 @@ class _Write:
         if self.error is not None: raise self.error
         return self.result
 
+# %% ../../nbs/jobs/04_commit.ipynb #1f4d5c39
 @patch
 def write(self:Committer,
     op, # Called as `op(cur, now)` in a transaction, perhaps together with others' and perhaps twice; `now` is in seconds

@@ -143,6 +143,7 @@ def _back(self:Crew) -> bool:
         self._idle -= 1
         return True
 
+# %% ../../nbs/jobs/03_pool.ipynb #b35b4e3e
 @patch
 def _do(self:Crew, f) -> bool:
     "Call `f`, or wait `f` seconds unless another thread does; is this thread to look again?"

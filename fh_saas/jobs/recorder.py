@@ -134,6 +134,7 @@ def _abandon(self:Recorder, a):
     if free: self._off(a); self._fed()
     log.error('%s: given up; its thread runs on, the %s. that does%s', a, self._stuck, '' if free else ', and keeps its place, because there are too many of them')
 
+# %% ../../nbs/jobs/12_recorder.ipynb #d738da89
 @patch
 def _too_late(self:Recorder, a, done) -> bool:
     "An attempt that was given up has ended after all"
