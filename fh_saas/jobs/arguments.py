@@ -160,11 +160,10 @@ def unpack(self:Signature, payload:dict) -> dict:
 
 def _lenient(w, v):
     try: return w.unpack(v)
-    except msgspec.ValidationError:
+    except msgspec.ValidationError as strict:
         # the row may be older than the type: "3" for what is a number now
         try: return msgspec.convert(v, w.typ, strict=False, str_keys=True, dec_hook=_unpacked)
-        except msgspec.ValidationError: pass
-        raise
+        except msgspec.ValidationError: raise strict from None
 
 # %% ../../nbs/jobs/06_arguments.ipynb #ec3c2d47
 @patch
