@@ -17,6 +17,7 @@ Modules:
 - `fh_saas.jobs.joining`: A job that is written into a transaction of the app's: it exists exactly if the rows beside it do.
 - `fh_saas.jobs.masking`: Secrets are not shown: not in an error, not in a log line, not on a page.
 - `fh_saas.jobs.notice`: What is said around a commit, so that somebody looks after a new job.
+- `fh_saas.jobs.pages`: Browse and search any number of jobs, a page at a time, and count them, in a time that does not grow with the table.
 - `fh_saas.jobs.retries`: How long a failed job waits, and how a task says what its failure means.
 - `fh_saas.jobs.statistics`: How many jobs wait, for how long, and how long they take: by queue and by task.
 - `fh_saas.jobs.steering`: Cancel, retry, rerun, move and delete jobs, one or many.
@@ -26,6 +27,8 @@ Modules:
 - `fh_saas.pytest_plugin`: Fixtures for the tests of an app, found by pytest as soon as fh_saas is installed.
 - `fh_saas.testing`: Jobs in the tests of an app: nothing runs by itself, nothing sleeps, and the clock is yours.
 - `fh_saas.utils_bgtsk`: The door: submit a job from a route, and ask how it is doing.
+- `fh_saas.web.access`: Who asks, for which tenant, and what they may do: decided once for every page, call, action and stream.
+- `fh_saas.web.problems`: What a request gets when it cannot have what it asked for: the same few forms everywhere, and a machine can read them.
 - `fh_saas.web.setup`: One line where a FastHTML app is made: jobs start and stop with it, and no task of a response is lost.
 - `fh_saas.workers.runner`: The engine as a part of the web process: it starts and stops with the app and serves all tenants of a host."""
 

@@ -21,6 +21,7 @@ from fh_saas.jobs.states import final
 from fh_saas.jobs.store import Store
 from fh_saas.jobs.tenancy import rules_of, settle_held
 from fh_saas.jobs.wake import wakes_of
+from fh_saas.workers.fleet import Fleet
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 
 def env(name, default): return int(os.environ.get(f'FH_SAAS_SOAK_{name}', default))
@@ -112,6 +113,8 @@ class Soak:
             i = self.rnd.randrange(1, 4)
             if (p := self.workers[i]) is None: continue
             what = self.rnd.choices(('kill', 'stop', 'term'), (8, 1, 1))[0]
+            # one that still imports Python has nothing to end with grace
+            if what == 'term' and p.pid not in [w.pid for w in Fleet(self.host).workers()]: continue
             self.c[f'{what}s'] += 1
             if what != 'term': self.hit.add(p.pid)
             self.workers[i] = None
