@@ -28,7 +28,11 @@ Modules:
 - `fh_saas.testing`: Jobs in the tests of an app: nothing runs by itself, nothing sleeps, and the clock is yours.
 - `fh_saas.utils_bgtsk`: The door: submit a job from a route, and ask how it is doing.
 - `fh_saas.web.access`: Who asks, for which tenant, and what they may do: decided once for every page, call, action and stream.
+- `fh_saas.web.api`: Start a task with one POST, watch it at the URL that comes back, and steer it: for scripts, for other programs, and for an app's own JavaScript.
+- `fh_saas.web.directory`: From a tenant's id to the manager of its jobs, without opening more than is asked for.
+- `fh_saas.web.facts`: A job as the API sends it, and in the words that pages use.
 - `fh_saas.web.problems`: What a request gets when it cannot have what it asked for: the same few forms everywhere, and a machine can read them.
+- `fh_saas.web.serving`: Routes of the job system inside the host app: its Beforeware, its session and its lifespan hold for them, too.
 - `fh_saas.web.setup`: One line where a FastHTML app is made: jobs start and stop with it, and no task of a response is lost.
 - `fh_saas.workers.runner`: The engine as a part of the web process: it starts and stops with the app and serves all tenants of a host."""
 

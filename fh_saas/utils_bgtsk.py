@@ -181,7 +181,8 @@ def _tell(store, op, said):
 
 @patch
 def _explain(self:BackgroundTaskManager, e, conn=None):
-    if conn is not None or self._host or self._url.get_backend_name() != 'sqlite' or not self.db.conn.in_transaction(): raise e
+    own = None if conn is not None or self._host else getattr(self.db, 'conn', None)
+    if own is None or self._url.get_backend_name() != 'sqlite' or not own.in_transaction(): raise e
     raise DatabaseBusy(f"{e}. A transaction is open on this manager's db.conn: commit it before submit") from e
 
 # %% ../nbs/02_utils_bgtsk.ipynb #c28f1509

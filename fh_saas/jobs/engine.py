@@ -120,6 +120,9 @@ def tenancy(self:Engine, store:Store) -> Tenancy: # None for a database of no ho
 def knows(self:Engine, store:Store) -> bool: return store in self._desks
 
 @patch
+def stores(self:Engine) -> list[Store]: return list(self._desks)
+
+@patch
 def serves(self:Engine, queue:str) -> bool:
     "Does this process run jobs of that queue?"
     return bool(self.settings.concurrency) and (self.line.queues is None or queue in self.line.queues)

@@ -80,11 +80,12 @@ def move(self:Steering, job_id:str,
 # %% ../../nbs/jobs/20_steering.ipynb #ec8da284
 @patch
 def rerun(self:Steering, job_id:str,
+    _changes:dict=None, # The same as a dict: an argument may have any name
     **changes, # Arguments of the function that are to differ
 ) -> str: # The id of the new job, due at once
     "Submit a job again, whatever became of it"
     self._runnable(old := self.get_job(job_id))
-    args = {**from_json(old.payload), **changes}
+    args = {**from_json(old.payload), **(_changes or {}), **changes}
     t = self._task_of(old)
     job = {c: v for c in ('job_type', 'task', 'max_retries', 'queue', 'priority', 'triggered_by', 'timeout', 'concurrency_key', 'tags') if (v := getattr(old, c)) is not None}
     job |= dict(id=gen_id(), payload=t.pack(args) if t else to_json(args, 'payload'), rerun_of=old.id)
