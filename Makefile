@@ -8,7 +8,7 @@ SOURCES := pyproject.toml settings.ini setup.py
 demo: .venv/demo
 	@$(BIN)/python examples/shop/main.py
 
-test: .venv/test
+test: .venv/test .venv/npm
 	$(BIN)/python tools/check_exports.py
 	$(BIN)/nbdev-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -48,6 +48,10 @@ clean:
 .venv/test: .venv/python $(SOURCES)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,test,demo,postgres]'
 	@touch $@ .venv/demo
+
+.venv/npm: tests/browser/package.json | .venv/python  ## what the tests in a browser serve to it
+	@command -v npm >/dev/null || { echo 'There is no npm: the tests in a browser are skipped.'; exit 0; }; \
+	mkdir -p $@ && cp $< $@ && npm install --prefix $@ --no-package-lock --no-audit --no-fund --ignore-scripts --loglevel=error && touch $@ || { rm -rf $@; exit 1; }
 
 .venv/bench: .venv/test
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]'

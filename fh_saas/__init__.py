@@ -29,6 +29,7 @@ Modules:
 - `fh_saas.utils_bgtsk`: The door: submit a job from a route, and ask how it is doing.
 - `fh_saas.web.access`: Who asks, for which tenant, and what they may do: decided once for every page, call, action and stream.
 - `fh_saas.web.api`: Start a task with one POST, watch it at the URL that comes back, and steer it: for scripts, for other programs, and for an app's own JavaScript.
+- `fh_saas.web.components`: A job on a page of yours: a button that starts it, a bar that moves, and what has become of it when the user comes back.
 - `fh_saas.web.directory`: From a tenant's id to the manager of its jobs, without opening more than is asked for.
 - `fh_saas.web.facts`: A job as the API sends it, and in the words that pages use.
 - `fh_saas.web.problems`: What a request gets when it cannot have what it asked for: the same few forms everywhere, and a machine can read them.
