@@ -29,12 +29,17 @@ Modules:
 - `fh_saas.utils_bgtsk`: The door: submit a job from a route, and ask how it is doing.
 - `fh_saas.web.access`: Who asks, for which tenant, and what they may do: decided once for every page, call, action and stream.
 - `fh_saas.web.api`: Start a task with one POST, watch it at the URL that comes back, and steer it: for scripts, for other programs, and for an app's own JavaScript.
+- `fh_saas.web.audit`: Who did what: each act of a person on jobs, queues, workers and tenants, written into the host.
 - `fh_saas.web.components`: A job on a page of yours: a button that starts it, a bar that moves, and what has become of it when the user comes back.
 - `fh_saas.web.directory`: From a tenant's id to the manager of its jobs, without opening more than is asked for.
 - `fh_saas.web.facts`: A job as the API sends it, and in the words that pages use.
+- `fh_saas.web.layout`: What all pages of the dashboard have in common: head, navigation, and a content security policy that they live under.
+- `fh_saas.web.live`: A page learns of a change when it happens: one stream for all the jobs on it, and a socket for a monitor.
+- `fh_saas.web.operations`: What an admin steers: every process that runs jobs, every queue, every tenant.
+- `fh_saas.web.parts`: What the components of a page ask for while it is open, and what their buttons do.
 - `fh_saas.web.problems`: What a request gets when it cannot have what it asked for: the same few forms everywhere, and a machine can read them.
 - `fh_saas.web.serving`: Routes of the job system inside the host app: its Beforeware, its session and its lifespan hold for them, too.
-- `fh_saas.web.setup`: One line where a FastHTML app is made: jobs start and stop with it, and no task of a response is lost.
+- `fh_saas.web.setup`: One line where a FastHTML app is made: jobs start and stop with it, no task of a response is lost, and there is an API, a dashboard, and all that components need.
 - `fh_saas.workers.runner`: The engine as a part of the web process: it starts and stops with the app and serves all tenants of a host."""
 
 __version__ = "0.10.0"
@@ -44,7 +49,8 @@ _names = {n: m for m, names in dict(
     db_host='HostDatabase SystemJob timestamp gen_id', db_tenant='get_or_create_tenant_db open_tenant_db delete_tenant', utils_bgtsk='BackgroundTaskManager TenantJob',
     **{'jobs.tasks': 'task', 'jobs.options': 'Unique InvalidJob', 'jobs.unique': 'NotUnique', 'jobs.retries': 'Permanent RetryAfter Snooze Cancel TimedOut',
     'jobs.states': 'Priority Status', 'jobs.context': 'JobContext current_job', 'jobs.events': 'events Event', 'jobs.settings': 'Settings', 'jobs.store': 'JobNotFound QuotaExceeded',
-    'jobs.asking': 'JobFailed StillRunning', 'jobs.control': 'WrongState', 'jobs.arguments': 'BadPayload', 'jobs.masking': 'hide', 'workers.runner': 'Runner', 'web.setup': 'setup_jobs'}).items() for n in names.split()}
+    'jobs.asking': 'JobFailed StillRunning', 'jobs.control': 'WrongState', 'jobs.arguments': 'BadPayload', 'jobs.masking': 'hide', 'workers.runner': 'Runner', 'web.setup': 'setup_jobs',
+    'web.access': 'Access', 'web.components': 'JobButton JobBanner JobProgress JobStatus JobResult JobList'}).items() for n in names.split()}
 __all__ = ['__version__', *_names]
 
 def __getattr__(name):

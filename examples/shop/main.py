@@ -1,39 +1,29 @@
 "The demo shop: three tenants, five background jobs, and a page to watch them. Run it with `python examples/shop/main.py`."
-import os, secrets, socket
+import os, socket
 from contextlib import contextmanager, suppress
 from functools import cache
-from urllib.parse import urlsplit
 import tasks, uvicorn
 from fasthtml.common import *
-from fh_saas.db_host import HostDatabase
-from fh_saas.db_tenant import get_or_create_tenant_db
-from fh_saas.jobs.settings import Settings
-from fh_saas.jobs.store import JobNotFound
-from fh_saas.utils_bgtsk import BackgroundTaskManager
-from fh_saas.web.setup import setup_jobs
+from fh_saas import Access, BackgroundTaskManager, HostDatabase, JobBanner, JobButton, JobList, Settings, get_or_create_tenant_db, setup_jobs
 from marketplace import ar as marketplace
-from pages import FINISHED, hdrs, job_page, live, page, row, table
+from pages import hdrs, page, table
 from sample_data import EXPECTED, write_products
 from shops import DATA, FEED, PORT, PRODUCTS, SCHEMA, SHOPS, URL, shop_file
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-# Each task with its arguments and options. A marketplace that is often busy is no reason to give up, and a wait it asked for counts as an attempt.
-TASKS = dict(product_import=dict(path=PRODUCTS), order_import=dict(max_retries=8), product_export={}, test_run={}, code_quality_scan={})
+# Each task with its arguments; by domain, as the API has them.
+TASKS = dict(catalog={tasks.product_import: dict(path=PRODUCTS), tasks.product_export: {}}, orders={tasks.order_import: {}}, quality={tasks.test_run: {}, tasks.code_quality_scan: {}})
+TOKENS = {f'demo-{shop}': Access('operator', shop, f'{shop} script') for shop in SHOPS} | {'demo-admin': Access('admin', user='admin script')}
 
 @cache
 def host(): return HostDatabase(f"sqlite:///{DATA/'host.db'}")
 
-def same_site(req):
-    "Refuse a change that another site's page asks for"
-    if req.method in ('GET', 'HEAD'): return
-    origin = req.headers.get('origin')
-    if req.headers.get('sec-fetch-site', 'none') not in ('same-origin', 'none') or origin and urlsplit(origin).netloc != req.headers.get('host'):
-        raise HTTPException(403, "This request comes from another site")
-
 def not_found(req, exc): return page("Not found", P("There is no such page. The shops are on the first one."))
 
-# The demo answers on this machine only, and another name for it (DNS rebinding) is refused. It has no sessions, so it writes no key file.
-app = FastHTML(title="The shop", hdrs=hdrs, default_hdrs=False, canonical=False, sess_cls=None, secret_key=secrets.token_hex(), before=same_site,
+# The demo answers on this machine only, and another name for it (DNS rebinding) is refused.
+try: DATA.mkdir(parents=True, exist_ok=True)
+except OSError as e: raise SystemExit(f"The data folder {DATA} cannot be used: {e.strerror}. Set FH_SAAS_DATA to another") from None
+app = FastHTML(title="The shop", hdrs=hdrs, default_hdrs=False, canonical=False, key_fname=str(DATA/'.sesskey'), htmlkw=dict(lang='en'),
     exception_handlers={404: not_found}, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=['127.0.0.1', 'localhost'])])
 rt = app.route
 marketplace.to_app(app)
@@ -42,40 +32,28 @@ marketplace.to_app(app)
 def opened(shop:str):
     "The database of a shop, which must be one of ours, and the manager of its jobs"
     if shop not in SHOPS: raise HTTPException(404)
-    with get_or_create_tenant_db(shop, SHOPS[shop], host=host()) as db:
-        try: yield db, BackgroundTaskManager(db)
-        except JobNotFound: raise HTTPException(404) from None
+    with get_or_create_tenant_db(shop, SHOPS[shop], host=host()) as db: yield db, BackgroundTaskManager(db)
 
 def count(db, table): return db.q(f'SELECT count(*) AS n FROM {table}')[0]['n']
 
 @rt('/', methods=['get'])
-def index(): return page("Choose a shop", Ul(*[Li(A(name, href=f'/{shop}')) for shop, name in SHOPS.items()]))
+def index():
+    return page("Choose a shop", Ul(*[Li(A(name, href=f'/{shop}')) for shop, name in SHOPS.items()]), P(A("The dashboard of all shops", href='/jobs')))
+
+def stock(shop, db):
+    feed = A("Download the feed", href=f'/{shop}/feed') if shop_file(shop, FEED).exists() else ''
+    return P(Strong(f"{count(db, 'products'):,}", id='products'), f" products, {count(db, 'orders'):,} orders. ", Small(f"A full import comes to {EXPECTED:,} products. "), feed,
+        id='stock', hx_get=f'/{shop}/stock', hx_trigger='every 3s', hx_swap='outerHTML')
 
 @rt('/{shop}', methods=['get'])
 def shop_page(shop:str):
-    with opened(shop) as (db, m): jobs, products, orders = m.list_jobs(limit=50), count(db, 'products'), count(db, 'orders')
-    buttons = [(Button(name.replace('_', ' '), name='name', value=name), Small(getattr(tasks, name).__doc__)) for name in TASKS]
-    feed = A("Download the feed", href=f'/{shop}/feed') if shop_file(shop, FEED).exists() else ''
-    return page(SHOPS[shop],
-        P(Strong(f'{products:,}', id='products'), f" products, {orders:,} orders. ", Small(f"A full import comes to {EXPECTED:,} products. "), feed,
-            id='stock', **live(f'/{shop}', *jobs, hx_select='#stock')),
-        Form(*buttons, cls='start', method='post', action=f'/{shop}/jobs'),
-        H2("Jobs"), table(['Task', 'Status', 'Progress', 'Attempts', 'Created', 'Ended', 'Outcome'], [row(shop, j) for j in jobs]),
-        '' if jobs else P("None yet: start one above."), shop=shop, live=any(j.status not in FINISHED for j in jobs))
+    with opened(shop) as (db, m):
+        buttons = [(JobButton(m, f.__name__.replace('_', ' '), f, show=False, live=True, **args), Small(f.__doc__)) for domain in TASKS.values() for f, args in domain.items()]
+        return page(SHOPS[shop], stock(shop, db), Div(*buttons, cls='tasks'), H2("Under way"), JobBanner(m, live=True), H2("Jobs"), JobList(m, live=True, limit=20), shop=shop)
 
-@rt('/{shop}/jobs', methods=['post'])
-def start(shop:str, name:str):
-    if name not in TASKS: raise HTTPException(404)
-    with opened(shop) as (_, m): _, bg_task = m.submit(name, getattr(tasks, name), triggered_by='manual:demo', **TASKS[name])
-    return RedirectResponse(f'/{shop}', 303), bg_task
-
-@rt('/{shop}/jobs/{job_id}', methods=['get'])
-def show_job(shop:str, job_id:str):
-    with opened(shop) as (_, m): return job_page(shop, m.get_job(job_id), m.attempts(job_id), m.logs(job_id))
-
-@rt('/{shop}/jobs/{job_id}/row', methods=['get'])
-def show_row(shop:str, job_id:str):
-    with opened(shop) as (_, m): return row(shop, m.get_job(job_id))
+@rt('/{shop}/stock', methods=['get'])
+def show_stock(shop:str):
+    with opened(shop) as (db, _): return stock(shop, db)
 
 @rt('/{shop}/products', methods=['get'])
 def show_products(shop:str):
@@ -108,7 +86,8 @@ def main():
     with listen() as sock:
         try: prepare()
         except OSError as e: raise SystemExit(f"The data folder {DATA} cannot be used: {e.strerror}. Set FH_SAAS_DATA to another") from None
-        setup_jobs(app, host(), Settings(lease=10))
+        # No role is named, so everything of it answers this machine alone, and whoever sits at it is the admin. A script brings a token.
+        setup_jobs(app, host(), Settings(lease=10), tokens=TOKENS, tasks={domain: [*fs] for domain, fs in TASKS.items()})
         print(f"The shop is at {URL}", flush=True)
         with suppress(KeyboardInterrupt): uvicorn.Server(uvicorn.Config(app, log_level='warning', timeout_graceful_shutdown=3)).run(sockets=[sock])
 

@@ -71,7 +71,8 @@ def fetch(shop:str, page:int) -> dict:
         wait = e.headers.get('Retry-After') or ''
         raise RetryAfter(min(int(wait), 60) if wait.isdecimal() else 5, f"the marketplace was too busy for page {page}") from None
 
-@task('order_import')
+# A marketplace that is often busy is no reason to give up, and a wait it asked for counts as an attempt.
+@task('order_import', max_retries=8)
 def order_import(job:JobContext):
     "Fetch the shop's old orders from the marketplace, page by page"
     with job.begin() as conn:

@@ -165,6 +165,12 @@ def _lenient(w, v):
         try: return msgspec.convert(v, w.typ, strict=False, str_keys=True, dec_hook=_unpacked)
         except msgspec.ValidationError: raise strict from None
 
+@patch
+def loose(self:Wire, text:str):
+    "What a field of a form means, which has only text; the text itself if it means nothing of this type"
+    try: return _lenient(self, 'true' if text == 'on' and self.typ is bool else text)
+    except (msgspec.ValidationError, ValueError, TypeError): return text
+
 # %% ../../nbs/jobs/06_arguments.ipynb #ec3c2d47
 @patch
 def pack_result(self:Signature, v) -> str: # None for None

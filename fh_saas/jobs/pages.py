@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/store_pages.html.md"""
 # %% auto #0
 __all__ = ['columns', 'only_these', 'stretch', 'most_counted', 'sought']
 
-# %% ../../nbs/jobs/05_store_pages.ipynb #0bd350ce
+# %% ../../nbs/jobs/05_store_pages.ipynb #c7a4e18f
 import base64, json
 import sqlalchemy as sa
 from fastcore.basics import patch
@@ -20,12 +20,12 @@ from .payload import clean
 from .states import Status
 from .store import Store, bind, bound, rows_of, tagged
 
-# %% ../../nbs/jobs/05_store_pages.ipynb #8350eb0b
+# %% ../../nbs/jobs/05_store_pages.ipynb #aedf88ea
 columns = ('job_type', 'task', 'queue', 'triggered_by', 'rerun_of')
-only_these = (*columns, 'status', 'tag', 'since', 'until', 'q')
+only_these = (*columns, 'status', 'tag', 'since', 'until', 'q', 'error')
 
 def sought(**only) -> dict: # Without those that are None or empty
-    "Filters of a search, checked: `status` may be several, with commas; `since` and `until` are moments; `q` is text in the id, the error, the message of the progress or the arguments"
+    "Filters of a search, checked: `status` may be several, with commas; `since` and `until` are moments; `error` is text in the error, `q` text in the id, the error, the message of the progress or the arguments"
     if odd := only.keys() - {*only_these}: raise InvalidJob(f"{', '.join(sorted(odd))} is no filter: use {', '.join(only_these)}")
     found = {}
     for k, v in only.items():
@@ -54,9 +54,9 @@ def _conditions(j, only):
         elif k == 'tag': yield tagged(j)
         elif k == 'since': yield j.c.created_at >= bind(k)
         elif k == 'until': yield j.c.created_at < bind(k)
-        else: yield sa.or_(*(sa.func.lower(j.c[c]).like(bind('q'), escape='/') for c in ('id', 'error_message', 'progress_message', 'payload')))
+        else: yield sa.or_(*(sa.func.lower(j.c[c]).like(bind(k), escape='/') for c in (['error_message'] if k == 'error' else ['id', 'error_message', 'progress_message', 'payload'])))
 
-# %% ../../nbs/jobs/05_store_pages.ipynb #5471eaab
+# %% ../../nbs/jobs/05_store_pages.ipynb #4bf76832
 stretch = 50_000 # jobs that a search without an index reads for one page
 
 def _position(self, j): return [sa.literal_column('rowid')] if isinstance(self.kind, SQLite) else [j.c.created_at, j.c.id]
@@ -93,9 +93,9 @@ def page(self:Store,
     return rows, None if end is None or (since := only.get('since')) and rows and (rows[-1]['created_at'] or '') < since else _packed(end)
 
 def _named(name, at): return {f'{name}{n}': v for n, v in enumerate(at or ())}
-def _bindings(only): return {k: _like(v) if k == 'q' else v for k, v in only.items() if k != 'status'}
+def _bindings(only): return {k: _like(v) if k in ('q', 'error') else v for k, v in only.items() if k != 'status'}
 
-# %% ../../nbs/jobs/05_store_pages.ipynb #ac58b842
+# %% ../../nbs/jobs/05_store_pages.ipynb #f2316e76
 def _compared(pos, name):
     if len(pos) == 1: return pos[0], bind(f'{name}0', type_=sa.Integer)
     return sa.tuple_(*pos), sa.tuple_(*(bind(f'{name}{n}', type_=sa.String) for n in range(len(pos))))
@@ -128,7 +128,7 @@ def _stretch(self:Store, cur, at, n) -> list: # None if there are no more
     found = self.statement(('stretch', j.name, bool(at)), build)(cur, skip=n - 1, **_named('at', at)).fetchone()
     return found and [*found]
 
-# %% ../../nbs/jobs/05_store_pages.ipynb #265dab9b
+# %% ../../nbs/jobs/05_store_pages.ipynb #db206d71
 most_counted = 10_000
 
 @patch

@@ -71,3 +71,13 @@ def lately(self:Store,
         t['outcomes'][r['outcome']] = t['outcomes'].get(r['outcome'], 0) + 1
         for k, v in (('wait', r['waited']), ('duration', _took(r))): v is None or t[k].append(v)
     return {task: t | {k: spread(t[k]) for k in ('wait', 'duration')} for task, t in sorted(tasks.items())}
+
+# %% ../../nbs/jobs/05_store_statistics.ipynb #9057694f
+@patch
+def ended(self:Store,
+    sample:int=5000, # The last so many attempts
+) -> list[tuple]: # Moment, outcome
+    "When attempts ended, and how: those of the newest jobs"
+    a = self.t.attempts
+    stmt = self.statement(('ended', a.name), lambda: sa.select(a.c.ended_at, a.c.outcome).order_by(a.c.job_id.desc(), a.c.number.desc()).limit(bind('n', type_=sa.Integer)))
+    with self.cursor() as cur: return [tuple(r) for r in stmt(cur, n=sample).fetchall()]

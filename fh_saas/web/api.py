@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/api.html.md"""
 # %% auto #0
 __all__ = ['most_key', 'exposed', 'accepted']
 
-# %% ../../nbs/web/05_api.ipynb #8ef5ace5
+# %% ../../nbs/web/05_api.ipynb #b545dd66
 from functools import partial
 from fastcore.basics import patch
 from starlette.datastructures import FormData
@@ -23,7 +23,7 @@ from .problems import Problem
 from .serving import Asked, Jobs
 import fh_saas.jobs.pages, fh_saas.jobs.statistics  # noqa: F401 give a store `page`, `counts`, `lately`
 
-# %% ../../nbs/web/05_api.ipynb #646b0d1e
+# %% ../../nbs/web/05_api.ipynb #98f5a23a
 def exposed(tasks:dict) -> dict: # (domain, name in the URL) -> the function's registered name and itself
     "The tasks that the API may start"
     found = {}
@@ -40,7 +40,7 @@ def exposed(tasks:dict) -> dict: # (domain, name in the URL) -> the function's r
 
 def _is_part(s): return isinstance(s, str) and 0 < len(s) <= 64 and s.isascii() and s.replace('-', '').isalnum() and s == s.lower()
 
-# %% ../../nbs/web/05_api.ipynb #590dd822
+# %% ../../nbs/web/05_api.ipynb #2e71fd48
 most_key = 128 # characters of an Idempotency-Key
 
 def _object(a:Asked) -> dict:
@@ -67,7 +67,7 @@ def accepted(a:Asked, m:BackgroundTaskManager, job_id:str, bg_task=None) -> JSON
     body = dict(job_id=job_id, task_type=job.job_type, status=job.status, message="Task queued successfully", status_url=url)
     return JSONResponse(body, 202, {'Location': url, 'Retry-After': '3'}, background=bg_task)
 
-# %% ../../nbs/web/05_api.ipynb #49e201d9
+# %% ../../nbs/web/05_api.ipynb #6a173b9b
 _filters = ('status', 'queue', 'since', 'until', 'q', 'tag', 'triggered_by', 'rerun_of')
 
 def _sought(a:Asked, *more) -> dict:
@@ -99,7 +99,7 @@ def _show(a:Asked):
     job = m.get_job(a.path['job_id'])
     return JSONResponse(facts(job, m.state(job)), headers={} if job.has_ended else {'Retry-After': '3'})
 
-# %% ../../nbs/web/05_api.ipynb #7a4a1c15
+# %% ../../nbs/web/05_api.ipynb #0388cff8
 _changes = ('cancel', 'retry', 'delete')
 
 def _act(action, a:Asked):
@@ -122,9 +122,10 @@ def _bulk(a:Asked):
     only = {('job_type' if k == 'task_type' else k): v for k, v in only.items()}
     if odd := only.keys() - {*filters}: raise Problem(422, f"filter: {clean(min(odd), 80)!r} is no filter: use {', '.join(filters).replace('job_type', 'task_type')}", 'invalid')
     n = getattr(a.manager, f'{action}_all')(everything=everything, dry_run=dry_run, **only)
+    a.note = f"{action}{' (dry run)' if dry_run else ''}: {n} jobs with {only or 'everything'}"
     return JSONResponse(dict(action=action, count=n, dry_run=dry_run))
 
-# %% ../../nbs/web/05_api.ipynb #8a6676f1
+# %% ../../nbs/web/05_api.ipynb #4c75ae2a
 def _statistics(a:Asked):
     store = a.manager.store
     statuses = {s: dict(count=n, more=more) for s, (n, more) in store.counts().items()}
@@ -135,7 +136,7 @@ def _health(jobs, req):
     up = runner is None or runner.engine is not None and not runner.engine.closed and not runner.engine.stopping
     return JSONResponse(dict(status='ok' if up else 'stopping'), 200 if up else 503)
 
-# %% ../../nbs/web/05_api.ipynb #0a05ffe6
+# %% ../../nbs/web/05_api.ipynb #ab39c471
 @patch
 def add_api(self:Jobs):
     "The routes of the API"
@@ -143,10 +144,10 @@ def add_api(self:Jobs):
     add(at, _list)
     add(f'{at}/running', _running)
     add(f'{at}/statistics', _statistics)
-    add(f'{at}/bulk', _bulk, ['POST'], 'operator')
+    add(f'{at}/bulk', _bulk, ['POST'], 'operator', action='bulk')
     add(f'{at}/{{job_id}}', _show)
-    add(f'{at}/{{job_id}}', partial(_act, 'delete'), ['DELETE'], 'operator')
-    for action in ('cancel', 'retry'): add(f'{at}/{{job_id}}/{action}', partial(_act, action), ['POST'], 'operator')
-    add(f'{at}/{{job_id}}/rerun', _rerun, ['POST'], 'operator')
+    add(f'{at}/{{job_id}}', partial(_act, 'delete'), ['DELETE'], 'operator', action='delete')
+    for action in ('cancel', 'retry'): add(f'{at}/{{job_id}}/{action}', partial(_act, action), ['POST'], 'operator', action=action)
+    add(f'{at}/{{job_id}}/rerun', _rerun, ['POST'], 'operator', action='rerun')
     for (domain, name), (task_name, func) in exposed(self.tasks).items(): add(f'{self.api}/{domain}/{name}', partial(_start, task_name, func), ['POST'], 'operator')
     self.add_open(f'{self.api}/health', _health)

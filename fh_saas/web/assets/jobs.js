@@ -1,0 +1,101 @@
+// What pages of fh_saas need beyond HTML and htmx. Nothing here decides anything: the server does.
+(() => {
+  'use strict'
+  const base = document.currentScript.dataset.jobs, all = (s, el = document) => [...el.querySelectorAll(s)]
+  const polls = '[hx-get][hx-trigger*="every"]'
+
+  // Tell those who cannot see it what has become of a job.
+  let voice
+  const say = text => {
+    if (!voice) { voice = document.createElement('div'); voice.className = 'fs-hidden'; voice.setAttribute('role', 'status'); document.body.append(voice) }
+    voice.textContent = text
+  }
+  const states = new Map()
+  const heard = first => all('[data-said]').forEach(el => {
+    const key = el.id || el.dataset.said.split(':')[0], old = states.get(key)
+    states.set(key, el.dataset.state)
+    if (!first && old !== undefined && old !== el.dataset.state) say(el.dataset.said)
+  })
+
+  // A page whose htmx did not come asks by itself.
+  const again = async el => {
+    const r = await fetch(el.getAttribute('hx-get'), { headers: { 'HX-Request': 'true' } }).catch(() => null)
+    if (r?.ok) { el.outerHTML = await r.text(); changed() }
+  }
+  const refresh = el => window.htmx ? window.htmx.trigger(el, 'jobs-changed') : again(el)
+
+  // One stream for all live parts of a page.
+  let stream, shown = ''
+  const live = () => {
+    const parts = all('[data-live]'), ids = [...new Set(parts.flatMap(el => el.dataset.live.split(' ')))].filter(Boolean).sort()
+    const tenant = parts.length ? new URL(parts[0].getAttribute('hx-get'), location).searchParams.get('tenant') : null
+    const wanted = document.hidden || !ids.length ? '' : `${base}/-/stream?${new URLSearchParams({ jobs: ids.join(','), ...(tenant && { tenant }) })}`
+    if (wanted === shown) return
+    stream?.close(); stream = null; shown = wanted
+    if (!wanted) return
+    stream = new EventSource(wanted)
+    stream.addEventListener('job', e => all('[data-live]').filter(el => el.dataset.live.split(' ').includes(e.data)).forEach(refresh))
+    stream.addEventListener('end', () => { stream.close(); all('[data-live]').forEach(refresh) })
+  }
+  const changed = () => { heard(false); live() }
+  document.addEventListener('htmx:afterSettle', changed)
+  document.addEventListener('visibilitychange', live)
+
+  // The dashboard: its main part comes anew, and keeps what the user has begun.
+  const main = document.querySelector('main[data-fresh]')
+  const busy = () => main.contains(document.activeElement) && /^(INPUT|TEXTAREA|SELECT)$/.test(document.activeElement.tagName) && document.activeElement.type !== 'checkbox'
+    || !(getSelection()?.isCollapsed ?? true)
+  const renew = async () => {
+    const r = await fetch(location.href, { headers: { 'X-Jobs-Refresh': '1' } }).catch(() => null)
+    if (!r?.ok || busy()) return
+    const fresh = new DOMParser().parseFromString(await r.text(), 'text/html').querySelector('main[data-fresh]')
+    if (!fresh || busy()) return
+    const keep = new Set(all('input[type=checkbox]:checked', main).map(x => x.name + x.value)), open = new Set(all('details[open]', main).map(d => d.id)), at = document.activeElement?.id, row = all('tr[aria-selected=true]', main)[0]?.id
+    main.replaceChildren(...fresh.childNodes)
+    all('input[type=checkbox]', main).forEach(x => { x.checked = keep.has(x.name + x.value) })
+    all('details', main).forEach(d => { d.open = d.open || open.has(d.id) })
+    if (at) document.getElementById(at)?.focus({ preventScroll: true })
+    if (row) choose(document.getElementById(row))
+    chosen(); heard(false)
+  }
+  const choose = tr => { all('tr[aria-selected=true]', main).forEach(x => x.removeAttribute('aria-selected')); tr?.setAttribute('aria-selected', 'true'); tr?.scrollIntoView({ block: 'nearest' }) }
+  const chosen = () => { const n = all('input[name=job]:checked', main).length; all('[data-chosen]', main).forEach(x => { x.textContent = n ? `${n} chosen` : 'None chosen' }); all('button[data-needs]', main).forEach(b => { b.disabled = !n }) }
+  const step = by => {
+    const rows = all('tbody tr[id]', main), now = rows.findIndex(r => r.getAttribute('aria-selected'))
+    if (rows.length) choose(rows[Math.max(0, Math.min(rows.length - 1, now < 0 ? 0 : now + by))])
+  }
+  const keys = {
+    '/': () => document.querySelector('input[type=search]')?.focus(), '?': () => document.getElementById('fs-keys')?.showModal(), r: () => renew(), j: () => step(1), k: () => step(-1),
+    x: () => { const box = document.querySelector('tr[aria-selected=true] input[type=checkbox]'); if (box) { box.checked = !box.checked; chosen() } },
+    Enter: () => document.querySelector('tr[aria-selected=true] a')?.click()
+  }
+  const dashboard = () => {
+    const every = document.getElementById('fs-every'), look = document.getElementById('fs-look'), kept = k => { try { return localStorage.getItem(k) } catch { return null } }, keep = (k, v) => { try { localStorage.setItem(k, v) } catch { /* a browser that keeps nothing */ } }
+    let timer
+    const pace = () => { clearInterval(timer); if (+every.value) timer = setInterval(() => document.hidden || renew(), every.value * 1000) }
+    every.value = kept('fs-every') ?? every.value; every.onchange = () => { keep('fs-every', every.value); pace() }; pace()
+    const paint = () => { document.body.dataset.look = look.value }
+    look.value = kept('fs-look') ?? 'auto'; look.onchange = () => { keep('fs-look', look.value); paint() }; paint()
+    all('[data-js]').forEach(el => { el.hidden = false })
+    document.getElementById('fs-tenant')?.addEventListener('change', e => e.target.form.submit())
+    document.addEventListener('keydown', e => {
+      if (e.ctrlKey || e.metaKey || e.altKey || /^(INPUT|TEXTAREA|SELECT|BUTTON|A|SUMMARY)$/.test(e.target.tagName) && (e.key === 'Enter' || e.target.type !== 'checkbox' && /^(INPUT|TEXTAREA|SELECT)$/.test(e.target.tagName))) return
+      if (document.querySelector('dialog[open]') || !keys[e.key]) return
+      e.preventDefault(); keys[e.key]()
+    })
+    main.addEventListener('change', e => { if (e.target.id === 'fs-all') all('input[name=job]', main).forEach(x => { x.checked = e.target.checked }); chosen() })
+    main.addEventListener('click', e => {
+      const from = e.target.closest('[data-copy]')
+      if (from) navigator.clipboard?.writeText(document.getElementById(from.dataset.copy).textContent).then(() => say('Copied'))
+    })
+    setInterval(() => all('time[data-until]', main).forEach(t => { const s = Math.round((new Date(t.dateTime) - Date.now()) / 1000); t.textContent = s > 0 ? `in ${s} s` : 'now' }), 1000)
+    chosen()
+  }
+
+  const begin = () => {
+    heard(true); live()
+    if (!window.htmx) setInterval(() => document.hidden || all(polls).forEach(again), 3000)
+    if (main) dashboard()
+  }
+  document.readyState === 'loading' ? document.addEventListener('DOMContentLoaded', begin) : begin()
+})()
