@@ -91,7 +91,7 @@ def test_tasks_of_others_and_beforeware(shop):
 def test_the_app_starts_and_stops_the_runner(shop):
     host, db = shop
     app = FastHTML(secret_key='x')
-    runner = setup_jobs(app, host)
+    runner = setup_jobs(app, host).runner
     with TestClient(app):
         id, _ = BackgroundTaskManager(db).submit('t', lambda: 5, run_at='2020-01-01')
         assert BackgroundTaskManager(db).result(id, 20) == 5 and runner.engine is BackgroundTaskManager(db).engine

@@ -9,13 +9,13 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/facts.html.md"""
 # %% auto #0
 __all__ = ['read', 'facts', 'took', 'since', 'left', 'words', 'summary']
 
-# %% ../../nbs/web/03_facts.ipynb #348e99b9
+# %% ../../nbs/web/03_facts.ipynb #6a332cfe
 import json, time
 from ..db_host import JobRecord, seconds, shown
 from ..jobs.masking import masked
 from ..jobs.states import final
 
-# %% ../../nbs/web/03_facts.ipynb #6caf1ace
+# %% ../../nbs/web/03_facts.ipynb #9583b147
 def read(text:str): # None for nothing; text that is no JSON as it is
     "JSON text of a row, as it may be shown"
     try: return None if text is None else masked(json.loads(text))
@@ -30,14 +30,14 @@ def facts(job:JobRecord,
     return same | at | dict(task_type=job.job_type, state=state, details=read(job.details), result=read(job.result), tags=[t for t in (job.tags or '').split(',') if t],
         attempts=dict(begun=job.attempt, failed=job.retry_count, most=job.max_retries))
 
-# %% ../../nbs/web/03_facts.ipynb #4a0a2be0
+# %% ../../nbs/web/03_facts.ipynb #09399877
 _units = (86400, 'd'), (3600, 'h'), (60, 'min'), (1, 's')
 
 def took(s:float) -> str: # Nothing for None
     "A duration, as exact as one reads it"
     if s is None: return ''
     if s < 1: return f'{s*1000:.0f} ms'
-    if s < 10: return f'{s:.1f} s'
+    if s < 10 and not isinstance(s, int): return f'{s:.1f} s'
     for (size, unit), (smaller, small) in zip(_units, _units[1:]):
         if s >= size: return f'{int(s//size)} {unit}' + (f' {int(s%size//smaller)} {small}' if s < 10*size and s%size >= smaller else '')
     return f'{s:.0f} s'
@@ -46,7 +46,7 @@ def since(ts:str, now:float=None) -> str:
     "How long ago, or in how much time"
     try: s = (now or time.time()) - seconds(ts)
     except (TypeError, ValueError, AttributeError): return ''
-    return 'now' if abs(s) < 1 else f'{took(s)} ago' if s > 0 else f'in {took(-s)}'
+    return 'now' if abs(s) < 1 else f'{took(round(s))} ago' if s > 0 else f'in {took(round(-s))}'
 
 def left(job:JobRecord) -> str: # Nothing, if that cannot be said yet
     "About how long it will take to the end"
@@ -54,7 +54,7 @@ def left(job:JobRecord) -> str: # Nothing, if that cannot be said yet
     if job.status != 'running' or done < 3 or done >= 100 or spent < 2: return ''
     return f'about {took(max(1, round(spent*(100 - done)/done)))} left'
 
-# %% ../../nbs/web/03_facts.ipynb #4e9202eb
+# %% ../../nbs/web/03_facts.ipynb #dc1d97dc
 _words = dict(completed='Done', completed_with_warnings='Done with warnings', failed='Failed', cancelled='Cancelled', running='Running', pending='Waiting', scheduled='Scheduled',
     retrying='Will be tried again', snoozed='Snoozed', cancelling='Stopping', waiting='Waits for its task')
 

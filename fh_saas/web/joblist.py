@@ -7,7 +7,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/joblist.html.md"""
 # %% auto #0
 __all__ = ['parse', 'spoken']
 
-# %% ../../nbs/web/12_joblist.ipynb #4ce04b3d
+# %% ../../nbs/web/12_joblist.ipynb #8b1fea83
 import re
 from fastcore.basics import patch
 from fasthtml.common import A, Button, Div, Form, Hidden, Input, Label, Li, Nav, P, Progress, Span, Strong, Ul
@@ -24,7 +24,7 @@ from .overview import held_note, many
 from .problems import Problem, problem_of
 from .serving import Asked, Jobs
 
-# %% ../../nbs/web/12_joblist.ipynb #80be3561
+# %% ../../nbs/web/12_joblist.ipynb #9b5f876b
 _names = dict(type='job_type', by='triggered_by', rerun='rerun_of') | {k: k for k in ('status', 'queue', 'tag', 'task', 'error', 'since', 'until')}
 _word = re.compile(r'(?:(\w+):)?("[^"]*"?|\S+)')
 
@@ -44,13 +44,13 @@ def spoken(only:dict) -> str:
     def quoted(v): return f'"{v}"' if ' ' in v or ':' in v and not v[:1].isdigit() else v
     return ' '.join([*(f'{back[k]}:{quoted(v)}' for k, v in only.items() if k != 'q'), *([only['q']] if only.get('q') else [])])
 
-# %% ../../nbs/web/12_joblist.ipynb #6d894acc
-_heads = {'': None, 'Job': None, 'State': None, 'Progress': None, 'Attempts': 'fs-num', 'Queue': None, 'By': None, 'Created': None, 'Outcome': None}
+# %% ../../nbs/web/12_joblist.ipynb #6708adde
+_heads = {'': None, 'Job': None, 'State': None, 'Progress': None, 'Attempts': 'fs-num', 'Queue': None, 'By': None, 'Created': None, 'Outcome': 'fs-long'}
 _tabs = dict(pending='Waiting', running='Running', completed='Done', completed_with_warnings='With warnings', failed='Failed', cancelled='Cancelled')
 
 def _row(a, m, j):
     state, box = m.state(j), Input(type='checkbox', name='job', value=j.id, aria_label=f'Choose {title(j)} {j.id}')
-    bar = (Progress(value=str(j.progress_percent or 0), max='100', aria_label=f'Progress of {title(j)}'), ' ') if j.status == 'running' else ''
+    bar = (Progress(value=None if j.progress_percent is None else str(j.progress_percent), max='100', aria_label=f'Progress of {title(j)}'), ' ') if j.status == 'running' else ''
     progress = (bar, j.progress_message or '') if j.status not in final else ''
     tries = f'{j.retry_count} of {j.max_retries} failed' if j.retry_count else ''
     return row(_heads, (box, A(title(j), href=a.url(f'{a.jobs.pages}/job/{j.id}')), Span(words(state), cls=f'fs-status fs-{state}'), progress, tries, j.queue, j.triggered_by or '', Span(since(j.created_at), title=shown(j.created_at)), summary(j, 120)), id=f'row-{j.id}')
@@ -61,7 +61,7 @@ def _tab_links(a, only, counts):
     tabs = [Li(A('All', href=at(), aria_current=None if now else 'page'))]
     return Nav(Ul(*tabs, *(Li(A(f'{t} ', Span(many(*counts[s]), cls='fs-said'), href=at(status=s), aria_current='page' if now == s else None)) for s, t in _tabs.items()), cls='fs-tabs'), aria_label='By state')
 
-# %% ../../nbs/web/12_joblist.ipynb #dabb2e4d
+# %% ../../nbs/web/12_joblist.ipynb #5cc80d3b
 def _acts(a, only, n):
     buttons = [Button(t, name='do', value=v, data_needs='1', cls=c) for v, t, c in (('retry', 'Try again', None), ('cancel', 'Cancel', None), ('delete', 'Delete', 'fs-danger'))]
     all_ = Button(f"All {'that match' if only else 'jobs'} …", name='all', value='1') if n else ''
@@ -86,7 +86,7 @@ def _list(a:Asked):
     more = Nav(A('Newest', href=a.url(f'{a.jobs.pages}/list', q=q)) if a.query.get('cursor') else '', A('Older', href=a.url(f'{a.jobs.pages}/list', q=q, cursor=cursor), rel='next') if cursor else '', cls='fs-bar', aria_label='Pages')
     return page(a, 'Jobs', held_note(a), search, P(wrong.detail, cls='fs-why', role='alert') if wrong else '', _said(a), _tab_links(a, only, counts), acts, more, here='list', status=422 if wrong else 200)
 
-# %% ../../nbs/web/12_joblist.ipynb #388cc18b
+# %% ../../nbs/web/12_joblist.ipynb #e437ef73
 _done = dict(cancel='cancelled, or asked to stop', retry='due again', delete='deleted')
 _asks = dict(cancel='Cancel', retry='Try again', delete='Delete')
 
@@ -117,7 +117,7 @@ def _one(act, id) -> bool:
         return False
     return True
 
-# %% ../../nbs/web/12_joblist.ipynb #dfc3aa87
+# %% ../../nbs/web/12_joblist.ipynb #0b4ad003
 def _confirm(a, only, q):
     "How many that would be, before it is done"
     if odd := [k for k in only if k not in bulk_filters]: raise Problem(422, f"all that match can be found by {', '.join(k for k, v in _names.items() if v in bulk_filters)} only, and this search has other words: narrow it down, or choose the jobs one by one", 'invalid')

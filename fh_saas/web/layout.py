@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/layout.html.md"""
 # %% auto #0
 __all__ = ['policy', 'secure', 'page', 'problem_page', 'table', 'row', 'cards', 'form', 'bars']
 
-# %% ../../nbs/web/10_layout.ipynb #7862d05c
+# %% ../../nbs/web/10_layout.ipynb #e68dbae1
 from fasthtml.common import A, Body, Button, Dialog, Div, Dl, Dd, Dt, Form, H1, H2, Head, Header, Hidden, Html, Label, Li, Link, Main, Meta, Nav, Noscript, Option, P, Script, Select, Span, Strong, Table, Tbody, Td, Th, Thead, Title, Tr, Ul, to_xml
 from fasthtml.svg import Line, Rect, Svg, Text
 from starlette.responses import HTMLResponse
@@ -17,7 +17,7 @@ from .parts import asset_url
 from .problems import Problem
 from .serving import Asked, Jobs
 
-# %% ../../nbs/web/10_layout.ipynb #636cf1d7
+# %% ../../nbs/web/10_layout.ipynb #e6c080d7
 policy = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 secure = {'Content-Security-Policy': policy, 'X-Content-Type-Options': 'nosniff', 'X-Frame-Options': 'DENY', 'Referrer-Policy': 'same-origin', 'Cache-Control': 'no-store'}
 _paces = {'1': 'every second', '2': 'every 2 s', '5': 'every 5 s', '15': 'every 15 s', '0': 'off'}
@@ -37,7 +37,7 @@ def _nav(a:Asked, here):
     audit = dict(audit=('Audit', f'{j.pages}/audit')) if j.audit else {}
     return Nav(*(A(t, href=a.url(url), aria_current='page' if k == here else None) for k, (t, url) in {**own, **all_, **audit}.items()), aria_label='Jobs')
 
-# %% ../../nbs/web/10_layout.ipynb #5755f024
+# %% ../../nbs/web/10_layout.ipynb #8e2318cc
 def page(a:Asked, title:str, *body,
     here:str='', # Which part of the navigation this is
     reload:bool=False, # Does it load itself again where there is no script?
@@ -46,19 +46,19 @@ def page(a:Asked, title:str, *body,
     "A page of the dashboard"
     whose = a.access.tenant if isinstance(a.access.tenant, str) else ''
     tools = Div(_choice('fs-every', 'Refresh', _paces, '5'), _choice('fs-look', 'Look', dict(auto='Auto', light='Light', dark='Dark'), 'auto'), Span(f"{a.access.user or a.access.role}", cls='fs-said'), cls='fs-tools')
-    top = Header(A('Jobs', href=a.url(a.jobs.pages), cls='fs-brand'), Span(whose, cls='fs-whose') if whose else '', _nav(a, here), tools, cls='fs-top')
+    top = Header(A(a.jobs.app.title, href=a.url(a.jobs.pages), cls='fs-brand'), Span(whose, cls='fs-whose') if whose else '', _nav(a, here), tools, cls='fs-top')
     keys = Dialog(H2('Keys'), Dl(*(o for k, v in _keys.items() for o in (Dt(k), Dd(v))), cls='fs-facts'), Form(Button('Close'), method='dialog'), id='fs-keys')
     body = Body(A('To the content', href='#main', cls='fs-skip'), top, Main(H1(title), *body, id='main', data_fresh='1', tabindex='-1'), keys, cls='fs-page')
     return HTMLResponse(to_xml(Html(_head(a.jobs, title, reload), body, lang='en'), indent=False), status, secure)
 
-# %% ../../nbs/web/10_layout.ipynb #c57dcb58
+# %% ../../nbs/web/10_layout.ipynb #461065ab
 def problem_page(req, p:Problem) -> HTMLResponse:
     "A problem as a page, for somebody who may see no more than this"
     jobs = req.app.state.jobs
     body = Body(Main(H1(p.title), P(p.detail, role='alert'), P(A('Back to the jobs', href=jobs.pages)), id='main'), cls='fs-page')
     return HTMLResponse(to_xml(Html(_head(jobs, p.title, False), body, lang='en'), indent=False), p.status, secure | p.headers)
 
-# %% ../../nbs/web/10_layout.ipynb #12a3bfbb
+# %% ../../nbs/web/10_layout.ipynb #aed4f999
 def table(heads:dict, rows, empty:str, # Heading -> class of its cells
     stack:bool=True, # One under the other where the screen is small
 ):
@@ -67,7 +67,7 @@ def table(heads:dict, rows, empty:str, # Heading -> class of its cells
     if not rows: return P(empty, cls='fs-empty')
     return Div(Table(Thead(Tr(*(Th(h, scope='col', cls=c) for h, c in heads.items()))), Tbody(*rows), cls='fs-stack' if stack else None), cls='fs-scroll')
 
-def row(heads:dict, cells, **kw): return Tr(*(Td(x, cls=c, data_name=h or None) for (h, c), x in zip(heads.items(), cells)), **kw)
+def row(heads:dict, cells, **kw): return Tr(*(Td(x, cls=c, data_name=h.strip() or None) for (h, c), x in zip(heads.items(), cells)), **kw)
 
 def cards(*items): # (number, what it is, is it an alarm?)
     return Ul(*(Li(Strong(n), what, cls='fs-alarm' if alarm else None) for n, what, alarm in items), cls='fs-cards')
@@ -76,12 +76,12 @@ def form(a:Asked, path:str, label:str, danger:bool=False, cls:str='fs-act', **hi
     "A button that does something"
     return Form(Hidden(a.csrf(), name='csrf'), *(Hidden(v, name=k) for k, v in hidden.items() if v is not None), Button(label, cls='fs-danger' if danger else None), method='post', action=a.url(path), cls=cls)
 
-# %% ../../nbs/web/10_layout.ipynb #f9cd21fd
+# %% ../../nbs/web/10_layout.ipynb #4bdb9a7e
 def bars(buckets:list, # Of each: good, bad and other
     label:str, ends:tuple=('', ''), # Under the first and the last
 ):
     "A chart of small bars, made here: it needs no script and no inline style"
-    top, w, h = max((sum(b) for b in buckets), default=0) or 1, 600/max(1, len(buckets)), 100
+    top, w, h = max((sum(b) for b in buckets), default=0) or 1, 1000/max(1, len(buckets)), 100
     def stack(n, b):
         y = h
         for v, cls in zip(b, ('good', 'bad', 'other')):
@@ -90,5 +90,5 @@ def bars(buckets:list, # Of each: good, bad and other
             y -= size
             yield Rect(round(w*0.8, 1), round(size, 1), x=round(n*w, 1), y=round(y, 1), cls=cls)
     parts = [r for n, b in enumerate(buckets) for r in stack(n, b)]
-    texts = Text(ends[0], x=0, y=112), Text(ends[1], x=600, y=112, text_anchor='end'), Text(f'{top:,}', x=600, y=9, text_anchor='end')
-    return Svg(*parts, Line(0, h, 600, h), *texts, viewBox='0 0 600 116', cls='fs-chart', role='img', aria_label=label, preserveAspectRatio='none' if not parts else None)
+    texts = Text(ends[0], x=0, y=112), Text(ends[1], x=1000, y=112, text_anchor='end'), Text(f'{top:,}', x=0, y=9)
+    return Svg(*parts, Line(0, h, 1000, h), *texts, viewBox='0 0 1000 116', cls='fs-chart', role='img', aria_label=label)

@@ -94,7 +94,7 @@
 
   const begin = () => {
     heard(true); live()
-    if (!window.htmx) setInterval(() => document.hidden || all(polls).forEach(again), 3000)
+    setInterval(() => window.htmx || document.hidden || all(polls).forEach(again), 3000)
     if (main) dashboard()
   }
   document.readyState === 'loading' ? document.addEventListener('DOMContentLoaded', begin) : begin()
