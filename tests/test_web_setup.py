@@ -49,6 +49,7 @@ def test_no_form_of_answer_loses_the_task(shop, htmx, app_kind, handler):
         app.route(f'/{form}', methods=['GET'])(ahandle if handler == 'async' else handle)
         plain.route(f'/{form}', methods=['GET'])(bare)
     for form, answer in forms.items(): routed(form, answer)
+    plain.hdrs[:] = app.hdrs  # with what components need, in the head of each page
     own.clear()
     headers = {'HX-Request': 'true'} if htmx else {}
     with TestClient(app, follow_redirects=False, headers=headers) as c, TestClient(plain, follow_redirects=False, headers=headers) as p:
