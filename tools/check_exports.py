@@ -22,7 +22,7 @@ def readme(project) -> str:
     nb = nbformat.read(project/'nbs'/'index.ipynb', as_version=4)
     nb.metadata.language_info = dict(name='python')  # for the code fences; nbdev-clean removes it from the file
     text, _ = MarkdownExporter(preprocessors=[hide]).from_notebook_node(nb)
-    lines = [l.rstrip() for l in text.splitlines() if not l.startswith('#|')]
+    lines = [l.rstrip().replace('](images/', '](nbs/images/') for l in text.splitlines() if not l.startswith('#|')]
     return '<!-- Rendered from nbs/index.ipynb; edit that, then `make export`. -->\n\n' + '\n'.join(lines).strip() + '\n'
 
 
