@@ -40,6 +40,7 @@ Modules:
 - `fh_saas.web.problems`: What a request gets when it cannot have what it asked for: the same few forms everywhere, and a machine can read them.
 - `fh_saas.web.serving`: Routes of the job system inside the host app: its Beforeware, its session and its lifespan hold for them, too.
 - `fh_saas.web.setup`: One line where a FastHTML app is made: jobs start and stop with it, no task of a response is lost, and there is an API, a dashboard, and all that components need.
+- `fh_saas.web.tags`: The elements that pages of jobs are made of: FT like FastHTML's own, and quick enough for a table of fifty jobs.
 - `fh_saas.workers.runner`: The engine as a part of the web process: it starts and stops with the app and serves all tenants of a host."""
 
 __version__ = "0.10.0"

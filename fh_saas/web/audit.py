@@ -9,8 +9,8 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/audit.html.md"""
 # %% auto #0
 __all__ = ['log', 'audit_table', 'kept_for', 'Entry', 'Audit']
 
-# %% ../../nbs/web/03_audit.ipynb #671ce0c7
-import logging, time
+# %% ../../nbs/web/03_audit.ipynb #91769731
+import logging
 from dataclasses import dataclass
 import sqlalchemy as sa
 from fastcore.basics import patch
@@ -22,7 +22,7 @@ from ..jobs.wake import wakes_of
 
 log = logging.getLogger('fh_saas.web')
 
-# %% ../../nbs/web/03_audit.ipynb #d5281692
+# %% ../../nbs/web/03_audit.ipynb #1d16c612
 audit_table = sa.Table('fh_saas_audit', sa.MetaData(), sa.Column('id', sa.String, primary_key=True), *(sa.Column(c, sa.String) for c in ('at', 'by', 'tenant', 'action', 'what')))
 kept_for = 400*86400 # seconds
 
@@ -57,7 +57,7 @@ class Audit:
         try: self.db.write(op)
         except FhSaasError as e: log.error('tenant=%s: %s by %s is not in the audit: %s', tenant, action, by, e)
 
-# %% ../../nbs/web/03_audit.ipynb #4e4c5a59
+# %% ../../nbs/web/03_audit.ipynb #500a080d
 @patch
 def entries(self:Audit,
     tenant:str=None, # Only acts on this tenant

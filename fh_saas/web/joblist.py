@@ -7,15 +7,13 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/joblist.html.md"""
 # %% auto #0
 __all__ = ['parse', 'spoken']
 
-# %% ../../nbs/web/12_joblist.ipynb #8b1fea83
+# %% ../../nbs/web/12_joblist.ipynb #c2381dad
 import re
 from fastcore.basics import patch
-from fasthtml.common import A, Button, Div, Form, Hidden, Input, Label, Li, Nav, P, Progress, Span, Strong, Ul
 from starlette.responses import RedirectResponse
 from ..db_connect import FhSaasError
 from ..db_host import shown
 from ..jobs.control import filters as bulk_filters
-from ..jobs.pages import only_these
 from ..jobs.states import final
 from .components import title
 from .facts import since, summary, words
@@ -23,8 +21,9 @@ from .layout import page, problem_page, row, table
 from .overview import held_note, many
 from .problems import Problem, problem_of
 from .serving import Asked, Jobs
+from .tags import A, Button, Div, Form, Hidden, Input, Label, Li, Nav, P, Progress, Span, Strong, Ul
 
-# %% ../../nbs/web/12_joblist.ipynb #9b5f876b
+# %% ../../nbs/web/12_joblist.ipynb #e9fddc90
 _names = dict(type='job_type', by='triggered_by', rerun='rerun_of') | {k: k for k in ('status', 'queue', 'tag', 'task', 'error', 'since', 'until')}
 _word = re.compile(r'(?:(\w+):)?("[^"]*"?|\S+)')
 
@@ -44,7 +43,7 @@ def spoken(only:dict) -> str:
     def quoted(v): return f'"{v}"' if ' ' in v or ':' in v and not v[:1].isdigit() else v
     return ' '.join([*(f'{back[k]}:{quoted(v)}' for k, v in only.items() if k != 'q'), *([only['q']] if only.get('q') else [])])
 
-# %% ../../nbs/web/12_joblist.ipynb #6708adde
+# %% ../../nbs/web/12_joblist.ipynb #b65364fc
 _heads = {'': None, 'Job': None, 'State': None, 'Progress': None, 'Attempts': 'fs-num', 'Queue': None, 'By': None, 'Created': None, 'Outcome': 'fs-long'}
 _tabs = dict(pending='Waiting', running='Running', completed='Done', completed_with_warnings='With warnings', failed='Failed', cancelled='Cancelled')
 
@@ -61,7 +60,7 @@ def _tab_links(a, only, counts):
     tabs = [Li(A('All', href=at(), aria_current=None if now else 'page'))]
     return Nav(Ul(*tabs, *(Li(A(f'{t} ', Span(many(*counts[s]), cls='fs-said'), href=at(status=s), aria_current='page' if now == s else None)) for s, t in _tabs.items()), cls='fs-tabs'), aria_label='By state')
 
-# %% ../../nbs/web/12_joblist.ipynb #5cc80d3b
+# %% ../../nbs/web/12_joblist.ipynb #daa3550c
 def _acts(a, only, n):
     buttons = [Button(t, name='do', value=v, data_needs='1', cls=c) for v, t, c in (('retry', 'Try again', None), ('cancel', 'Cancel', None), ('delete', 'Delete', 'fs-danger'))]
     all_ = Button(f"All {'that match' if only else 'jobs'} …", name='all', value='1') if n else ''
@@ -86,7 +85,7 @@ def _list(a:Asked):
     more = Nav(A('Newest', href=a.url(f'{a.jobs.pages}/list', q=q)) if a.query.get('cursor') else '', A('Older', href=a.url(f'{a.jobs.pages}/list', q=q, cursor=cursor), rel='next') if cursor else '', cls='fs-bar', aria_label='Pages')
     return page(a, 'Jobs', held_note(a), search, P(wrong.detail, cls='fs-why', role='alert') if wrong else '', _said(a), _tab_links(a, only, counts), acts, more, here='list', status=422 if wrong else 200)
 
-# %% ../../nbs/web/12_joblist.ipynb #e437ef73
+# %% ../../nbs/web/12_joblist.ipynb #3e047eca
 _done = dict(cancel='cancelled, or asked to stop', retry='due again', delete='deleted')
 _asks = dict(cancel='Cancel', retry='Try again', delete='Delete')
 
@@ -117,10 +116,10 @@ def _one(act, id) -> bool:
         return False
     return True
 
-# %% ../../nbs/web/12_joblist.ipynb #0b4ad003
+# %% ../../nbs/web/12_joblist.ipynb #e6f3e5d5
 def _confirm(a, only, q):
     "How many that would be, before it is done"
-    if odd := [k for k in only if k not in bulk_filters]: raise Problem(422, f"all that match can be found by {', '.join(k for k, v in _names.items() if v in bulk_filters)} only, and this search has other words: narrow it down, or choose the jobs one by one", 'invalid')
+    if only.keys() - {*bulk_filters}: raise Problem(422, f"all that match can be found by {', '.join(k for k, v in _names.items() if v in bulk_filters)} only, and this search has other words: narrow it down, or choose the jobs one by one", 'invalid')
     def ask(do):
         n = getattr(a.manager, f'{do}_all')(everything=not only, dry_run=True, **only)
         return Form(Hidden(a.csrf(), name='csrf'), Hidden(q, name='q'), Hidden(do, name='do'), Button(f'{_asks[do]}: {n:,} jobs', name='sure', value='1', disabled=not n, cls='fs-danger' if do == 'delete' else None), method='post', action=a.url(f'{a.jobs.pages}/list'), cls='fs-act')

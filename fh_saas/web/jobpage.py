@@ -7,11 +7,10 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/jobpage.html.md"""
 # %% auto #0
 __all__ = ['timeline', 'app_frames', 'changes']
 
-# %% ../../nbs/web/13_jobpage.ipynb #ba032dee
+# %% ../../nbs/web/13_jobpage.ipynb #be581085
 import json, re
 from functools import partial
 from fastcore.basics import patch
-from fasthtml.common import A, Button, Dd, Details, Div, Dl, Dt, Form, H2, Hidden, Label, Li, P, Pre, Progress, Span, Strong, Summary, Textarea, Ul, ft_html
 from starlette.responses import RedirectResponse
 from ..db_host import seconds, shown
 from ..jobs.payload import clean
@@ -22,8 +21,9 @@ from .layout import form, page, problem_page, row, table
 from .overview import held_note
 from .problems import Problem
 from .serving import Asked, Jobs
+from .tags import A, Button, Dd, Details, Div, Dl, Dt, Form, H2, Hidden, Label, P, Pre, Progress, Span, Summary, Textarea, Time
 
-# %% ../../nbs/web/13_jobpage.ipynb #4e406e01
+# %% ../../nbs/web/13_jobpage.ipynb #ca5b703c
 _tries = {'': None, 'Waited': 'fs-num', 'Begun': None, 'Ran': 'fs-num', 'Outcome': None, 'Then waits': 'fs-num', 'Worker': None, 'Error': 'fs-long'}
 
 def _span(a, b):
@@ -45,7 +45,7 @@ def _timeline(job, tries):
         return row(_tries, (n, took(waited), Span((shown(begun) or '')[11:19], title=shown(begun)), took(ran), outcome.replace('_', ' '), took(then), Span((worker or '')[-8:], title=worker), error or ''))
     return table(_tries, map(one, timeline(job, tries)), "It has not been tried yet.")
 
-# %% ../../nbs/web/13_jobpage.ipynb #08aa45d9
+# %% ../../nbs/web/13_jobpage.ipynb #79347d9c
 _frame = re.compile(r'^(?:[ |+]*)File "([^"]+)", line \d+')
 _others = re.compile(r'[/\\](site-packages|dist-packages|lib[/\\]python3[^/\\]*|fh_saas[/\\](jobs|workers))[/\\]|<frozen')
 
@@ -60,7 +60,7 @@ def app_frames(log:str) -> str:
         if not skip: kept.append(line)
     return '\n'.join(kept) + (f"\n({n} frames of libraries are left out)" if n else '')
 
-# %% ../../nbs/web/13_jobpage.ipynb #438e05e4
+# %% ../../nbs/web/13_jobpage.ipynb #6d169d17
 def changes(
     shown_:dict, # The arguments as they were shown, without secrets
     text:str, # As they came back
@@ -74,7 +74,7 @@ def changes(
     if hidden := [k for k, v in new.items() if '***' in json.dumps(v)]: raise Problem(422, f"argument {clean(hidden[0], 80)!r} has a secret in it that is not shown: type it in, or leave the argument as it was", 'invalid')
     return new
 
-# %% ../../nbs/web/13_jobpage.ipynb #e8661e32
+# %% ../../nbs/web/13_jobpage.ipynb #fbb05993
 def _pretty(o): return json.dumps(o, indent=2, ensure_ascii=False) if not isinstance(o, str) else o
 
 def _block(name, id, text): return H2(name, ' ', Button('Copy', type='button', data_copy=id, data_js='1', hidden=True)), Pre(text, id=id, tabindex='0')
@@ -89,7 +89,7 @@ def _facts(a, job):
 def _now(job, state):
     bar = Progress(value=str(job.progress_percent) if job.progress_percent is not None else None, max='100', aria_label=f'Progress of {title(job)}') if job.status == 'running' else ''
     said = ' · '.join(filter(None, (f'{job.progress_percent} %' if job.progress_percent is not None else '', job.progress_message, left(job)))) if job.status not in final else ''
-    due = ('Next try ' if state == 'retrying' else 'Starts ', ft_html('time', since(job.run_at), datetime=shown(job.run_at), data_until='1'), '. ') if state in ('retrying', 'scheduled', 'snoozed') else ''
+    due = ('Next try ' if state == 'retrying' else 'Starts ', Time(since(job.run_at), datetime=shown(job.run_at), data_until='1'), '. ') if state in ('retrying', 'scheduled', 'snoozed') else ''
     waits = "No living process has registered its task: it runs once one does. " if state == 'waiting' else ''
     return P(Span(words(state), cls=f'fs-status fs-{state}'), ' ', due, waits, said), bar, P(job.error_message, cls='fs-why') if job.error_message and job.status not in ('completed', 'completed_with_warnings') else ''
 
@@ -99,7 +99,7 @@ def _buttons(a, job):
     names = dict(retry='Try again', cancel='Cancel', delete='Delete')
     return Div(*(form(a, f'{at}/{k}', names[k], danger=k == 'delete') for k in names if can[k]), cls='fs-bar')
 
-# %% ../../nbs/web/13_jobpage.ipynb #12e6ac2a
+# %% ../../nbs/web/13_jobpage.ipynb #f032888e
 def _again(a, job, args):
     return Details(Summary('Run it again, perhaps with other arguments'), Form(Hidden(a.csrf(), name='csrf'), Hidden(_pretty(args), name='shown'), Label('Arguments as JSON', Textarea(_pretty(args), name='arguments', spellcheck='false')), Button('Submit as a new job'),
         method='post', action=a.url(f'{a.jobs.pages}/job/{job.id}/rerun')), id='fs-again')
@@ -118,7 +118,7 @@ def _page(a:Asked, wrong=None, status=200):
         H2('Attempts'), _timeline(job, m.attempts(id)), trace, H2('Facts'), _facts(a, job), _block('Arguments', 'args', _pretty(args)), _again(a, job, args) if acts else '',
         _block('Result as JSON', 'result', _pretty(read(job.result))) if job.result else '', _block('Details', 'details', _pretty(details)) if (details := read(job.details)) else '', _log(m.logs(id)), here='list', reload=job.status not in final, status=status)
 
-# %% ../../nbs/web/13_jobpage.ipynb #bc7acbff
+# %% ../../nbs/web/13_jobpage.ipynb #2547bf74
 def _act(action, a:Asked):
     getattr(a.manager, action)(a.path['job_id'])
     return RedirectResponse(a.url(f'{a.jobs.pages}/list', done='delete', n=1) if action == 'delete' else a.url(f"{a.jobs.pages}/job/{a.path['job_id']}"), 303)

@@ -9,15 +9,15 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/layout.html.md"""
 # %% auto #0
 __all__ = ['policy', 'secure', 'page', 'problem_page', 'table', 'row', 'cards', 'form', 'bars']
 
-# %% ../../nbs/web/10_layout.ipynb #e68dbae1
-from fasthtml.common import A, Body, Button, Dialog, Div, Dl, Dd, Dt, Form, H1, H2, Head, Header, Hidden, Html, Label, Li, Link, Main, Meta, Nav, Noscript, Option, P, Script, Select, Span, Strong, Table, Tbody, Td, Th, Thead, Title, Tr, Ul, to_xml
-from fasthtml.svg import Line, Rect, Svg, Text
+# %% ../../nbs/web/10_layout.ipynb #0e35db66
+from fastcore.xml import to_xml
 from starlette.responses import HTMLResponse
 from .parts import asset_url
 from .problems import Problem
-from .serving import Asked, Jobs
+from .serving import Asked
+from .tags import A, Body, Button, Dd, Dialog, Div, Dl, Dt, Form, H1, H2, Head, Header, Hidden, Html, Label, Li, Line, Link, Main, Meta, Nav, Noscript, Option, P, Rect, Script, Select, Span, Strong, Svg, Table, Tbody, Td, Text, Th, Thead, Title, Tr, Ul
 
-# %% ../../nbs/web/10_layout.ipynb #e6c080d7
+# %% ../../nbs/web/10_layout.ipynb #682ac5f2
 policy = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 secure = {'Content-Security-Policy': policy, 'X-Content-Type-Options': 'nosniff', 'X-Frame-Options': 'DENY', 'Referrer-Policy': 'same-origin', 'Cache-Control': 'no-store'}
 _paces = {'1': 'every second', '2': 'every 2 s', '5': 'every 5 s', '15': 'every 15 s', '0': 'off'}
@@ -37,7 +37,7 @@ def _nav(a:Asked, here):
     audit = dict(audit=('Audit', f'{j.pages}/audit')) if j.audit else {}
     return Nav(*(A(t, href=a.url(url), aria_current='page' if k == here else None) for k, (t, url) in {**own, **all_, **audit}.items()), aria_label='Jobs')
 
-# %% ../../nbs/web/10_layout.ipynb #8e2318cc
+# %% ../../nbs/web/10_layout.ipynb #03e219aa
 def page(a:Asked, title:str, *body,
     here:str='', # Which part of the navigation this is
     reload:bool=False, # Does it load itself again where there is no script?
@@ -51,14 +51,14 @@ def page(a:Asked, title:str, *body,
     body = Body(A('To the content', href='#main', cls='fs-skip'), top, Main(H1(title), *body, id='main', data_fresh='1', tabindex='-1'), keys, cls='fs-page')
     return HTMLResponse(to_xml(Html(_head(a.jobs, title, reload), body, lang='en'), indent=False), status, secure)
 
-# %% ../../nbs/web/10_layout.ipynb #461065ab
+# %% ../../nbs/web/10_layout.ipynb #65f13331
 def problem_page(req, p:Problem) -> HTMLResponse:
     "A problem as a page, for somebody who may see no more than this"
     jobs = req.app.state.jobs
     body = Body(Main(H1(p.title), P(p.detail, role='alert'), P(A('Back to the jobs', href=jobs.pages)), id='main'), cls='fs-page')
     return HTMLResponse(to_xml(Html(_head(jobs, p.title, False), body, lang='en'), indent=False), p.status, secure | p.headers)
 
-# %% ../../nbs/web/10_layout.ipynb #aed4f999
+# %% ../../nbs/web/10_layout.ipynb #6e591625
 def table(heads:dict, rows, empty:str, # Heading -> class of its cells
     stack:bool=True, # One under the other where the screen is small
 ):
@@ -76,7 +76,7 @@ def form(a:Asked, path:str, label:str, danger:bool=False, cls:str='fs-act', **hi
     "A button that does something"
     return Form(Hidden(a.csrf(), name='csrf'), *(Hidden(v, name=k) for k, v in hidden.items() if v is not None), Button(label, cls='fs-danger' if danger else None), method='post', action=a.url(path), cls=cls)
 
-# %% ../../nbs/web/10_layout.ipynb #4bdb9a7e
+# %% ../../nbs/web/10_layout.ipynb #e91bdfd6
 def bars(buckets:list, # Of each: good, bad and other
     label:str, ends:tuple=('', ''), # Under the first and the last
 ):
@@ -88,7 +88,7 @@ def bars(buckets:list, # Of each: good, bad and other
             if not v: continue
             size = max(1.0, v/top*(h - 6))
             y -= size
-            yield Rect(round(w*0.8, 1), round(size, 1), x=round(n*w, 1), y=round(y, 1), cls=cls)
+            yield Rect(width=round(w*0.8, 1), height=round(size, 1), x=round(n*w, 1), y=round(y, 1), cls=cls)
     parts = [r for n, b in enumerate(buckets) for r in stack(n, b)]
     texts = Text(ends[0], x=0, y=112), Text(ends[1], x=1000, y=112, text_anchor='end'), Text(f'{top:,}', x=0, y=9)
-    return Svg(*parts, Line(0, h, 1000, h), *texts, viewBox='0 0 1000 116', cls='fs-chart', role='img', aria_label=label)
+    return Svg(*parts, Line(x1=0, y1=h, x2=1000, y2=h), *texts, viewbox='0 0 1000 116', xmlns='http://www.w3.org/2000/svg', cls='fs-chart', role='img', aria_label=label)

@@ -9,8 +9,8 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/live.html.md"""
 # %% auto #0
 __all__ = ['every', 'soonest', 'most_streams', 'most_ids', 'recheck', 'Watch', 'stopping', 'Hub', 'pace']
 
-# %% ../../nbs/web/09_live.ipynb #78808a02
-import asyncio, json, time
+# %% ../../nbs/web/09_live.ipynb #dafbbf3b
+import asyncio, time
 from dataclasses import dataclass, field
 from fastcore.basics import patch
 from starlette.concurrency import run_in_threadpool
@@ -29,7 +29,7 @@ from .problems import Problem, log, problem_of
 from .serving import Asked, Jobs
 import fh_saas.jobs.claims, fh_saas.jobs.pages, fh_saas.jobs.statistics  # noqa: F401 give a store `_among`, `page`, `open_jobs`, `ended`
 
-# %% ../../nbs/web/09_live.ipynb #9c85cef7
+# %% ../../nbs/web/09_live.ipynb #0e95ad46
 _pulse = ('id', 'status', 'progress_percent', 'progress_message', 'attempt', 'run_at', 'cancel_requested_at')
 
 @patch
@@ -39,7 +39,7 @@ def pulse(self:Store, ids:list) -> dict: # Id -> what a page shows of it
     stmt = self.statement(('pulse', j.name), lambda: sa.select(*(j.c[c] for c in _pulse)).where(self._among()))
     with self.cursor() as cur: return {r['id']: r for r in rows_of(stmt(cur, ids=self._list(ids)))}
 
-# %% ../../nbs/web/09_live.ipynb #4f77becb
+# %% ../../nbs/web/09_live.ipynb #808b8e57
 def _state(r): return r and r is not ... and [r[c] for c in ('status', 'attempt', 'cancel_requested_at')]
 
 @dataclass(eq=False)
@@ -69,7 +69,7 @@ class Watch:
     @property
     def over(self) -> bool: return all(r is None or r['status'] in final for r in self.seen.values())
 
-# %% ../../nbs/web/09_live.ipynb #24343abe
+# %% ../../nbs/web/09_live.ipynb #ddfed323
 every, soonest = 1.0, 0.1 # seconds between looks: at most, and at least
 
 def stopping() -> bool: return default_engine().stopping
@@ -96,7 +96,7 @@ class Hub:
         for store in list(self._watches):
             if store.tenant == e.tenant: self._loop.call_soon_threadsafe(self._pokes[store].set)
 
-# %% ../../nbs/web/09_live.ipynb #5ba56ccd
+# %% ../../nbs/web/09_live.ipynb #8a8fb966
 @patch
 async def _run(self:Hub, store):
     while watches := self._watches.get(store):
@@ -112,7 +112,7 @@ async def _run(self:Hub, store):
             for w in list(watches): w.look(found)
         await asyncio.sleep(soonest)
 
-# %% ../../nbs/web/09_live.ipynb #4c98ed54
+# %% ../../nbs/web/09_live.ipynb #f69b37df
 most_streams, most_ids, recheck = 1000, 50, 15.0 # open streams of a process; jobs of one; seconds between looks at whether its user still may
 
 def pace(streams:int) -> float: # Seconds
@@ -156,7 +156,7 @@ async def _stream(a:Asked):
     jobs.hub.add(store, w := Watch(ids))
     return StreamingResponse(_hear(jobs, a.req, a, store, w), media_type='text/event-stream', headers={'Cache-Control': 'no-store', 'X-Accel-Buffering': 'no'})
 
-# %% ../../nbs/web/09_live.ipynb #7ce6b4b8
+# %% ../../nbs/web/09_live.ipynb #3c9afced
 def _snapshot(m, seen) -> tuple:
     "What a monitor shows, and the jobs that have ended since"
     s = m.store
@@ -180,7 +180,7 @@ async def _monitor(jobs, ws:WebSocket):
     except (WebSocketDisconnect, KeyError): pass  # it has ended, or sent bytes
     finally: jobs.sockets -= 1; sender.cancel()
 
-# %% ../../nbs/web/09_live.ipynb #e6ca35eb
+# %% ../../nbs/web/09_live.ipynb #cd4c862b
 async def _send(jobs, ws, a, m):
     last, seen, checked = None, set(), time.monotonic()
     try:

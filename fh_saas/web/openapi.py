@@ -7,7 +7,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/openapi.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/web/06_openapi.ipynb #98557a00
+# %% ../../nbs/web/06_openapi.ipynb #1449f11a
 from fastcore.basics import patch
 from starlette.responses import JSONResponse
 from .. import __version__
@@ -16,7 +16,7 @@ from ..jobs.tasks import Task
 from .api import exposed
 from .serving import Jobs
 
-# %% ../../nbs/web/06_openapi.ipynb #3438a288
+# %% ../../nbs/web/06_openapi.ipynb #1d35895c
 def _obj(**props): return dict(type='object', properties=props, required=[*props])
 def _or_null(**schema): return dict(anyOf=[schema, dict(type='null')])
 def _ref(name): return {'$ref': f'#/components/schemas/{name}'}
@@ -38,7 +38,7 @@ _schemas = dict(
     Health=_obj(status=_text),
     Problem=dict(_obj(type=_text, title=_text, status=dict(type='integer'), detail=_text), description='RFC 9457'))
 
-# %% ../../nbs/web/06_openapi.ipynb #9777f367
+# %% ../../nbs/web/06_openapi.ipynb #04825e92
 def _param(name, description, where='query', **schema): return {'name': name, 'in': where, 'required': where == 'path', 'description': description, 'schema': schema or dict(type='string')}
 
 _id = _param('job_id', 'Of a job of this tenant', 'path')
@@ -56,10 +56,10 @@ def _body(schema, required=True): return dict(required=required, content={'appli
 
 def _call(summary, ok, *params, body=None, said=200, problems=()):
     "An operation: what it says when all is well, and which problems it has"
-    found = {str(s): {'$ref': f'#/components/responses/Problem'} for s in (400, 401, 403, 404, 413, 415, 422, 429, 503, *problems)}
+    found = {str(s): {'$ref': '#/components/responses/Problem'} for s in (400, 401, 403, 404, 413, 415, 422, 429, 503, *problems)}
     return dict(summary=summary, parameters=[*params, _tenant], responses={str(said): ok} | found) | ({'requestBody': body} if body else {})
 
-# %% ../../nbs/web/06_openapi.ipynb #36f68813
+# %% ../../nbs/web/06_openapi.ipynb #e6856bde
 def _moved(o, names):
     "A task's own definitions lie beside those of the others"
     if isinstance(o, list): return [_moved(x, names) for x in o]
@@ -73,7 +73,7 @@ def _task(func, name, schemas) -> dict:
     schemas |= {names[k]: _moved(v, names) for k, v in s.pop('$defs', {}).items()}
     return _moved(s, names)
 
-# %% ../../nbs/web/06_openapi.ipynb #3689a0fb
+# %% ../../nbs/web/06_openapi.ipynb #33ae1619
 @patch
 def openapi(self:Jobs) -> dict:
     "What this app's API takes and gives"

@@ -9,20 +9,21 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/parts.html.md"""
 # %% auto #0
 __all__ = ['html', 'back', 'asset', 'asset_url', 'headers']
 
-# %% ../../nbs/web/08_parts.ipynb #134cba7e
+# %% ../../nbs/web/08_parts.ipynb #1eab729f
 import hashlib
 from functools import cache, partial
 from pathlib import Path
 from urllib.parse import urlsplit
 from fastcore.basics import patch
-from fasthtml.common import Html, Body, Head, Title, P, A, Section, Link, Meta, Script, to_xml
+from fastcore.xml import to_xml
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from ..jobs.control import WrongState
 from .components import JobBanner, JobList, JobProgress, JobStatus, meant
 from .problems import Problem
 from .serving import Asked, Jobs
+from .tags import Link, P, Script
 
-# %% ../../nbs/web/08_parts.ipynb #fce8399d
+# %% ../../nbs/web/08_parts.ipynb #79cde1e3
 def html(ft, status:int=200, headers:dict=None, task=None) -> HTMLResponse:
     "FT as a response"
     return HTMLResponse(to_xml(ft, indent=False), status, {'Cache-Control': 'no-store'} | (headers or {}), background=task)
@@ -49,7 +50,7 @@ def _part_problem(asked_to, req, p:Problem):
     said = "This job is not there any more." if p.status == 404 else "Sign in again to see this." if p.status == 401 else p.detail
     return html(P(said, cls='fs-why', role='alert'), 286 if asked_to == 'look' else 200)
 
-# %% ../../nbs/web/08_parts.ipynb #2fd9d61e
+# %% ../../nbs/web/08_parts.ipynb #6e20bdad
 def back(a:Asked, otherwise:str) -> RedirectResponse:
     "To the page that the form was on"
     at = urlsplit(a.req.headers.get('referer', ''))
@@ -79,7 +80,7 @@ def _act(action, a:Asked):
         if not a.htmx: raise  # it has ended meanwhile: what is shown says so
     return _progress(a, job_id) if a.htmx else back(a, a.url(f'{a.jobs.pages}/job/{job_id}'))
 
-# %% ../../nbs/web/08_parts.ipynb #b6ff0241
+# %% ../../nbs/web/08_parts.ipynb #d48cd0cc
 _folder = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../../fh_saas/web/assets')
 _kinds = dict(style=('jobs.css', 'text/css'), script=('jobs.js', 'text/javascript'))
 
@@ -97,7 +98,7 @@ def headers(jobs:Jobs) -> tuple:
     "What a page with components has in its head"
     return Link(rel='stylesheet', href=asset_url(jobs, 'style')), Script(src=asset_url(jobs, 'script'), defer=True, data_jobs=jobs.pages)
 
-# %% ../../nbs/web/08_parts.ipynb #e6d21501
+# %% ../../nbs/web/08_parts.ipynb #fc6636d3
 @patch
 def add_parts(self:Jobs):
     "The routes that components ask"

@@ -9,10 +9,10 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/serving.html.md"""
 # %% auto #0
 __all__ = ['serving', 'Asked', 'Jobs', 'Guard']
 
-# %% ../../nbs/web/04_serving.ipynb #b311fd15
+# %% ../../nbs/web/04_serving.ipynb #80b2fcdf
 import inspect, json
 from contextvars import ContextVar
-from functools import cached_property, partial
+from functools import cached_property
 from urllib.parse import quote, urlencode
 from fastcore.basics import patch
 from fasthtml.common import FastHTML
@@ -28,7 +28,7 @@ from .audit import Audit
 from .directory import Directory
 from .problems import Problem, log, problem_of
 
-# %% ../../nbs/web/04_serving.ipynb #a08aff57
+# %% ../../nbs/web/04_serving.ipynb #b264a73c
 class Asked:
     "One request, and what it may see"
     def __init__(self, jobs, req:Request, access:Access, sent): self.jobs, self.req, self.access, self.sent, self.note = jobs, req, access, sent, None
@@ -57,7 +57,7 @@ class Asked:
 
     def csrf(self) -> str: return csrf_token(self.req, self.jobs.secret)
 
-# %% ../../nbs/web/04_serving.ipynb #234b185f
+# %% ../../nbs/web/04_serving.ipynb #3cdf6a6a
 class Jobs:
     "The job system in an app: where its routes are, and who may use them"
     def __init__(self, app:FastHTML, gate:Gate, directory:Directory,
@@ -78,7 +78,7 @@ class Jobs:
     @property
     def tasks_at(self) -> str: return f'{self.api}/admin/background-tasks'
 
-# %% ../../nbs/web/04_serving.ipynb #636c1e96
+# %% ../../nbs/web/04_serving.ipynb #259091db
 @patch
 def add(self:Jobs, path:str, f,
     methods=('GET',),
@@ -109,7 +109,7 @@ def _place(self:Jobs, path, handle, methods):
     routes.insert(len(self.routes), new)
     self.routes.append(new)
 
-# %% ../../nbs/web/04_serving.ipynb #7f9d495e
+# %% ../../nbs/web/04_serving.ipynb #429e901c
 @patch
 def warn_of_hidden(self:Jobs):
     for r in self.app.router.routes:
@@ -122,7 +122,7 @@ async def _sent(req): # A dict, or what a form has
     if not _is_json(req.headers.get('content-type', '')): return await req.form()
     return await req.json() if await req.body() else {}
 
-# %% ../../nbs/web/04_serving.ipynb #fe5d0c8b
+# %% ../../nbs/web/04_serving.ipynb #f6a23644
 @patch
 async def answer(self:Jobs, req:Request, f, needs:str, problem, paced:bool=False, action:str=None) -> Response:
     "Who is this, may they, was it one of our pages that asked; then the work"
@@ -138,7 +138,7 @@ async def answer(self:Jobs, req:Request, f, needs:str, problem, paced:bool=False
         return response
     except FhSaasError as e: return await run_in_threadpool(problem, req, problem_of(e))
 
-# %% ../../nbs/web/04_serving.ipynb #cb5ba459
+# %% ../../nbs/web/04_serving.ipynb #7f142c26
 def _is_json(kind): return (k := kind.partition(';')[0].strip().lower()) == 'application/json' or k.endswith('+json')
 
 serving = ContextVar('fh_saas_serving', default=None) # `Jobs` and the scope of the request that this process answers in this context
