@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/api.html.md"""
 # %% auto #0
 __all__ = ['most_key', 'exposed', 'accepted']
 
-# %% ../../nbs/web/05_api.ipynb #3c117c1f
+# %% ../../nbs/web/05_api.ipynb #ba9899b4
 from functools import partial
 from fastcore.basics import patch
 from starlette.datastructures import FormData
@@ -23,7 +23,7 @@ from .problems import Problem
 from .serving import Asked, Jobs
 import fh_saas.jobs.pages, fh_saas.jobs.statistics  # noqa: F401 give a store `page`, `counts`, `lately`
 
-# %% ../../nbs/web/05_api.ipynb #2d6b5c83
+# %% ../../nbs/web/05_api.ipynb #df238ad6
 def exposed(tasks:dict) -> dict: # (domain, name in the URL) -> the function's registered name and itself
     "The tasks that the API may start"
     found = {}
@@ -40,7 +40,7 @@ def exposed(tasks:dict) -> dict: # (domain, name in the URL) -> the function's r
 
 def _is_part(s): return isinstance(s, str) and 0 < len(s) <= 64 and s.isascii() and s.replace('-', '').isalnum() and s == s.lower()
 
-# %% ../../nbs/web/05_api.ipynb #4098f06d
+# %% ../../nbs/web/05_api.ipynb #0936095e
 most_key = 128 # characters of an Idempotency-Key
 
 def _object(a:Asked) -> dict:
@@ -67,7 +67,7 @@ def accepted(a:Asked, m:BackgroundTaskManager, job_id:str, bg_task=None) -> JSON
     body = dict(job_id=job_id, task_type=job.job_type, status=job.status, message="Task queued successfully", status_url=url)
     return JSONResponse(body, 202, {'Location': url, 'Retry-After': '3'}, background=bg_task)
 
-# %% ../../nbs/web/05_api.ipynb #63aeecce
+# %% ../../nbs/web/05_api.ipynb #cda91f15
 _filters = ('status', 'queue', 'since', 'until', 'q', 'tag', 'triggered_by', 'rerun_of')
 
 def _sought(a:Asked, *more) -> dict:
@@ -99,7 +99,7 @@ def _show(a:Asked):
     job = m.get_job(a.path['job_id'])
     return JSONResponse(facts(job, m.state(job)), headers={} if job.has_ended else {'Retry-After': '3'})
 
-# %% ../../nbs/web/05_api.ipynb #2f07d8a4
+# %% ../../nbs/web/05_api.ipynb #c29ccc87
 _changes = ('cancel', 'retry', 'delete')
 
 def _act(action, a:Asked):
@@ -125,7 +125,7 @@ def _bulk(a:Asked):
     a.note = f"{action}{' (dry run)' if dry_run else ''}: {n} jobs with {only or 'everything'}"
     return JSONResponse(dict(action=action, count=n, dry_run=dry_run))
 
-# %% ../../nbs/web/05_api.ipynb #57abb418
+# %% ../../nbs/web/05_api.ipynb #50231d45
 def _statistics(a:Asked):
     store = a.manager.store
     statuses = {s: dict(count=n, more=more) for s, (n, more) in store.counts().items()}
@@ -136,7 +136,7 @@ def _health(jobs, req):
     up = runner is None or runner.engine is not None and not runner.engine.closed and not runner.engine.stopping
     return JSONResponse(dict(status='ok' if up else 'stopping'), 200 if up else 503)
 
-# %% ../../nbs/web/05_api.ipynb #864160aa
+# %% ../../nbs/web/05_api.ipynb #0d38baf3
 @patch
 def add_api(self:Jobs):
     "The routes of the API"

@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/setup.html.md"""
 # %% auto #0
 __all__ = ['carry_tasks', 'setup_jobs']
 
-# %% ../../nbs/web/20_setup.ipynb #759ac233
+# %% ../../nbs/web/20_setup.ipynb #7cef5192
 from fasthtml.common import FastHTML, HttpHeader
 from fastcore.basics import listify, patch
 from pathlib import Path
@@ -17,7 +17,6 @@ from starlette.background import BackgroundTask, BackgroundTasks
 from starlette.responses import FileResponse, JSONResponse, Response
 from ..db_host import HostDatabase, JobRecord
 from ..jobs.settings import Settings
-from ..utils_bgtsk import BackgroundTaskManager
 from .access import Gate
 from .directory import Directory
 from .serving import Jobs
@@ -25,7 +24,7 @@ from ..workers.runner import Runner
 import fh_saas.web.api, fh_saas.web.openapi, fh_saas.web.parts, fh_saas.web.live  # noqa: F401 give `Jobs` its routes
 import fh_saas.web.overview, fh_saas.web.joblist, fh_saas.web.jobpage, fh_saas.web.operations  # noqa: F401
 
-# %% ../../nbs/web/20_setup.ipynb #12193ac4
+# %% ../../nbs/web/20_setup.ipynb #6939a01f
 def _flat(o):
     "The parts of an answer, however deep its tuples"
     if isinstance(o, (tuple, list)):
@@ -52,7 +51,7 @@ def carry_tasks(req,
         if isinstance(h, HttpHeader): responses[0].headers[h.k] = str(h.v)
     return _carrying(responses[0], tasks)
 
-# %% ../../nbs/web/20_setup.ipynb #aa211f12
+# %% ../../nbs/web/20_setup.ipynb #60745889
 def setup_jobs(app:FastHTML,
     host:HostDatabase=None, # Whose tenants' jobs run in this app; without one, those of databases that managers open
     settings:Settings=None, # From the environment if left out
@@ -77,7 +76,7 @@ def setup_jobs(app:FastHTML,
     runner.attach(app)
     return jobs
 
-# %% ../../nbs/web/20_setup.ipynb #3f9f8d36
+# %% ../../nbs/web/20_setup.ipynb #d8f0d272
 @patch
 def accepted(self:Jobs,
     job, # What `submit` gave: `jobs.accepted(m.submit('sync', sync))`; or a job's record
@@ -90,7 +89,7 @@ def accepted(self:Jobs,
     body = dict(job_id=job.id, task_type=job.job_type, status=job.status, message="Task queued successfully", status_url=url)
     return JSONResponse(body, 202, {'Location': url, 'Retry-After': '3'}, background=bg_task)
 
-# %% ../../nbs/web/20_setup.ipynb #7c028630
+# %% ../../nbs/web/20_setup.ipynb #f2e9206a
 @patch
 def serve_local(self:Jobs, folder:Path):
     "Let scripts and styles of the app's headers come from a folder, as far as they lie in there"
