@@ -1,0 +1,52 @@
+"What a page that asks costs, in statements and not in seconds."
+import pytest
+from fasthtml.common import FastHTML
+from starlette.testclient import TestClient
+from fh_saas import BackgroundTaskManager, HostDatabase, Settings, get_or_create_tenant_db, setup_jobs
+from fh_saas.jobs.engine import Engine, use_engine
+from fh_saas.jobs.pages import stretch
+
+@pytest.fixture
+def shop(tmp_path):
+    "A client of an app, the store of its tenant, and what SQLite is asked meanwhile"
+    engine = use_engine(Engine(Settings(concurrency=0)))  # nobody else asks this database anything
+    host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    with get_or_create_tenant_db('acme', host=host) as db: BackgroundTaskManager(db).submit_many('never', never, [dict(n=n) for n in range(60)])
+    app = FastHTML(secret_key='x')
+    jobs = setup_jobs(app, host, Settings(concurrency=0), tenant=lambda req: 'acme', role=lambda req: 'operator')
+    store, said = jobs.directory.manager('acme').store, []
+    for conn in store._spare: conn.set_trace_callback(said.append)
+    yield TestClient(app), store, said
+    engine.stop(0); host.close()
+
+def never(n): raise AssertionError('nobody runs jobs here')
+
+def asked(said, client, path):
+    client.get(path)  # what is compiled and looked up once
+    said.clear()
+    assert client.get(path).status_code == 200
+    return [s for s in said if s.lstrip().upper().startswith(('SELECT', 'WITH', 'INSERT', 'UPDATE', 'DELETE'))]
+
+@pytest.mark.parametrize('path', ['/jobs/-/status/{}', '/jobs/-/progress/{}', '/api/v1/admin/background-tasks/{}'])
+def test_a_poll_is_one_read_by_the_key(shop, path):
+    client, store, said = shop
+    id = store.list(1)[0]['id']
+    reads = asked(said, client, path.format(id))
+    assert len(reads) == 1, reads
+    with store.cursor() as cur: plan = [r[-1] for r in cur.execute(f'EXPLAIN QUERY PLAN {reads[0]}').fetchall()]
+    assert len(plan) == 1 and plan[0].startswith('SEARCH') and 'id=?' in plan[0], plan
+
+@pytest.mark.parametrize('q,index', [('', None), ('status:failed', 'ix_tenant_jobs_few'), ('status:pending', None)])
+def test_a_list_reads_one_page(shop, q, index):
+    "And its counts: nothing else, and nothing that sorts"
+    client, store, said = shop
+    reads = asked(said, client, f'/jobs/list?q={q}')
+    page, = [r for r in reads if 'progress_percent' in r]
+    with store.cursor() as cur: plan = ' '.join(r[-1] for r in cur.execute(f'EXPLAIN QUERY PLAN {page}').fetchall())
+    assert 'TEMP B-TREE' not in plan and (index is None or index in plan), plan
+    assert len(reads) <= 5, reads
+
+def test_a_search_looks_no_further_than_its_stretch(shop):
+    client, store, said = shop
+    page, = [r for r in asked(said, client, '/jobs/list?q=nothing+like+this') if 'progress_percent' in r]
+    assert stretch == 50_000 and 'LIKE' in page
