@@ -237,6 +237,11 @@ def hold(self:HostDatabase, tenant_id:str, reason:str,
             *(_catalog.c[k].is_not_distinct_from(v) for k, v in known.items())).values(held=reason, held_at=timestamp())).rowcount > 0
 
 @patch
+def count_held(self:HostDatabase) -> int:
+    "How many tenants wait for an operator's decision"
+    with reading(self.engine) as conn: return conn.execute(sa.select(sa.func.count()).where(_catalog.c.held.is_not(None))).scalar_one()
+
+@patch
 def let_go(self:HostDatabase, tenant_id:str, epoch:int):
     "A tenant that was held goes on, in a new epoch"
     with writing(self.engine) as conn: conn.execute(_catalog.update().where(_catalog.c.id == tenant_id).values(held=None, held_at=None, epoch=epoch))

@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/store_pages.html.md"""
 # %% auto #0
 __all__ = ['columns', 'only_these', 'stretch', 'most_counted', 'sought']
 
-# %% ../../nbs/jobs/05_store_pages.ipynb #c7a4e18f
+# %% ../../nbs/jobs/05_store_pages.ipynb #38d6e371
 import base64, json
 import sqlalchemy as sa
 from fastcore.basics import patch
@@ -20,7 +20,7 @@ from .payload import clean
 from .states import Status
 from .store import Store, bind, bound, rows_of, tagged
 
-# %% ../../nbs/jobs/05_store_pages.ipynb #aedf88ea
+# %% ../../nbs/jobs/05_store_pages.ipynb #32d3f5a5
 columns = ('job_type', 'task', 'queue', 'triggered_by', 'rerun_of')
 only_these = (*columns, 'status', 'tag', 'since', 'until', 'q', 'error')
 
@@ -56,7 +56,7 @@ def _conditions(j, only):
         elif k == 'until': yield j.c.created_at < bind(k)
         else: yield sa.or_(*(sa.func.lower(j.c[c]).like(bind(k), escape='/') for c in (['error_message'] if k == 'error' else ['id', 'error_message', 'progress_message', 'payload'])))
 
-# %% ../../nbs/jobs/05_store_pages.ipynb #4bf76832
+# %% ../../nbs/jobs/05_store_pages.ipynb #7e4ffcc8
 stretch = 50_000 # jobs that a search without an index reads for one page
 
 def _position(self, j): return [sa.literal_column('rowid')] if isinstance(self.kind, SQLite) else [j.c.created_at, j.c.id]
@@ -79,6 +79,7 @@ def _served(only) -> bool:
 def page(self:Store,
     limit:int=50, # Most jobs of a page
     cursor:str=None, # Where the page before ended
+    oldest:bool=False, # The oldest first
     **only, # As for `sought`
 ) -> tuple: # Rows, the newest first; and the cursor of the next page, None if there is none
     "Some jobs that match, and where the others are"
@@ -86,49 +87,51 @@ def page(self:Store,
     pos, served = _position(self, self.t.jobs), _served(only)
     at = _unpacked(cursor, len(pos)) if cursor else None
     with self.cursor() as cur:
-        end = None if served else self._stretch(cur, at, stretch)
-        rows = rows_of(self._page(only, at is not None, end is not None)(cur, n=n + 1, **_named('at', at), **_named('end', end), **_bindings(only)))
+        end = None if served else self._stretch(cur, at, stretch, oldest)
+        rows = rows_of(self._page(only, at is not None, end is not None, oldest)(cur, n=n + 1, **_named('at', at), **_named('end', end), **_bindings(only)))
     ends = [[r.pop(f'pos{n}') for n in range(len(pos))] for r in rows]
     if len(rows) > n: return rows[:n], _packed(ends[n-1])
-    return rows, None if end is None or (since := only.get('since')) and rows and (rows[-1]['created_at'] or '') < since else _packed(end)
+    return rows, None if end is None else _packed(end)
 
 def _named(name, at): return {f'{name}{n}': v for n, v in enumerate(at or ())}
 def _bindings(only): return {k: _like(v) if k in ('q', 'error') else v for k, v in only.items() if k != 'status'}
 
-# %% ../../nbs/jobs/05_store_pages.ipynb #f2316e76
+# %% ../../nbs/jobs/05_store_pages.ipynb #521c310e
 def _compared(pos, name):
     if len(pos) == 1: return pos[0], bind(f'{name}0', type_=sa.Integer)
     return sa.tuple_(*pos), sa.tuple_(*(bind(f'{name}{n}', type_=sa.String) for n in range(len(pos))))
 
-def _newer(pos, name): a, b = _compared(pos, name); return a >= b
-def _older(pos, name): a, b = _compared(pos, name); return a < b
+def _within(pos, name, oldest): a, b = _compared(pos, name); return a <= b if oldest else a >= b
+def _behind(pos, name, oldest): a, b = _compared(pos, name); return a > b if oldest else a < b
+def _in_order(pos, oldest): return [p if oldest else p.desc() for p in pos]
 def _shape(only): return [(k, v) if k == 'status' else k for k, v in only.items()]
 
 @patch
-def _page(self:Store, only, later, ends):
+def _page(self:Store, only, later, ends, oldest):
     j = self.t.jobs
     def build():
         pos = _position(self, j)
-        within = [_older(pos, 'at')]*later + [_newer(pos, 'end')]*ends
-        return sa.select(j, *(p.label(f'pos{n}') for n, p in enumerate(pos))).where(*within, *_conditions(j, only)).order_by(*(p.desc() for p in pos)).limit(bind('n', type_=sa.Integer))
-    return self.statement(('page', j.name, later, ends, *_shape(only)), build)
+        within = [_behind(pos, 'at', oldest)]*later + [_within(pos, 'end', oldest)]*ends
+        return sa.select(j, *(p.label(f'pos{n}') for n, p in enumerate(pos))).where(*within, *_conditions(j, only)).order_by(*_in_order(pos, oldest)).limit(bind('n', type_=sa.Integer))
+    return self.statement(('page', j.name, later, ends, oldest, *_shape(only)), build)
 
 @patch
-def _stretch(self:Store, cur, at, n) -> list: # None if there are no more
+def _stretch(self:Store, cur, at, n, oldest=False) -> list: # None if there are no more
     "The position of the last of the next `n` jobs"
     j = self.t.jobs
     pos = _position(self, j)
     if len(pos) == 1:  # numbers: no need to walk there
         lowest, highest = self.statement(('ends', j.name), lambda: sa.select(sa.select(sa.func.min(pos[0])).select_from(j).scalar_subquery(), sa.select(sa.func.max(pos[0])).select_from(j).scalar_subquery()))(cur).fetchone()
-        end = (at[0] if at else (highest or 0) + 1) - n
-        return [end] if lowest is not None and lowest < end else None
+        if lowest is None: return None
+        end = (at[0] if at else lowest - 1) + n if oldest else (at[0] if at else highest + 1) - n
+        return [end] if (end < highest if oldest else lowest < end) else None
     def build():
-        q = sa.select(*pos).order_by(*(p.desc() for p in pos))
-        return (q.where(_older(pos, 'at')) if at else q).offset(bind('skip', type_=sa.Integer)).limit(sa.literal_column('1'))
-    found = self.statement(('stretch', j.name, bool(at)), build)(cur, skip=n - 1, **_named('at', at)).fetchone()
+        q = sa.select(*pos).order_by(*_in_order(pos, oldest))
+        return (q.where(_behind(pos, 'at', oldest)) if at else q).offset(bind('skip', type_=sa.Integer)).limit(sa.literal_column('1'))
+    found = self.statement(('stretch', j.name, bool(at), oldest), build)(cur, skip=n - 1, **_named('at', at)).fetchone()
     return found and [*found]
 
-# %% ../../nbs/jobs/05_store_pages.ipynb #db206d71
+# %% ../../nbs/jobs/05_store_pages.ipynb #b1316d60
 most_counted = 10_000
 
 @patch
@@ -153,6 +156,6 @@ def _counted(self:Store, cur):
 @patch
 def _counted_among(self:Store, cur, only, n):
     j, end = self.t.jobs, self._stretch(cur, None, n)
-    def build(): return sa.select(j.c.status, sa.func.count()).where(*[_newer(_position(self, j), 'end')]*bool(end), *_conditions(j, only)).group_by(j.c.status)
+    def build(): return sa.select(j.c.status, sa.func.count()).where(*[_within(_position(self, j), 'end', False)]*bool(end), *_conditions(j, only)).group_by(j.c.status)
     rows = self.statement(('counts among', j.name, bool(end), *_shape(only)), build)(cur, **_named('end', end), **_bindings(only)).fetchall()
     return {s: (int(some), bool(end)) for s, some in rows}

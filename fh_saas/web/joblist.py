@@ -7,7 +7,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/joblist.html.md"""
 # %% auto #0
 __all__ = ['parse', 'spoken']
 
-# %% ../../nbs/web/12_joblist.ipynb #c2381dad
+# %% ../../nbs/web/12_joblist.ipynb #3529d6ab
 import re
 from fastcore.basics import patch
 from starlette.responses import RedirectResponse
@@ -23,17 +23,20 @@ from .problems import Problem, problem_of
 from .serving import Asked, Jobs
 from .tags import A, Button, Div, Form, Hidden, Input, Label, Li, Nav, P, Progress, Span, Strong, Ul
 
-# %% ../../nbs/web/12_joblist.ipynb #e9fddc90
+# %% ../../nbs/web/12_joblist.ipynb #911f00cc
 _names = dict(type='job_type', by='triggered_by', rerun='rerun_of') | {k: k for k in ('status', 'queue', 'tag', 'task', 'error', 'since', 'until')}
 _word = re.compile(r'(?:(\w+):)?("[^"]*"?|\S+)')
 
 def parse(text:str) -> dict: # Filters, as for `Store.page`
-    "What was typed: `type:product_import status:failed error:timeout`, and words"
+    "What was typed: `type:product_import status:failed error:timeout`, and words; `sort:oldest` begins with the oldest"
     found, words_ = {}, []
     for name, value in _word.findall(text[:500]):
         value = value.strip('"')
-        if name and name not in _names: raise Problem(422, f"{name}: is nothing to search by: use {', '.join(f'{n}:' for n in _names)}, or put the words in quotes", 'invalid')
+        if name and name not in (*_names, 'sort'): raise Problem(422, f"{name}: is nothing to search by: use {', '.join(f'{n}:' for n in _names)}, or put the words in quotes", 'invalid')
         if not name: words_.append(value)
+        elif name == 'sort':
+            if value not in ('newest', 'oldest'): raise Problem(422, f"sort:{value} is no order: use sort:newest or sort:oldest", 'invalid')
+            if value == 'oldest': found['oldest'] = True
         elif value: found[_names[name]] = value
     return found | (dict(q=' '.join(words_)) if words_ else {})
 
@@ -41,9 +44,9 @@ def spoken(only:dict) -> str:
     "Filters as they are typed"
     back = {v: k for k, v in _names.items()}
     def quoted(v): return f'"{v}"' if ' ' in v or ':' in v and not v[:1].isdigit() else v
-    return ' '.join([*(f'{back[k]}:{quoted(v)}' for k, v in only.items() if k != 'q'), *([only['q']] if only.get('q') else [])])
+    return ' '.join([*(f'{back[k]}:{quoted(v)}' for k, v in only.items() if k in back), *(['sort:oldest'] if only.get('oldest') else []), *([only['q']] if only.get('q') else [])])
 
-# %% ../../nbs/web/12_joblist.ipynb #b65364fc
+# %% ../../nbs/web/12_joblist.ipynb #cc3355de
 _heads = {'': None, 'Job': None, 'State': None, 'Progress': None, 'Attempts': 'fs-num', 'Queue': None, 'By': None, 'Created': None, 'Outcome': 'fs-long'}
 _tabs = dict(pending='Waiting', running='Running', completed='Done', completed_with_warnings='With warnings', failed='Failed', cancelled='Cancelled')
 
@@ -60,7 +63,7 @@ def _tab_links(a, only, counts):
     tabs = [Li(A('All', href=at(), aria_current=None if now else 'page'))]
     return Nav(Ul(*tabs, *(Li(A(f'{t} ', Span(many(*counts[s]), cls='fs-said'), href=at(status=s), aria_current='page' if now == s else None)) for s, t in _tabs.items()), cls='fs-tabs'), aria_label='By state')
 
-# %% ../../nbs/web/12_joblist.ipynb #daa3550c
+# %% ../../nbs/web/12_joblist.ipynb #4881dc44
 def _acts(a, only, n):
     buttons = [Button(t, name='do', value=v, data_needs='1', cls=c) for v, t, c in (('retry', 'Try again', None), ('cancel', 'Cancel', None), ('delete', 'Delete', 'fs-danger'))]
     all_ = Button(f"All {'that match' if only else 'jobs'} …", name='all', value='1') if n else ''
@@ -71,7 +74,7 @@ def _found(a, q):
     try:
         only = parse(q)
         rows, cursor = a.manager.store.page(50, a.query.get('cursor') or None, **only)
-        return only, rows, cursor, a.manager.store.counts(**{k: v for k, v in only.items() if k != 'status'}), None
+        return only, rows, cursor, a.manager.store.counts(**{k: v for k, v in only.items() if k not in ('status', 'oldest')}), None
     except FhSaasError as e:
         if (p := problem_of(e)).status != 422: raise
         return {}, [], None, a.manager.store.counts(), p
@@ -82,10 +85,11 @@ def _list(a:Asked):
     search = Form(Input(type='search', name='q', value=q, id='fs-q', placeholder='type:product_import status:failed error:timeout', aria_label='Search'), Hidden(a.query['tenant'], name='tenant') if a.query.get('tenant') else '', Button('Search'), method='get', action=f'{a.jobs.pages}/list', cls='fs-search', role='search')
     body = table(_heads, [_row(a, m, m.job_class(**r)) for r in rows], "Nothing matches. Take a word out of the search." if only or wrong else "There are no jobs yet. Submit one from a route, and it appears here.")
     acts = Form(Hidden(a.csrf(), name='csrf'), Hidden(q, name='q'), _acts(a, only, len(rows)), body, method='post', action=a.url(f'{a.jobs.pages}/list')) if a.access.may('operator') else body
-    more = Nav(A('Newest', href=a.url(f'{a.jobs.pages}/list', q=q)) if a.query.get('cursor') else '', A('Older', href=a.url(f'{a.jobs.pages}/list', q=q, cursor=cursor), rel='next') if cursor else '', cls='fs-bar', aria_label='Pages')
+    at, turned = f'{a.jobs.pages}/list', {k: v for k, v in only.items() if k != 'oldest'} | ({} if only.get('oldest') else dict(oldest=True))
+    more = Nav(A('First page', href=a.url(at, q=q)) if a.query.get('cursor') else '', A('Next page', href=a.url(at, q=q, cursor=cursor), rel='next') if cursor else '', A('Newest first' if only.get('oldest') else 'Oldest first', href=a.url(at, q=spoken(turned))) if rows else '', cls='fs-bar', aria_label='Pages and order')
     return page(a, 'Jobs', held_note(a), search, P(wrong.detail, cls='fs-why', role='alert') if wrong else '', _said(a), _tab_links(a, only, counts), acts, more, here='list', status=422 if wrong else 200)
 
-# %% ../../nbs/web/12_joblist.ipynb #3e047eca
+# %% ../../nbs/web/12_joblist.ipynb #bad1ef45
 _done = dict(cancel='cancelled, or asked to stop', retry='due again', delete='deleted')
 _asks = dict(cancel='Cancel', retry='Try again', delete='Delete')
 
@@ -98,16 +102,18 @@ def _said(a):
 def _act(a:Asked):
     form, m = a.sent, a.manager
     do, q, ids = form.get('do'), form.get('q') or '', form.getlist('job')[:500]
-    if form.get('all'): return _confirm(a, parse(q), q)
+    if form.get('all'): return _confirm(a, _which(q), q)
     if do not in _done: raise Problem(422, "choose what is to be done", 'invalid')
     if form.get('sure'):
-        n, failed = getattr(m, f'{do}_all')(everything=not (only := parse(q)), **only), 0
+        n, failed = getattr(m, f'{do}_all')(everything=not (only := _which(q)), **only), 0
         a.note = f"{do}: {n} jobs with {q or 'everything'}"
     else:
         failed = sum(not _one(getattr(m, do), id) for id in ids)
         n = len(ids) - failed
         a.note = f"{do}: {', '.join(ids)}"
     return RedirectResponse(a.url(f'{a.jobs.pages}/list', q=q, done=do, n=n, **{'not': failed or ''}), 303)
+
+def _which(q): return {k: v for k, v in parse(q).items() if k != 'oldest'}  # all that match are a set, in no order
 
 def _one(act, id) -> bool:
     try: act(id)
@@ -116,7 +122,7 @@ def _one(act, id) -> bool:
         return False
     return True
 
-# %% ../../nbs/web/12_joblist.ipynb #e6f3e5d5
+# %% ../../nbs/web/12_joblist.ipynb #79f2ab20
 def _confirm(a, only, q):
     "How many that would be, before it is done"
     if only.keys() - {*bulk_filters}: raise Problem(422, f"all that match can be found by {', '.join(k for k, v in _names.items() if v in bulk_filters)} only, and this search has other words: narrow it down, or choose the jobs one by one", 'invalid')

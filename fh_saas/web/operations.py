@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/operations.html.md"""
 # %% auto #0
 __all__ = ['each_page']
 
-# %% ../../nbs/web/14_operations.ipynb #c554b245
+# %% ../../nbs/web/14_operations.ipynb #3c7a2612
 from fastcore.basics import patch
 from starlette.responses import RedirectResponse
 from ..db_connect import FhSaasError
@@ -22,9 +22,8 @@ from .overview import many
 from .problems import Problem
 from .serving import Asked, Jobs
 from .tags import A, Button, Div, Form, H2, Hidden, Input, Nav, P, Span, Strong
-from ..workers.fleet import Fleet
 
-# %% ../../nbs/web/14_operations.ipynb #462a684c
+# %% ../../nbs/web/14_operations.ipynb #f68569b0
 _worker = {'Worker': None, 'State': None, 'Machine': None, 'Queues': None, 'Running': 'fs-num', 'Last beat': None, 'Jobs': None, '': None}
 _rule = {'Queue': None, 'State': None, 'Most at once': 'fs-num', ' ': None}
 
@@ -50,11 +49,11 @@ def _queues(a, rules):
         return row(_rule, (q or 'everything', Span(mode or 'open', cls='fs-status' + (' fs-retrying' if mode else '')), _number(a, at, 'concurrency', r and r.concurrency, f'Most at once of {q}', queue=q) if q else '', acts))
     return table(_rule, [one('', whole), *(one(q, r) for q, r in sorted({'default': None, **known}.items()))], '')
 
-# %% ../../nbs/web/14_operations.ipynb #be6bc50f
+# %% ../../nbs/web/14_operations.ipynb #854800bd
 def _workers_page(a:Asked):
     host = a.jobs.directory.host
     add = Form(Hidden(a.csrf(), name='csrf'), Input(name='queue', required=True, maxlength='64', placeholder='another queue', aria_label='Queue'), Button('Pause', name='mode', value='paused'), method='post', action=a.url(f'{a.jobs.pages}/workers/queue'), cls='fs-act')
-    return page(a, 'Queues and workers', H2('Processes that run jobs'), _workers(a, Fleet(host)), H2('Queues'), _queues(a, rules_of(host)), add, here='workers')
+    return page(a, 'Queues and workers', H2('Processes that run jobs'), _workers(a, a.jobs.fleet), H2('Queues'), _queues(a, rules_of(host)), add, here='workers')
 
 def _whole(form, name): # None if nothing was filled in
     v = form.get(name) or ''
@@ -63,7 +62,7 @@ def _whole(form, name): # None if nothing was filled in
 
 def _ask(a:Asked):
     what, n = a.sent.get('what') or None, _whole(a.sent, 'concurrency')
-    try: id = Fleet(a.jobs.directory.host).ask(a.sent.get('worker') or 'nobody', what, n)
+    try: id = a.jobs.fleet.ask(a.sent.get('worker') or 'nobody', what, n)
     except ValueError as e: raise Problem(422, str(e), 'invalid') from None
     a.note = f"{what or f'concurrency {n}'}: worker {id}"
     return RedirectResponse(a.url(f'{a.jobs.pages}/workers'), 303)
@@ -74,7 +73,7 @@ def _queue(a:Asked):
     a.note = f"queue {a.sent.get('queue') or 'everything'}: {sent}"
     return RedirectResponse(a.url(f'{a.jobs.pages}/workers'), 303)
 
-# %% ../../nbs/web/14_operations.ipynb #ec31b1e2
+# %% ../../nbs/web/14_operations.ipynb #1cfae1a2
 _tenant = {'Tenant': None, 'State': None, 'Running': 'fs-num', 'Due': 'fs-num', 'Failed': 'fs-num', '': None}
 each_page = 25 # tenants whose databases are looked into for one page
 
@@ -104,7 +103,7 @@ def _tenants(a:Asked):
     more = Nav(A(f'Next {min(each_page, len(found) - each_page)}', href=f"{a.jobs.pages}/tenants?after={shown_[-1].id}" + (f'&q={q}' if q else '')), aria_label='Pages') if len(found) > each_page else ''
     return page(a, f'{len(all_):,} tenants', note, search, table(_tenant, (_tenant_row(a, t) for t in shown_), "No tenant matches." if all_ else "There are no tenants yet: the app makes one with get_or_create_tenant_db."), more, here='tenants')
 
-# %% ../../nbs/web/14_operations.ipynb #a592a926
+# %% ../../nbs/web/14_operations.ipynb #0933c572
 def _settle(discard): return lambda id, host: settle_held(host, id, discard)
 
 _acts = dict(pause=suspend_tenant, resume=resume_tenant, release=_settle(False), discard=_settle(True))

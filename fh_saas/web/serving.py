@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/serving.html.md"""
 # %% auto #0
 __all__ = ['serving', 'Asked', 'Jobs', 'Guard']
 
-# %% ../../nbs/web/04_serving.ipynb #80b2fcdf
+# %% ../../nbs/web/04_serving.ipynb #3be51ced
 import inspect, json
 from contextvars import ContextVar
 from functools import cached_property
@@ -27,8 +27,9 @@ from .access import Access, Gate, Pace, check_same_site, csrf_token
 from .audit import Audit
 from .directory import Directory
 from .problems import Problem, log, problem_of
+from ..workers.fleet import Fleet
 
-# %% ../../nbs/web/04_serving.ipynb #b264a73c
+# %% ../../nbs/web/04_serving.ipynb #f67a641a
 class Asked:
     "One request, and what it may see"
     def __init__(self, jobs, req:Request, access:Access, sent): self.jobs, self.req, self.access, self.sent, self.note = jobs, req, access, sent, None
@@ -57,7 +58,7 @@ class Asked:
 
     def csrf(self) -> str: return csrf_token(self.req, self.jobs.secret)
 
-# %% ../../nbs/web/04_serving.ipynb #3cdf6a6a
+# %% ../../nbs/web/04_serving.ipynb #54477421
 class Jobs:
     "The job system in an app: where its routes are, and who may use them"
     def __init__(self, app:FastHTML, gate:Gate, directory:Directory,
@@ -71,14 +72,14 @@ class Jobs:
         self.app, self.gate, self.directory, self.api, self.pages, self.tasks = app, gate, directory, api, pages, tasks or {}
         self.secret, self.pace, self.routes = str(app.secret_key), Pace(*rate), []
         self.names_tenants = directory.host is not None
-        self.audit = Audit(directory.host) if directory.host else None
+        self.audit, self.fleet = (Audit(directory.host), Fleet(directory.host)) if directory.host else (None, None)
         app.add_middleware(Guard, jobs=self)
         app.state.jobs = self
 
     @property
     def tasks_at(self) -> str: return f'{self.api}/admin/background-tasks'
 
-# %% ../../nbs/web/04_serving.ipynb #259091db
+# %% ../../nbs/web/04_serving.ipynb #959ad25b
 @patch
 def add(self:Jobs, path:str, f,
     methods=('GET',),
@@ -109,7 +110,7 @@ def _place(self:Jobs, path, handle, methods):
     routes.insert(len(self.routes), new)
     self.routes.append(new)
 
-# %% ../../nbs/web/04_serving.ipynb #429e901c
+# %% ../../nbs/web/04_serving.ipynb #4e3f2db5
 @patch
 def warn_of_hidden(self:Jobs):
     for r in self.app.router.routes:
@@ -122,7 +123,7 @@ async def _sent(req): # A dict, or what a form has
     if not _is_json(req.headers.get('content-type', '')): return await req.form()
     return await req.json() if await req.body() else {}
 
-# %% ../../nbs/web/04_serving.ipynb #f6a23644
+# %% ../../nbs/web/04_serving.ipynb #94dda719
 @patch
 async def answer(self:Jobs, req:Request, f, needs:str, problem, paced:bool=False, action:str=None) -> Response:
     "Who is this, may they, was it one of our pages that asked; then the work"
@@ -138,7 +139,7 @@ async def answer(self:Jobs, req:Request, f, needs:str, problem, paced:bool=False
         return response
     except FhSaasError as e: return await run_in_threadpool(problem, req, problem_of(e))
 
-# %% ../../nbs/web/04_serving.ipynb #7f142c26
+# %% ../../nbs/web/04_serving.ipynb #2b61c3d7
 def _is_json(kind): return (k := kind.partition(';')[0].strip().lower()) == 'application/json' or k.endswith('+json')
 
 serving = ContextVar('fh_saas_serving', default=None) # `Jobs` and the scope of the request that this process answers in this context
