@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/serving.html.md"""
 # %% auto #0
 __all__ = ['serving', 'Asked', 'Jobs', 'Guard']
 
-# %% ../../nbs/web/04_serving.ipynb #3be51ced
+# %% ../../nbs/web/04_serving.ipynb #f41b6b21
 import inspect, json
 from contextvars import ContextVar
 from functools import cached_property
@@ -29,7 +29,7 @@ from .directory import Directory
 from .problems import Problem, log, problem_of
 from ..workers.fleet import Fleet
 
-# %% ../../nbs/web/04_serving.ipynb #f67a641a
+# %% ../../nbs/web/04_serving.ipynb #d842ded6
 class Asked:
     "One request, and what it may see"
     def __init__(self, jobs, req:Request, access:Access, sent): self.jobs, self.req, self.access, self.sent, self.note = jobs, req, access, sent, None
@@ -58,7 +58,7 @@ class Asked:
 
     def csrf(self) -> str: return csrf_token(self.req, self.jobs.secret)
 
-# %% ../../nbs/web/04_serving.ipynb #54477421
+# %% ../../nbs/web/04_serving.ipynb #95bad1b4
 class Jobs:
     "The job system in an app: where its routes are, and who may use them"
     def __init__(self, app:FastHTML, gate:Gate, directory:Directory,
@@ -79,7 +79,7 @@ class Jobs:
     @property
     def tasks_at(self) -> str: return f'{self.api}/admin/background-tasks'
 
-# %% ../../nbs/web/04_serving.ipynb #959ad25b
+# %% ../../nbs/web/04_serving.ipynb #b903a1cb
 @patch
 def add(self:Jobs, path:str, f,
     methods=('GET',),
@@ -110,7 +110,7 @@ def _place(self:Jobs, path, handle, methods):
     routes.insert(len(self.routes), new)
     self.routes.append(new)
 
-# %% ../../nbs/web/04_serving.ipynb #4e3f2db5
+# %% ../../nbs/web/04_serving.ipynb #958b61f7
 @patch
 def warn_of_hidden(self:Jobs):
     for r in self.app.router.routes:
@@ -121,9 +121,9 @@ def _as_json(req, p): return p.response()
 async def _sent(req): # A dict, or what a form has
     if req.method in ('GET', 'HEAD'): return {}
     if not _is_json(req.headers.get('content-type', '')): return await req.form()
-    return await req.json() if await req.body() else {}
+    return json.loads(body) if (body := await req.body()) else {}  # not req.json(): FastHTML has put the query into that one
 
-# %% ../../nbs/web/04_serving.ipynb #94dda719
+# %% ../../nbs/web/04_serving.ipynb #1ea275b1
 @patch
 async def answer(self:Jobs, req:Request, f, needs:str, problem, paced:bool=False, action:str=None) -> Response:
     "Who is this, may they, was it one of our pages that asked; then the work"
@@ -139,7 +139,7 @@ async def answer(self:Jobs, req:Request, f, needs:str, problem, paced:bool=False
         return response
     except FhSaasError as e: return await run_in_threadpool(problem, req, problem_of(e))
 
-# %% ../../nbs/web/04_serving.ipynb #2b61c3d7
+# %% ../../nbs/web/04_serving.ipynb #28ad0163
 def _is_json(kind): return (k := kind.partition(';')[0].strip().lower()) == 'application/json' or k.endswith('+json')
 
 serving = ContextVar('fh_saas_serving', default=None) # `Jobs` and the scope of the request that this process answers in this context
