@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/store_pages.html.md"""
 # %% auto #0
 __all__ = ['columns', 'only_these', 'stretch', 'most_counted', 'sought']
 
-# %% ../../nbs/jobs/05_store_pages.ipynb #38d6e371
+# %% ../../nbs/jobs/05_store_pages.ipynb #04592c57
 import base64, json
 import sqlalchemy as sa
 from fastcore.basics import patch
@@ -20,12 +20,12 @@ from .payload import clean
 from .states import Status
 from .store import Store, bind, bound, rows_of, tagged
 
-# %% ../../nbs/jobs/05_store_pages.ipynb #32d3f5a5
+# %% ../../nbs/jobs/05_store_pages.ipynb #66ed7adf
 columns = ('job_type', 'task', 'queue', 'triggered_by', 'rerun_of')
 only_these = (*columns, 'status', 'tag', 'since', 'until', 'q', 'error')
 
 def sought(**only) -> dict: # Without those that are None or empty
-    "Filters of a search, checked: `status` may be several, with commas; `since` and `until` are moments; `error` is text in the error, `q` text in the id, the error, the message of the progress or the arguments"
+    "Filters of a search, checked: `status` may be several, with commas; `since` and `until` are moments; `error` is text in the error, `q` text in the id, the error or the message of the progress"
     if odd := only.keys() - {*only_these}: raise InvalidJob(f"{', '.join(sorted(odd))} is no filter: use {', '.join(only_these)}")
     found = {}
     for k, v in only.items():
@@ -54,9 +54,9 @@ def _conditions(j, only):
         elif k == 'tag': yield tagged(j)
         elif k == 'since': yield j.c.created_at >= bind(k)
         elif k == 'until': yield j.c.created_at < bind(k)
-        else: yield sa.or_(*(sa.func.lower(j.c[c]).like(bind(k), escape='/') for c in (['error_message'] if k == 'error' else ['id', 'error_message', 'progress_message', 'payload'])))
+        else: yield sa.or_(*(sa.func.lower(j.c[c]).like(bind(k), escape='/') for c in (['error_message'] if k == 'error' else ['id', 'error_message', 'progress_message'])))
 
-# %% ../../nbs/jobs/05_store_pages.ipynb #7e4ffcc8
+# %% ../../nbs/jobs/05_store_pages.ipynb #cfbcc7fe
 stretch = 50_000 # jobs that a search without an index reads for one page
 
 def _position(self, j): return [sa.literal_column('rowid')] if isinstance(self.kind, SQLite) else [j.c.created_at, j.c.id]
@@ -96,7 +96,7 @@ def page(self:Store,
 def _named(name, at): return {f'{name}{n}': v for n, v in enumerate(at or ())}
 def _bindings(only): return {k: _like(v) if k in ('q', 'error') else v for k, v in only.items() if k != 'status'}
 
-# %% ../../nbs/jobs/05_store_pages.ipynb #521c310e
+# %% ../../nbs/jobs/05_store_pages.ipynb #6f5bbc05
 def _compared(pos, name):
     if len(pos) == 1: return pos[0], bind(f'{name}0', type_=sa.Integer)
     return sa.tuple_(*pos), sa.tuple_(*(bind(f'{name}{n}', type_=sa.String) for n in range(len(pos))))
@@ -131,7 +131,7 @@ def _stretch(self:Store, cur, at, n, oldest=False) -> list: # None if there are 
     found = self.statement(('stretch', j.name, bool(at), oldest), build)(cur, skip=n - 1, **_named('at', at)).fetchone()
     return found and [*found]
 
-# %% ../../nbs/jobs/05_store_pages.ipynb #b1316d60
+# %% ../../nbs/jobs/05_store_pages.ipynb #b62624a6
 most_counted = 10_000
 
 @patch

@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/access.html.md"""
 # %% auto #0
 __all__ = ['roles', 'closed', 'Access', 'Gate', 'is_local', 'csrf_token', 'same_site', 'check_same_site', 'Pace']
 
-# %% ../../nbs/web/01_access.ipynb #03c92a78
+# %% ../../nbs/web/01_access.ipynb #a6d27953
 import hashlib, inspect, ipaddress, secrets, time
 from collections import OrderedDict
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from starlette.requests import HTTPConnection
 from ..jobs.payload import clean
 from .problems import Problem
 
-# %% ../../nbs/web/01_access.ipynb #8a601709
+# %% ../../nbs/web/01_access.ipynb #0bd3f424
 roles = ('viewer', 'operator', 'admin')
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Access:
 
     def may(self, role:str) -> bool: return roles.index(self.role) >= roles.index(role)
 
-# %% ../../nbs/web/01_access.ipynb #8080cf24
+# %% ../../nbs/web/01_access.ipynb #fd691572
 async def _ask(f, conn): return await f(conn) if inspect.iscoroutinefunction(f) else await run_in_threadpool(f, conn)
 
 def _digest(token): return hashlib.sha256(token.encode('utf-8', 'surrogatepass')).digest()
@@ -56,11 +56,12 @@ class Gate:
         if isinstance(tokens, dict): tokens = {_digest(t): a for t, a in tokens.items()}  # looked up by digest: the time it takes says nothing
         self.tokens = tokens
 
-# %% ../../nbs/web/01_access.ipynb #9e1335a8
+# %% ../../nbs/web/01_access.ipynb #be37a5fe
 @patch
 async def __call__(self:Gate, conn:HTTPConnection, needs:str='viewer') -> Access:
     "The access of a request; `Problem` if there is none, or too little"
     access = await self._token(conn) or await self._session(conn)
+    if self.tenant is not None and not access.by_token and access.role != 'admin' and access.tenant in (None, ''): raise Problem(404, "no tenant is chosen: whose jobs are meant?", 'not-found')
     if (asked := conn.query_params.get('tenant')) and asked != access.tenant:
         if access.role != 'admin': raise Problem(404, f"no tenant {clean(asked, 80)!r}", 'not-found')
         access = replace(access, tenant=asked)
@@ -81,11 +82,17 @@ async def _session(self:Gate, conn):
         if not is_local(conn): raise Problem(403, closed)
         return Access('admin', user='local')
     if (role := await _ask(self.role, conn)) is None: raise Problem(401, "nobody is signed in who may see this", headers={'WWW-Authenticate': 'Bearer'} if self.tokens else {})
-    return Access(role, *[await _ask(f, conn) if f else None for f in (self.tenant, self.user)])
+    tenant, user = [await _ask(f, conn) if f else None for f in (self.tenant, self.user)]
+    if (id := getattr(tenant, 'tenant_id', None)) or isinstance(tenant, int): tenant = str(id or tenant)
+    return Access(role, tenant, user)
 
-# %% ../../nbs/web/01_access.ipynb #b906c1a0
+# %% ../../nbs/web/01_access.ipynb #f876e160
 closed = "Nobody has said who may see these jobs, so they are shown to this machine only. In the app: setup_jobs(app, role=lambda req: 'operator' if req.session.get('auth') else None)"
-_through = 'forwarded', 'x-forwarded-for', 'x-forwarded-host', 'x-real-ip'
+_through = 'forwarded', 'via', 'x-real-ip', 'x-client-ip', 'x-cluster-client-ip', 'true-client-ip', 'cf-connecting-ip', 'fly-client-ip'
+
+def _by_proxy(conn):
+    # nginx as it comes adds no header, but speaks HTTP/1.0 to what stands behind it
+    return conn.scope.get('http_version') == '1.0' or any(h in _through or h.startswith('x-forwarded') for h in conn.headers)
 
 def _host(text) -> str:
     try: return urlsplit(f'//{text}').hostname or ''
@@ -97,9 +104,9 @@ def _loopback(host):
 
 def is_local(conn:HTTPConnection) -> bool:
     "Does it come from this machine, and by this machine's name?"
-    return bool(conn.client) and _loopback(conn.client.host) and _loopback(_host(conn.headers.get('host', ''))) and not any(h in conn.headers for h in _through)
+    return bool(conn.client) and _loopback(conn.client.host) and _loopback(_host(conn.headers.get('host', ''))) and not _by_proxy(conn)
 
-# %% ../../nbs/web/01_access.ipynb #21ea8cd3
+# %% ../../nbs/web/01_access.ipynb #b672f531
 def _key(conn) -> str: # None without a session
     session = conn.scope.get('session')
     if session is None: return None
@@ -110,10 +117,14 @@ def csrf_token(conn:HTTPConnection, secret:str) -> str:
     "What a form of this session's pages carries"
     return hashlib.sha256(f'csrf:{secret}:{_key(conn)}'.encode()).hexdigest()[:40]
 
+def _netloc(url) -> str: # None if it has none
+    try: return urlsplit(url).netloc or None
+    except ValueError: return None
+
 def same_site(conn:HTTPConnection) -> bool:
     "Was it asked for by a page of this site, or by no page at all?"
     origin, site = conn.headers.get('origin'), conn.headers.get('sec-fetch-site', 'none')
-    return site in ('same-origin', 'none') and (origin is None or urlsplit(origin).netloc == conn.headers.get('host'))
+    return site in ('same-origin', 'none') and (origin is None or _netloc(origin) == conn.headers.get('host', ''))
 
 def check_same_site(conn:HTTPConnection, access:Access, secret:str,
     token:str=None, # That came with it
@@ -122,9 +133,9 @@ def check_same_site(conn:HTTPConnection, access:Access, secret:str,
     "Refuse a change that another site's page asks for with the user's session"
     if access.by_token: return
     if not same_site(conn): raise Problem(403, "this request comes from another site's page; nothing was changed")
-    if plain and not secrets.compare_digest(token or '', csrf_token(conn, secret)): raise Problem(403, "this page is too old: load it again, then try once more; nothing was changed")
+    if plain and not (isinstance(token, str) and secrets.compare_digest(_digest(token), _digest(csrf_token(conn, secret)))): raise Problem(403, "this page is too old: load it again, then try once more; nothing was changed")
 
-# %% ../../nbs/web/01_access.ipynb #dd86fbba
+# %% ../../nbs/web/01_access.ipynb #b4e7f5b3
 class Pace:
     "So many in a period, for each who asks"
     def __init__(self, most:int, period:float): self.most, self.period, self._seen = most, period, OrderedDict()

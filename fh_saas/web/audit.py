@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/audit.html.md"""
 # %% auto #0
 __all__ = ['log', 'audit_table', 'kept_for', 'Entry', 'Audit']
 
-# %% ../../nbs/web/03_audit.ipynb #91769731
+# %% ../../nbs/web/03_audit.ipynb #4fa802c7
 import logging
 from dataclasses import dataclass
 import sqlalchemy as sa
@@ -22,7 +22,7 @@ from ..jobs.wake import wakes_of
 
 log = logging.getLogger('fh_saas.web')
 
-# %% ../../nbs/web/03_audit.ipynb #1d16c612
+# %% ../../nbs/web/03_audit.ipynb #39770e74
 audit_table = sa.Table('fh_saas_audit', sa.MetaData(), sa.Column('id', sa.String, primary_key=True), *(sa.Column(c, sa.String) for c in ('at', 'by', 'tenant', 'action', 'what')))
 kept_for = 400*86400 # seconds
 
@@ -57,7 +57,7 @@ class Audit:
         try: self.db.write(op)
         except FhSaasError as e: log.error('tenant=%s: %s by %s is not in the audit: %s', tenant, action, by, e)
 
-# %% ../../nbs/web/03_audit.ipynb #500a080d
+# %% ../../nbs/web/03_audit.ipynb #c5f4bb8b
 @patch
 def entries(self:Audit,
     tenant:str=None, # Only acts on this tenant
@@ -66,6 +66,6 @@ def entries(self:Audit,
 ) -> list[Entry]:
     "Acts, the newest first"
     t = audit_table
-    where = [t.c.tenant == bind('tenant')]*bool(tenant) + [t.c.id < bind('before')]*bool(before)
-    stmt = self.db.statement(('audit', bool(tenant), bool(before)), lambda: sa.select(t).where(*where).order_by(t.c.id.desc()).limit(bind('n', type_=sa.Integer)))
+    where = [t.c.tenant == bind('tenant')]*(tenant is not None) + [t.c.id < bind('before')]*bool(before)
+    stmt = self.db.statement(('audit', tenant is not None, bool(before)), lambda: sa.select(t).where(*where).order_by(t.c.id.desc()).limit(bind('n', type_=sa.Integer)))
     with self.db.cursor() as cur: return [Entry(**r) for r in rows_of(stmt(cur, n=limit, tenant=tenant and clean(tenant, 200), before=before and clean(before, 64)))]

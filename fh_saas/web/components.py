@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/components.html.md"""
 # %% auto #0
 __all__ = ['NotSetUp', 'title', 'JobStatus', 'JobProgress', 'JobResult', 'JobList', 'JobBanner', 'JobButton', 'meant']
 
-# %% ../../nbs/web/07_components.ipynb #531a2381
+# %% ../../nbs/web/07_components.ipynb #6896d3dd
 import hashlib, json
 from itsdangerous import BadSignature, URLSafeSerializer
 from starlette.requests import HTTPConnection
@@ -24,7 +24,7 @@ from .serving import serving
 from .tags import A, Button, Dd, Div, Dl, Dt, Form, Hidden, Li, Noscript, P, Progress, Section, Span, Strong, Table, Tbody, Td, Th, Thead, Tr, Ul
 import fh_saas.jobs.pages  # noqa: F401 gives a store `page`
 
-# %% ../../nbs/web/07_components.ipynb #228c6c96
+# %% ../../nbs/web/07_components.ipynb #1b459684
 class NotSetUp(RuntimeError): "No app is set up whose page this could be on."
 
 def _here() -> tuple:
@@ -47,7 +47,7 @@ def _post(url, label, id=None, danger=False, target=None, **hidden):
     hx = dict(hx_post=url, hx_target=target, hx_swap='outerHTML', hx_disabled_elt='find button') if target else {}
     return Form(_token(), *(Hidden(v, name=k) for k, v in hidden.items()), Button(label, id=id, cls='fs-danger' if danger else 'fs-quiet'), method='post', action=url, cls='fs-act', **hx)
 
-# %% ../../nbs/web/07_components.ipynb #49085785
+# %% ../../nbs/web/07_components.ipynb #ceb3198a
 def title(job:JobRecord) -> str: return job.job_type.replace('_', ' ').strip().capitalize() or job.job_type
 
 def _record(m, job): return job if isinstance(job, JobRecord) else m.get_job(job)
@@ -67,7 +67,7 @@ def JobStatus(
     state = m.state(job)
     return Span(words(state), id=f'job-status-{job.id}', cls=f'fs-status fs-{state}', title=job.error_message, data_state=state, **_fresh(m, job, 'status', live))
 
-# %% ../../nbs/web/07_components.ipynb #08292b74
+# %% ../../nbs/web/07_components.ipynb #ee6ff4cf
 def JobProgress(m:BackgroundTaskManager, job, live:bool=False,
     acts:bool=True, # With buttons: cancel, retry
 ):
@@ -91,7 +91,7 @@ def _buttons(m, job, state):
     if job.status in ('failed', 'cancelled'): return to('retry', 'Try again')
     return '' if job.status in final or state == 'cancelling' else to('cancel', 'Cancel', danger=True)
 
-# %% ../../nbs/web/07_components.ipynb #5fddebd1
+# %% ../../nbs/web/07_components.ipynb #540b59b1
 def JobResult(m:BackgroundTaskManager, job,
     most:int=5, # Warnings
 ):
@@ -107,7 +107,7 @@ def JobResult(m:BackgroundTaskManager, job,
 
 def _value(v): return f'{v:,}' if isinstance(v, (int, float)) and not isinstance(v, bool) else v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)[:500]
 
-# %% ../../nbs/web/07_components.ipynb #f8a26a08
+# %% ../../nbs/web/07_components.ipynb #00759ec7
 def JobList(m:BackgroundTaskManager, live:bool=False,
     limit:int=10, # Most jobs
     **only, # Only these: `job_type`, `status`, `queue`, `tag`, `triggered_by`, as for the list of the API
@@ -128,7 +128,7 @@ def _row(m, j):
     bar = Progress(value=None if j.progress_percent is None else str(j.progress_percent), max='100', aria_label=f'Progress of {title(j)}') if j.status == 'running' else ''
     return Tr(Td(title(j)), Td(Span(words(state), cls=f'fs-status fs-{state}')), Td(bar, ' ', j.progress_message or '' if j.status not in final else ''), Td(since(j.started_at or j.created_at), title=shown(j.created_at)), Td(summary(j)), data_state=state)
 
-# %% ../../nbs/web/07_components.ipynb #cf800201
+# %% ../../nbs/web/07_components.ipynb #644e975f
 def JobBanner(m:BackgroundTaskManager,
     *types:str, # Job types that belong to this page; all if none is named
     live:bool=False,
@@ -148,7 +148,7 @@ def _line(m, j):
     said = summary(j) if j.status in final else ' · '.join(filter(None, (j.progress_message, left(j))))
     return P(Strong(title(j)), ' ', Span(words(state), cls=f'fs-status fs-{state}'), ' ', bar, ' ', said, cls='fs-line', data_state=state, data_said=f'{title(j)}: {words(state)}')
 
-# %% ../../nbs/web/07_components.ipynb #ba5d9c33
+# %% ../../nbs/web/07_components.ipynb #bbb36346
 def _signer(jobs): return URLSafeSerializer(jobs.secret, salt='fh_saas button')
 
 def JobButton(m:BackgroundTaskManager, label:str,
@@ -163,7 +163,7 @@ def JobButton(m:BackgroundTaskManager, label:str,
     jobs, _ = _here()
     t = m.engine.registry.add(task) if callable(task) else m.engine.registry.named(task)
     names = [f.attrs['name'] for f in fields if getattr(f, 'attrs', {}).get('name')]
-    what = dict(tenant=getattr(m.db, 'tenant_id', None), task=t.name, type=job_type or t.name, args=args, fields=names, live=live)
+    what = dict(tenant=m.store.tenant, task=t.name, type=job_type or t.name, args=args, fields=names, live=live)
     token, url = _signer(jobs).dumps(what), _url(m, 'start')
     slot = 'start-' + hashlib.sha256(token.encode()).hexdigest()[:8]
     hx = dict(hx_post=url, hx_disabled_elt='find button', **dict(hx_target=f'#{slot}', hx_swap='innerHTML') if show else dict(hx_swap='none'))

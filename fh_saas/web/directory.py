@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/directory.html.md"""
 # %% auto #0
 __all__ = ['known_for', 'Whereabouts', 'Directory']
 
-# %% ../../nbs/web/02_directory.ipynb #2a24e387
+# %% ../../nbs/web/02_directory.ipynb #8385e344
 import time
 from types import SimpleNamespace
 from fastcore.basics import patch
@@ -19,7 +19,7 @@ from ..jobs.payload import clean
 from ..utils_bgtsk import BackgroundTaskManager
 from .problems import Problem
 
-# %% ../../nbs/web/02_directory.ipynb #2ccfadae
+# %% ../../nbs/web/02_directory.ipynb #7ad4c47a
 class Whereabouts:
     "Where a tenant's jobs are, and whose: all that a manager needs of a database"
     def __init__(self, url, host:HostDatabase=None, tenant_id:str=None):
@@ -32,7 +32,7 @@ class Directory:
     "The tenants of a host; without a host, the databases that this process has opened"
     def __init__(self, host:HostDatabase=None): self.host, self._known = host, {}
 
-# %% ../../nbs/web/02_directory.ipynb #332758cd
+# %% ../../nbs/web/02_directory.ipynb #ad6c38ed
 @patch
 def tenants(self:Directory) -> list[TenantCatalog]:
     "All there are, by id"

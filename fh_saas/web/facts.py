@@ -9,13 +9,13 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/facts.html.md"""
 # %% auto #0
 __all__ = ['read', 'facts', 'took', 'since', 'left', 'words', 'summary']
 
-# %% ../../nbs/web/03_facts.ipynb #6a332cfe
+# %% ../../nbs/web/03_facts.ipynb #45834260
 import json, time
 from ..db_host import JobRecord, seconds, shown
 from ..jobs.masking import masked
 from ..jobs.states import final
 
-# %% ../../nbs/web/03_facts.ipynb #9583b147
+# %% ../../nbs/web/03_facts.ipynb #c0249951
 def read(text:str): # None for nothing; text that is no JSON as it is
     "JSON text of a row, as it may be shown"
     try: return None if text is None else masked(json.loads(text))
@@ -30,7 +30,7 @@ def facts(job:JobRecord,
     return same | at | dict(task_type=job.job_type, state=state, details=read(job.details), result=read(job.result), tags=[t for t in (job.tags or '').split(',') if t],
         attempts=dict(begun=job.attempt, failed=job.retry_count, most=job.max_retries))
 
-# %% ../../nbs/web/03_facts.ipynb #09399877
+# %% ../../nbs/web/03_facts.ipynb #0ee13265
 _units = (86400, 'd'), (3600, 'h'), (60, 'min'), (1, 's')
 
 def took(s:float) -> str: # Nothing for None
@@ -54,16 +54,22 @@ def left(job:JobRecord) -> str: # Nothing, if that cannot be said yet
     if job.status != 'running' or done < 3 or done >= 100 or spent < 2: return ''
     return f'about {took(max(1, round(spent*(100 - done)/done)))} left'
 
-# %% ../../nbs/web/03_facts.ipynb #dc1d97dc
+# %% ../../nbs/web/03_facts.ipynb #c401ab90
 _words = dict(completed='Done', completed_with_warnings='Done with warnings', failed='Failed', cancelled='Cancelled', running='Running', pending='Waiting', scheduled='Scheduled',
     retrying='Will be tried again', snoozed='Snoozed', cancelling='Stopping', waiting='Waits for its task')
 
 def words(state:str) -> str: return _words.get(state, state.replace('_', ' ').capitalize())
 
+def _head(text):
+    "What a line can show of a result, which may be a megabyte"
+    def cut(o): return o[:5000] if isinstance(o, str) else {k: cut(v) for k, v in [*o.items()][:20]} if isinstance(o, dict) else [*map(cut, o[:20])] if isinstance(o, list) else o
+    try: return cut(json.loads(text))
+    except (ValueError, RecursionError): return text[:5000]
+
 def summary(job:JobRecord, most:int=200) -> str:
     "What a job has come to, in a line"
     if job.error_message and job.status in ('failed', 'cancelled'): return job.error_message
-    r = read(job.result) if job.status in final else None
+    r = masked(_head(job.result)) if job.status in final and job.result is not None else None
     if isinstance(r, dict): r = ', '.join(f"{k.replace('_', ' ')} {v:,}" if isinstance(v, (int, float)) and not isinstance(v, bool) else f"{k.replace('_', ' ')} {v}" for k, v in r.items())
     text = '' if r is None else r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)
     return text if len(text) <= most else text[:most-1] + '…'

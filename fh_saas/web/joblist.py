@@ -7,7 +7,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/joblist.html.md"""
 # %% auto #0
 __all__ = ['parse', 'spoken']
 
-# %% ../../nbs/web/12_joblist.ipynb #3529d6ab
+# %% ../../nbs/web/12_joblist.ipynb #6ca6a54f
 import re
 from fastcore.basics import patch
 from starlette.responses import RedirectResponse
@@ -23,14 +23,15 @@ from .problems import Problem, problem_of
 from .serving import Asked, Jobs
 from .tags import A, Button, Div, Form, Hidden, Input, Label, Li, Nav, P, Progress, Span, Strong, Ul
 
-# %% ../../nbs/web/12_joblist.ipynb #911f00cc
+# %% ../../nbs/web/12_joblist.ipynb #4db2d023
 _names = dict(type='job_type', by='triggered_by', rerun='rerun_of') | {k: k for k in ('status', 'queue', 'tag', 'task', 'error', 'since', 'until')}
 _word = re.compile(r'(?:(\w+):)?("[^"]*"?|\S+)')
 
 def parse(text:str) -> dict: # Filters, as for `Store.page`
     "What was typed: `type:product_import status:failed error:timeout`, and words; `sort:oldest` begins with the oldest"
+    if len(text) > 500: raise Problem(422, "a search has at most 500 characters", 'invalid')
     found, words_ = {}, []
-    for name, value in _word.findall(text[:500]):
+    for name, value in _word.findall(text):
         value = value.strip('"')
         if name and name not in (*_names, 'sort'): raise Problem(422, f"{name}: is nothing to search by: use {', '.join(f'{n}:' for n in _names)}, or put the words in quotes", 'invalid')
         if not name: words_.append(value)
@@ -46,7 +47,7 @@ def spoken(only:dict) -> str:
     def quoted(v): return f'"{v}"' if ' ' in v or ':' in v and not v[:1].isdigit() else v
     return ' '.join([*(f'{back[k]}:{quoted(v)}' for k, v in only.items() if k in back), *(['sort:oldest'] if only.get('oldest') else []), *([only['q']] if only.get('q') else [])])
 
-# %% ../../nbs/web/12_joblist.ipynb #cc3355de
+# %% ../../nbs/web/12_joblist.ipynb #fc2493a1
 _heads = {'': None, 'Job': None, 'State': None, 'Progress': None, 'Attempts': 'fs-num', 'Queue': None, 'By': None, 'Created': None, 'Outcome': 'fs-long'}
 _tabs = dict(pending='Waiting', running='Running', completed='Done', completed_with_warnings='With warnings', failed='Failed', cancelled='Cancelled')
 
@@ -63,7 +64,7 @@ def _tab_links(a, only, counts):
     tabs = [Li(A('All', href=at(), aria_current=None if now else 'page'))]
     return Nav(Ul(*tabs, *(Li(A(f'{t} ', Span(many(*counts[s]), cls='fs-said'), href=at(status=s), aria_current='page' if now == s else None)) for s, t in _tabs.items()), cls='fs-tabs'), aria_label='By state')
 
-# %% ../../nbs/web/12_joblist.ipynb #4881dc44
+# %% ../../nbs/web/12_joblist.ipynb #8ba4b3a1
 def _acts(a, only, n):
     buttons = [Button(t, name='do', value=v, data_needs='1', cls=c) for v, t, c in (('retry', 'Try again', None), ('cancel', 'Cancel', None), ('delete', 'Delete', 'fs-danger'))]
     all_ = Button(f"All {'that match' if only else 'jobs'} …", name='all', value='1') if n else ''
@@ -89,28 +90,30 @@ def _list(a:Asked):
     more = Nav(A('First page', href=a.url(at, q=q)) if a.query.get('cursor') else '', A('Next page', href=a.url(at, q=q, cursor=cursor), rel='next') if cursor else '', A('Newest first' if only.get('oldest') else 'Oldest first', href=a.url(at, q=spoken(turned))) if rows else '', cls='fs-bar', aria_label='Pages and order')
     return page(a, 'Jobs', held_note(a), search, P(wrong.detail, cls='fs-why', role='alert') if wrong else '', _said(a), _tab_links(a, only, counts), acts, more, here='list', status=422 if wrong else 200)
 
-# %% ../../nbs/web/12_joblist.ipynb #bad1ef45
+# %% ../../nbs/web/12_joblist.ipynb #edfcebe2
 _done = dict(cancel='cancelled, or asked to stop', retry='due again', delete='deleted')
 _asks = dict(cancel='Cancel', retry='Try again', delete='Delete')
 
 def _said(a):
     "What the last action came to, from the address of the page"
     do, n, not_ = (a.query.get(k, '') for k in ('done', 'n', 'not'))
-    if do not in _done or not n.isdecimal(): return ''
+    if do not in _done or not n.isdecimal() or len(n + not_) > 18: return ''
     return P(f"{int(n):,} {'job' if n == '1' else 'jobs'} {_done[do]}.", f" {int(not_):,} could not be: see their state." if not_.isdecimal() and int(not_) else '', cls='fs-note', role='status')
 
 def _act(a:Asked):
     form, m = a.sent, a.manager
     do, q, ids = form.get('do'), form.get('q') or '', form.getlist('job')[:500]
-    if form.get('all'): return _confirm(a, _which(q), q)
+    if form.get('all'):
+        a.note = ()  # to ask is no act
+        return _confirm(a, _which(q), q)
     if do not in _done: raise Problem(422, "choose what is to be done", 'invalid')
     if form.get('sure'):
         n, failed = getattr(m, f'{do}_all')(everything=not (only := _which(q)), **only), 0
         a.note = f"{do}: {n} jobs with {q or 'everything'}"
     else:
-        failed = sum(not _one(getattr(m, do), id) for id in ids)
-        n = len(ids) - failed
-        a.note = f"{do}: {', '.join(ids)}"
+        done = [id for id in ids if _one(getattr(m, do), id)]
+        n, failed = len(done), len(ids) - len(done)
+        a.note = [f"{do}: {', '.join(done[i:i+25])}" for i in range(0, n, 25)]  # as many as an entry holds
     return RedirectResponse(a.url(f'{a.jobs.pages}/list', q=q, done=do, n=n, **{'not': failed or ''}), 303)
 
 def _which(q): return {k: v for k, v in parse(q).items() if k != 'oldest'}  # all that match are a set, in no order
@@ -122,7 +125,7 @@ def _one(act, id) -> bool:
         return False
     return True
 
-# %% ../../nbs/web/12_joblist.ipynb #79f2ab20
+# %% ../../nbs/web/12_joblist.ipynb #6d935765
 def _confirm(a, only, q):
     "How many that would be, before it is done"
     if only.keys() - {*bulk_filters}: raise Problem(422, f"all that match can be found by {', '.join(k for k, v in _names.items() if v in bulk_filters)} only, and this search has other words: narrow it down, or choose the jobs one by one", 'invalid')

@@ -9,8 +9,10 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/live.html.md"""
 # %% auto #0
 __all__ = ['every', 'soonest', 'most_streams', 'most_ids', 'recheck', 'Watch', 'stopping', 'Hub', 'pace']
 
-# %% ../../nbs/web/09_live.ipynb #dafbbf3b
+# %% ../../nbs/web/09_live.ipynb #dcfa85ca
 import asyncio, time
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fastcore.basics import patch
 from starlette.concurrency import run_in_threadpool
@@ -29,7 +31,7 @@ from .problems import Problem, log, problem_of
 from .serving import Asked, Jobs
 import fh_saas.jobs.claims, fh_saas.jobs.pages, fh_saas.jobs.statistics  # noqa: F401 give a store `_among`, `page`, `open_jobs`, `ended`
 
-# %% ../../nbs/web/09_live.ipynb #0e95ad46
+# %% ../../nbs/web/09_live.ipynb #9464e101
 _pulse = ('id', 'status', 'progress_percent', 'progress_message', 'attempt', 'run_at', 'cancel_requested_at')
 
 @patch
@@ -39,7 +41,7 @@ def pulse(self:Store, ids:list) -> dict: # Id -> what a page shows of it
     stmt = self.statement(('pulse', j.name), lambda: sa.select(*(j.c[c] for c in _pulse)).where(self._among()))
     with self.cursor() as cur: return {r['id']: r for r in rows_of(stmt(cur, ids=self._list(ids)))}
 
-# %% ../../nbs/web/09_live.ipynb #808b8e57
+# %% ../../nbs/web/09_live.ipynb #d7423d99
 def _state(r): return r and r is not ... and [r[c] for c in ('status', 'attempt', 'cancel_requested_at')]
 
 @dataclass(eq=False)
@@ -69,7 +71,7 @@ class Watch:
     @property
     def over(self) -> bool: return all(r is None or r['status'] in final for r in self.seen.values())
 
-# %% ../../nbs/web/09_live.ipynb #ddfed323
+# %% ../../nbs/web/09_live.ipynb #6e1fb788
 every, soonest = 1.0, 0.1 # seconds between looks: at most, and at least
 
 def stopping() -> bool: return default_engine().stopping
@@ -94,9 +96,10 @@ class Hub:
 
     def _told(self, e):
         for store in list(self._watches):
-            if store.tenant == e.tenant: self._loop.call_soon_threadsafe(self._pokes[store].set)
+            if store.tenant != e.tenant: continue
+            with suppress(RuntimeError): self._loop.call_soon_threadsafe(self._pokes[store].set)  # the loop ends with its app
 
-# %% ../../nbs/web/09_live.ipynb #8a8fb966
+# %% ../../nbs/web/09_live.ipynb #bd6b8093
 @patch
 async def _run(self:Hub, store):
     while watches := self._watches.get(store):
@@ -112,9 +115,33 @@ async def _run(self:Hub, store):
             for w in list(watches): w.look(found)
         await asyncio.sleep(soonest)
 
-# %% ../../nbs/web/09_live.ipynb #f69b37df
+# %% ../../nbs/web/09_live.ipynb #d7d5e97a
 most_streams, most_ids, recheck = 1000, 50, 15.0 # open streams of a process; jobs of one; seconds between looks at whether its user still may
 
+def _take(jobs, kind, a):
+    "Count one more that is open, for the process and for its user; gives what counts it back"
+    who = kind, str(a.access.tenant), a.access.user
+    if getattr(jobs, kind) >= most_streams or jobs.held[who] >= max(1, most_streams//20): raise Problem(503, f"too many {kind} are open: the page goes on asking by itself", 'unavailable', {'Retry-After': '30'})
+    setattr(jobs, kind, getattr(jobs, kind) + 1)
+    jobs.held[who] += 1
+    def give_back():
+        setattr(jobs, kind, getattr(jobs, kind) - 1)
+        jobs.held[who] -= 1
+        if not jobs.held[who]: del jobs.held[who]
+    return give_back
+
+class _Stream(StreamingResponse):
+    "Gives back what it holds, also if its client has gone before its first word"
+    def __init__(self, content, *ends, **kw):
+        super().__init__(content, media_type='text/event-stream', **kw)
+        self.ends = ends
+
+    async def __call__(self, scope, receive, send):
+        try: await super().__call__(scope, receive, send)
+        finally:
+            for end in self.ends: end()
+
+# %% ../../nbs/web/09_live.ipynb #d6c8b1a0
 def pace(streams:int) -> float: # Seconds
     "How long a stream waits between two pieces of news of a job that only goes on"
     return max(0.5, streams*0.02)
@@ -124,22 +151,20 @@ async def _within(event, seconds) -> bool:
     try: return await asyncio.wait_for(event.wait(), seconds)
     except TimeoutError: return False
 
-async def _hear(jobs, req, a, store, w):
+async def _hear(jobs, req, a, w):
     yield 'retry: 3000\n\n'
-    try:
-        checked, told = time.monotonic(), 0.0
-        while True:
-            if not await _within(w.event, recheck): yield ': still here\n\n'
-            await _within(w.hurry, told + pace(jobs.streams) - time.monotonic())
-            if time.monotonic() > checked + recheck:
-                if not await _still(jobs, req, a): break
-                checked = time.monotonic()
-            if w.closing: return  # the browser comes again, to whoever serves then
-            for id in w.take(): yield f'event: job\ndata: {id}\n\n'
-            told = time.monotonic()
-            if w.over: break
-        yield 'event: end\ndata: \n\n'
-    finally: jobs.hub.remove(store, w); jobs.streams -= 1
+    checked, told = time.monotonic(), 0.0
+    while True:
+        if not await _within(w.event, max(0.01, checked + recheck - time.monotonic())): yield ': still here\n\n'
+        await _within(w.hurry, min(told + pace(jobs.streams) - time.monotonic(), recheck))
+        if time.monotonic() >= checked + recheck:
+            if not await _still(jobs, req, a): break
+            checked = time.monotonic()
+        if w.closing: return  # the browser comes again, to whoever serves then
+        for id in w.take(): yield f'event: job\ndata: {id}\n\n'
+        told = time.monotonic()
+        if w.over: break
+    yield 'event: end\ndata: \n\n'
 
 async def _still(jobs, conn, a) -> bool:
     try: access = await jobs.gate(conn)
@@ -150,13 +175,12 @@ async def _stream(a:Asked):
     jobs, ids = a.jobs, {i for i in a.query.get('jobs', '')[:4000].split(',') if len(i) == 32 and i.isalnum() and i.isascii()}
     if not same_site(a.req): raise Problem(403, "this request comes from another site's page")
     if not ids or len(ids) > most_ids: raise Problem(422, f"jobs: use 1 to {most_ids} ids, with commas", 'invalid')
-    if jobs.streams >= most_streams: raise Problem(503, "too many streams are open: the page goes on asking by itself", 'unavailable', {'Retry-After': '30'})
     store = (await run_in_threadpool(lambda: a.manager)).store
-    jobs.streams += 1
+    give_back = _take(jobs, 'streams', a)
     jobs.hub.add(store, w := Watch(ids))
-    return StreamingResponse(_hear(jobs, a.req, a, store, w), media_type='text/event-stream', headers={'Cache-Control': 'no-store', 'X-Accel-Buffering': 'no'})
+    return _Stream(_hear(jobs, a.req, a, w), lambda: jobs.hub.remove(store, w), give_back, headers={'Cache-Control': 'no-store', 'X-Accel-Buffering': 'no'})
 
-# %% ../../nbs/web/09_live.ipynb #3c9afced
+# %% ../../nbs/web/09_live.ipynb #1ef2e70f
 def _snapshot(m, seen) -> tuple:
     "What a monitor shows, and the jobs that have ended since"
     s = m.store
@@ -168,19 +192,21 @@ def _snapshot(m, seen) -> tuple:
 async def _monitor(jobs, ws:WebSocket):
     try:
         if not same_site(ws): raise Problem(403, "this request comes from another site's page")
-        if jobs.sockets >= most_streams: raise Problem(503, "too many sockets are open", 'unavailable')
         a = Asked(jobs, ws, await jobs.gate(ws), {})
         m = await run_in_threadpool(lambda: a.manager)
+        give_back = _take(jobs, 'sockets', a)
     except FhSaasError as e: return await ws.close(1008, problem_of(e).detail[:120])
-    await ws.accept()
-    jobs.sockets += 1
-    sender = asyncio.create_task(_send(jobs, ws, a, m))
+    sender = None
     try:
+        await ws.accept()
+        sender = asyncio.create_task(_send(jobs, ws, a, m))
         while len((await ws.receive_text())) < 1000: pass  # a monitor has nothing to say; its end is what is waited for
     except (WebSocketDisconnect, KeyError): pass  # it has ended, or sent bytes
-    finally: jobs.sockets -= 1; sender.cancel()
+    finally:
+        give_back()
+        if sender: sender.cancel()
 
-# %% ../../nbs/web/09_live.ipynb #cd4c862b
+# %% ../../nbs/web/09_live.ipynb #5a1426ce
 async def _send(jobs, ws, a, m):
     last, seen, checked = None, set(), time.monotonic()
     try:
@@ -198,7 +224,7 @@ async def _send(jobs, ws, a, m):
 
 @patch
 def add_live(self:Jobs):
-    self.hub, self.streams, self.sockets = Hub(), 0, 0
+    self.hub, self.streams, self.sockets, self.held = Hub(), 0, 0, Counter()
     self.add(f'{self.pages}/-/stream', _stream)
     async def monitor(ws): await _monitor(self, ws)
     self.app.router.routes.insert(0, WebSocketRoute(f'{self.pages}/-/monitor', monitor))

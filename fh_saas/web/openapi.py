@@ -7,16 +7,19 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/openapi.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/web/06_openapi.ipynb #1449f11a
+# %% ../../nbs/web/06_openapi.ipynb #82266c87
 from fastcore.basics import patch
 from starlette.responses import JSONResponse
 from .. import __version__
+from ..jobs.masking import is_secret
 from ..jobs.states import Status
 from ..jobs.tasks import Task
+from .access import closed, is_local
 from .api import exposed
+from .problems import Problem
 from .serving import Jobs
 
-# %% ../../nbs/web/06_openapi.ipynb #1d35895c
+# %% ../../nbs/web/06_openapi.ipynb #da010a82
 def _obj(**props): return dict(type='object', properties=props, required=[*props])
 def _or_null(**schema): return dict(anyOf=[schema, dict(type='null')])
 def _ref(name): return {'$ref': f'#/components/schemas/{name}'}
@@ -29,7 +32,7 @@ _schemas = dict(
     Job=_obj(id=_text, task_type=_text, status=dict(enum=[*map(str, Status)]), state=dict(type='string', description='What the status means now: also scheduled, retrying, snoozed, waiting, cancelling'),
         progress_percent=_or_null(type='integer', minimum=0, maximum=100), progress_message=_maybe_text, created_at=_moment, started_at=_moment, completed_at=_moment, run_at=_moment,
         triggered_by=_maybe_text, error_message=_maybe_text, details={}, result={}, queue=_text, priority=dict(type='integer', minimum=1, maximum=4), rerun_of=_maybe_text, tags=dict(type='array', items=_text),
-        attempts=_obj(begun=_count, failed=_count, most=_count)),
+        attempts=_obj(begun=_count, failed=_count, most=_count)) | dict(additionalProperties=True),
     Accepted=_obj(job_id=_text, task_type=_text, status=_text, message=_text, status_url=_text),
     Page=_obj(items=dict(type='array', items=_ref('Job')), next_cursor=_maybe_text),
     Jobs=_obj(items=dict(type='array', items=_ref('Job'))),
@@ -38,12 +41,12 @@ _schemas = dict(
     Health=_obj(status=_text),
     Problem=dict(_obj(type=_text, title=_text, status=dict(type='integer'), detail=_text), description='RFC 9457'))
 
-# %% ../../nbs/web/06_openapi.ipynb #04825e92
+# %% ../../nbs/web/06_openapi.ipynb #98d2bb45
 def _param(name, description, where='query', **schema): return {'name': name, 'in': where, 'required': where == 'path', 'description': description, 'schema': schema or dict(type='string')}
 
 _id = _param('job_id', 'Of a job of this tenant', 'path')
 _filters = [_param('task_type', 'Only of this type', type='string', minLength=1, maxLength=200), _param('queue', 'Only in this queue', type='string', minLength=1, maxLength=64), _param('tag', 'Only with this tag', type='string', minLength=1, maxLength=64),
-    _param('q', 'Only with this text in the id, the error, the progress or the arguments', type='string', minLength=1, maxLength=200), _param('triggered_by', 'Only of this origin', type='string', minLength=1, maxLength=100),
+    _param('q', 'Only with this text in the id, the error or the progress', type='string', minLength=1, maxLength=200), _param('triggered_by', 'Only of this origin', type='string', minLength=1, maxLength=100),
     _param('rerun_of', 'Only reruns of this job', type='string', minLength=1, maxLength=200), _param('since', 'Created since then', type='string', format='date-time'), _param('until', 'Created before then', type='string', format='date-time')]
 _status = _param('status', 'Only with one of these, with commas')
 _limit = _param('limit', 'Most jobs', type='integer', minimum=1, maximum=500, default=50)
@@ -59,7 +62,7 @@ def _call(summary, ok, *params, body=None, said=200, problems=()):
     found = {str(s): {'$ref': '#/components/responses/Problem'} for s in (400, 401, 403, 404, 413, 415, 422, 429, 503, *problems)}
     return dict(summary=summary, parameters=[*params, _tenant], responses={str(said): ok} | found) | ({'requestBody': body} if body else {})
 
-# %% ../../nbs/web/06_openapi.ipynb #e6856bde
+# %% ../../nbs/web/06_openapi.ipynb #27129f9a
 def _moved(o, names):
     "A task's own definitions lie beside those of the others"
     if isinstance(o, list): return [_moved(x, names) for x in o]
@@ -69,11 +72,12 @@ def _moved(o, names):
 def _task(func, name, schemas) -> dict:
     "The schema of a task's arguments"
     s = dict(Task(func, name).schema)
+    if 'properties' in s: s['properties'] = {k: {n: v for n, v in p.items() if n != 'default' or not is_secret(k)} for k, p in s['properties'].items()}
     names = {k: f'{name}.{k}'.replace('/', '_') for k in s.get('$defs', {})}
     schemas |= {names[k]: _moved(v, names) for k, v in s.pop('$defs', {}).items()}
     return _moved(s, names)
 
-# %% ../../nbs/web/06_openapi.ipynb #33ae1619
+# %% ../../nbs/web/06_openapi.ipynb #901a63fe
 @patch
 def openapi(self:Jobs) -> dict:
     "What this app's API takes and gives"
@@ -95,5 +99,9 @@ def openapi(self:Jobs) -> dict:
         responses=dict(Problem=dict(description='Why not', content={'application/problem+json': dict(schema=_ref('Problem'))})),
         securitySchemes=dict(token=dict(type='http', scheme='bearer'), session={'type': 'apiKey', 'in': 'cookie', 'name': self.app.session_cookie})))
 
+def _serve(jobs, req):
+    g = jobs.gate
+    return JSONResponse(jobs.openapi()) if g.role or g.tokens or is_local(req) else Problem(403, closed).response()
+
 @patch
-def add_openapi(self:Jobs): self.add_open(f'{self.api}/openapi.json', lambda jobs, req: JSONResponse(jobs.openapi()))
+def add_openapi(self:Jobs): self.add_open(f'{self.api}/openapi.json', _serve)

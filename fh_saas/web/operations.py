@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/operations.html.md"""
 # %% auto #0
 __all__ = ['each_page']
 
-# %% ../../nbs/web/14_operations.ipynb #3c7a2612
+# %% ../../nbs/web/14_operations.ipynb #65cb5300
 from fastcore.basics import patch
 from starlette.responses import RedirectResponse
 from ..db_connect import FhSaasError
@@ -23,7 +23,7 @@ from .problems import Problem
 from .serving import Asked, Jobs
 from .tags import A, Button, Div, Form, H2, Hidden, Input, Nav, P, Span, Strong
 
-# %% ../../nbs/web/14_operations.ipynb #f68569b0
+# %% ../../nbs/web/14_operations.ipynb #618a0530
 _worker = {'Worker': None, 'State': None, 'Machine': None, 'Queues': None, 'Running': 'fs-num', 'Last beat': None, 'Jobs': None, '': None}
 _rule = {'Queue': None, 'State': None, 'Most at once': 'fs-num', ' ': None}
 
@@ -49,7 +49,7 @@ def _queues(a, rules):
         return row(_rule, (q or 'everything', Span(mode or 'open', cls='fs-status' + (' fs-retrying' if mode else '')), _number(a, at, 'concurrency', r and r.concurrency, f'Most at once of {q}', queue=q) if q else '', acts))
     return table(_rule, [one('', whole), *(one(q, r) for q, r in sorted({'default': None, **known}.items()))], '')
 
-# %% ../../nbs/web/14_operations.ipynb #854800bd
+# %% ../../nbs/web/14_operations.ipynb #d5f6d1de
 def _workers_page(a:Asked):
     host = a.jobs.directory.host
     add = Form(Hidden(a.csrf(), name='csrf'), Input(name='queue', required=True, maxlength='64', placeholder='another queue', aria_label='Queue'), Button('Pause', name='mode', value='paused'), method='post', action=a.url(f'{a.jobs.pages}/workers/queue'), cls='fs-act')
@@ -73,7 +73,7 @@ def _queue(a:Asked):
     a.note = f"queue {a.sent.get('queue') or 'everything'}: {sent}"
     return RedirectResponse(a.url(f'{a.jobs.pages}/workers'), 303)
 
-# %% ../../nbs/web/14_operations.ipynb #1cfae1a2
+# %% ../../nbs/web/14_operations.ipynb #2d1906de
 _tenant = {'Tenant': None, 'State': None, 'Running': 'fs-num', 'Due': 'fs-num', 'Failed': 'fs-num', '': None}
 each_page = 25 # tenants whose databases are looked into for one page
 
@@ -103,7 +103,7 @@ def _tenants(a:Asked):
     more = Nav(A(f'Next {min(each_page, len(found) - each_page)}', href=f"{a.jobs.pages}/tenants?after={shown_[-1].id}" + (f'&q={q}' if q else '')), aria_label='Pages') if len(found) > each_page else ''
     return page(a, f'{len(all_):,} tenants', note, search, table(_tenant, (_tenant_row(a, t) for t in shown_), "No tenant matches." if all_ else "There are no tenants yet: the app makes one with get_or_create_tenant_db."), more, here='tenants')
 
-# %% ../../nbs/web/14_operations.ipynb #0933c572
+# %% ../../nbs/web/14_operations.ipynb #5cbf5a47
 def _settle(discard): return lambda id, host: settle_held(host, id, discard)
 
 _acts = dict(pause=suspend_tenant, resume=resume_tenant, release=_settle(False), discard=_settle(True))
@@ -120,7 +120,7 @@ _audit = {'When': None, 'Who': None, 'Tenant': None, 'What': None, '': None}
 
 def _audit_page(a:Asked):
     whose = a.access.tenant if isinstance(a.access.tenant, str) else None
-    if whose is None and a.access.role != 'admin': raise Problem(404, "there is no audit here", 'not-found')
+    if not whose and a.access.role != 'admin': raise Problem(404, "there is no audit here", 'not-found')
     found = a.jobs.audit.entries(whose, 51, a.query.get('before') or None)
     rows = (row(_audit, (Span(since(e.at), title=shown(e.at)), e.by, e.tenant or '', e.action, e.what or '')) for e in found[:50])
     more = Nav(A('Older', href=a.url(f'{a.jobs.pages}/audit', before=found[49].id)), aria_label='Pages') if len(found) > 50 else ''

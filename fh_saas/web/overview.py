@@ -7,7 +7,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/overview.html.md"""
 # %% auto #0
 __all__ = ['late', 'by_minute', 'many', 'held_note']
 
-# %% ../../nbs/web/11_overview.ipynb #038437dc
+# %% ../../nbs/web/11_overview.ipynb #1eb3b3b8
 import time
 from urllib.parse import quote
 from fastcore.basics import patch
@@ -19,7 +19,7 @@ from .serving import Asked, Jobs
 from .tags import A, H2, Li, P, Strong, Ul
 import fh_saas.jobs.pages, fh_saas.jobs.statistics  # noqa: F401 give a store `counts`, `open_jobs`, `lately`, `ended`
 
-# %% ../../nbs/web/11_overview.ipynb #7c9d59dc
+# %% ../../nbs/web/11_overview.ipynb #4e2268cf
 _good, _bad = ('completed', 'completed_with_warnings'), ('failed', 'lost', 'retry')
 
 def by_minute(ended:list, now:float, minutes:int=60) -> list: # Of each minute, the oldest first: good, bad and other
@@ -37,7 +37,7 @@ def _hour(ended):
     said = f'{good:,} attempts done, {bad:,} failed, {other:,} otherwise ended in the last hour'
     return bars(b, said, ('an hour ago', 'now')), P(said, cls='fs-said')
 
-# %% ../../nbs/web/11_overview.ipynb #27b1bdeb
+# %% ../../nbs/web/11_overview.ipynb #f3b43a5c
 late = 60 # seconds that a due job may have waited without an alarm
 
 _queue = {'Queue': None, 'Due': 'fs-num', 'Scheduled': 'fs-num', 'Running': 'fs-num', 'Oldest due': 'fs-num'}
@@ -57,7 +57,7 @@ def _tasks(lately):
 
 def many(n, more) -> str: return f"{n:,}{'+' if more else ''}"
 
-# %% ../../nbs/web/11_overview.ipynb #aea20a44
+# %% ../../nbs/web/11_overview.ipynb #55ace548
 def held_note(a:Asked):
     "A warning, if this tenant's jobs are held back"
     t = a.jobs.directory.host and isinstance(a.access.tenant, str) and a.jobs.directory.host.find(a.access.tenant)
@@ -70,7 +70,7 @@ def _choose(a, known):
 
 def _overview(a:Asked):
     if a.access.tenant is None and a.jobs.directory.host: return RedirectResponse(a.url(f'{a.jobs.pages}/tenants'), 303)
-    if a.access.tenant is None and len(known := a.jobs.directory.tenants()) != 1: return _choose(a, known)
+    if a.access.tenant is None and a.access.role == 'admin' and len(known := a.jobs.directory.tenants()) != 1: return _choose(a, known)
     s = a.manager.store
     queues, counts = s.open_jobs(), s.counts(status='failed')
     due, running = (sum(v[k] for v in queues.values()) for k in ('due', 'running'))

@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/problems.html.md"""
 # %% auto #0
 __all__ = ['log', 'docs', 'Problem', 'problem_of']
 
-# %% ../../nbs/web/00_problems.ipynb #2d78a7aa
+# %% ../../nbs/web/00_problems.ipynb #df00f957
 import logging
 from http import HTTPStatus
 from starlette.responses import JSONResponse
@@ -29,7 +29,7 @@ from ..workers.fleet import UnknownWorker
 
 log = logging.getLogger('fh_saas.web')
 
-# %% ../../nbs/web/00_problems.ipynb #4b375822
+# %% ../../nbs/web/00_problems.ipynb #c6ed721a
 docs = 'https://abhisheksreesaila.github.io/fh-saas/web/problems.html#'
 
 class Problem(FhSaasError):
@@ -53,7 +53,7 @@ class Problem(FhSaasError):
     def response(self) -> JSONResponse:
         return JSONResponse(self.json(), self.status, self.headers, 'application/problem+json')
 
-# %% ../../nbs/web/00_problems.ipynb #14bf4a75
+# %% ../../nbs/web/00_problems.ipynb #b23fae50
 _meanings = (((JobNotFound, TenantNotFound, UnknownTask, UnknownWorker), 404, 'not-found'), ((WrongState, NotUnique, TenantSuspended), 409, 'wrong-state'),
     (TooLarge, 413, 'too-large'), ((InvalidJob, BadPayload, NotJson, InvalidRule), 422, 'invalid'), (QuotaExceeded, 429, 'quota-exceeded'), (QueueClosed, 503, 'unavailable'))
 

@@ -12,10 +12,10 @@ __all__ = ['A', 'Body', 'Button', 'Dd', 'Details', 'Dialog', 'Div', 'Dl', 'Dt', 
            'Script', 'Section', 'Select', 'Span', 'Strong', 'Summary', 'Svg', 'Table', 'Tbody', 'Td', 'Text',
            'Textarea', 'Th', 'Thead', 'Time', 'Title', 'Tr', 'Ul', 'Hidden', 'Html']
 
-# %% ../../nbs/web/03_tags.ipynb #e3e2665c
+# %% ../../nbs/web/03_tags.ipynb #db59e0f7
 from fastcore.xml import FT
 
-# %% ../../nbs/web/03_tags.ipynb #2a6c4798
+# %% ../../nbs/web/03_tags.ipynb #117032f6
 _names = dict(cls='class', fr='for', viewbox='viewBox')
 _void = {'input', 'link', 'meta', 'line', 'rect'}
 
