@@ -199,21 +199,32 @@ def submit(self:BackgroundTaskManager,
     return self._handle(op, self._stored(op, conn=conn), task_func)
 
 @patch
+def submit_with(self:BackgroundTaskManager, job_type:str, task_func:Callable,
+    arguments:dict, # Of the function: they may have any names
+    max_retries:int=_three,
+    **options, # As for `submit`
+) -> tuple[str, BackgroundTask]:
+    "As `submit`, for arguments that come from outside"
+    job_type, task_func = self._meant(job_type, task_func)
+    op, conn = self._made(job_type, task_func, max_retries, options, arguments)
+    return self._handle(op, self._stored(op, conn=conn), task_func)
+
+@patch
 def _handle(self:BackgroundTaskManager, op, said, task_func):
     job_id, at = said.get('found') or op.jobs[0]['id'], _moment(op, said)
     return job_id, JobTask(self, job_id, task_func, is_new='found' not in said, later=bool(at) and at > timestamp(time.time() + self.store.kind.ahead))
 
 # %% ../nbs/02_utils_bgtsk.ipynb #4a139a1e
 @patch
-def _made(self:BackgroundTaskManager, job_type, task_func, max_retries, task_kwargs) -> tuple: # What writes the row, and the transaction it belongs to
+def _made(self:BackgroundTaskManager, job_type, task_func, max_retries, task_kwargs, arguments=None) -> tuple: # What writes the row, and the transaction it belongs to
     engine, store = self.here
     alone, held = stands_for_itself(task_func), captures(task_func)
     registry = engine.registry_for(store, held)
     t = engine.alone(task_func) if alone else registry.meet(task_func)
     attempts = _attempts(t, max_retries)
-    options = {k: task_kwargs.pop(k) for k in (*_options, 'conn') if k in task_kwargs and k not in (t.params or ())}
+    options = {k: task_kwargs.pop(k) for k in (*_options, 'conn') if k in task_kwargs and (arguments is not None or k not in (t.params or ()))}
     conn = options.pop('conn', None)
-    if (payload := options.pop('payload', None)) is not None:
+    if (payload := options.pop('payload', None) if arguments is None else arguments) is not None:
         if task_kwargs: raise BadPayload(f"arguments of task {t.name!r} come in payload={{…}} or as keywords, not both (keywords: {', '.join(task_kwargs)})")
         if not isinstance(payload, dict): raise BadPayload(f"payload of task {t.name!r} is {type(payload).__name__}: use a dict of its arguments")
         task_kwargs = payload

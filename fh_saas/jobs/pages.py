@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/store_pages.html.md"""
 # %% auto #0
 __all__ = ['columns', 'only_these', 'stretch', 'most_counted', 'sought']
 
-# %% ../../nbs/jobs/05_store_pages.ipynb #04592c57
+# %% ../../nbs/jobs/05_store_pages.ipynb #b7cf333e
 import base64, json
 import sqlalchemy as sa
 from fastcore.basics import patch
@@ -20,7 +20,7 @@ from .payload import clean
 from .states import Status
 from .store import Store, bind, bound, rows_of, tagged
 
-# %% ../../nbs/jobs/05_store_pages.ipynb #66ed7adf
+# %% ../../nbs/jobs/05_store_pages.ipynb #397701c4
 columns = ('job_type', 'task', 'queue', 'triggered_by', 'rerun_of')
 only_these = (*columns, 'status', 'tag', 'since', 'until', 'q', 'error')
 
@@ -45,7 +45,7 @@ def _in_state(j, names):
     yield j.c.status == sa.literal_column(f"'{names[0]}'") if len(names) == 1 else j.c.status.in_([sa.literal_column(f"'{s}'") for s in names])
     if {*names} <= {*rare}: yield is_rare(j)
 
-def _like(v): return '%' + ''.join(f'/{c}' if c in '/%_' else c for c in v.lower()) + '%'
+def _like(v): return '%' + ''.join(f'/{c}' if c in '/%_' else c for c in v) + '%'
 
 def _conditions(j, only):
     for k, v in only.items():
@@ -54,9 +54,9 @@ def _conditions(j, only):
         elif k == 'tag': yield tagged(j)
         elif k == 'since': yield j.c.created_at >= bind(k)
         elif k == 'until': yield j.c.created_at < bind(k)
-        else: yield sa.or_(*(sa.func.lower(j.c[c]).like(bind(k), escape='/') for c in (['error_message'] if k == 'error' else ['id', 'error_message', 'progress_message'])))
+        else: yield sa.or_(*(sa.func.lower(j.c[c]).like(sa.func.lower(bind(k)), escape='/') for c in (['error_message'] if k == 'error' else ['id', 'error_message', 'progress_message'])))
 
-# %% ../../nbs/jobs/05_store_pages.ipynb #cfbcc7fe
+# %% ../../nbs/jobs/05_store_pages.ipynb #03097b48
 stretch = 50_000 # jobs that a search without an index reads for one page
 
 def _position(self, j): return [sa.literal_column('rowid')] if isinstance(self.kind, SQLite) else [j.c.created_at, j.c.id]
@@ -65,7 +65,7 @@ def _packed(at) -> str: return base64.urlsafe_b64encode(json.dumps([*at]).encode
 
 def _unpacked(cursor, n) -> list:
     try: at = json.loads(base64.urlsafe_b64decode(cursor + '='*(-len(cursor) % 4)))
-    except (ValueError, TypeError, AttributeError): at = None
+    except (ValueError, TypeError, AttributeError, RecursionError): at = None
     good = isinstance(at, list) and len(at) == n and (isinstance(at[0], int) and 0 <= at[0] < 2**63 if n == 1 else all(isinstance(x, str) and bound(x) == x for x in at))
     if not good: raise InvalidJob(f"cursor={clean(repr(cursor), 80)}: use the one that came with the page before")
     return at
@@ -96,7 +96,7 @@ def page(self:Store,
 def _named(name, at): return {f'{name}{n}': v for n, v in enumerate(at or ())}
 def _bindings(only): return {k: _like(v) if k in ('q', 'error') else v for k, v in only.items() if k != 'status'}
 
-# %% ../../nbs/jobs/05_store_pages.ipynb #6f5bbc05
+# %% ../../nbs/jobs/05_store_pages.ipynb #cfc704e2
 def _compared(pos, name):
     if len(pos) == 1: return pos[0], bind(f'{name}0', type_=sa.Integer)
     return sa.tuple_(*pos), sa.tuple_(*(bind(f'{name}{n}', type_=sa.String) for n in range(len(pos))))
@@ -131,7 +131,7 @@ def _stretch(self:Store, cur, at, n, oldest=False) -> list: # None if there are 
     found = self.statement(('stretch', j.name, bool(at), oldest), build)(cur, skip=n - 1, **_named('at', at)).fetchone()
     return found and [*found]
 
-# %% ../../nbs/jobs/05_store_pages.ipynb #b62624a6
+# %% ../../nbs/jobs/05_store_pages.ipynb #a59a7ac7
 most_counted = 10_000
 
 @patch
@@ -158,4 +158,5 @@ def _counted_among(self:Store, cur, only, n):
     j, end = self.t.jobs, self._stretch(cur, None, n)
     def build(): return sa.select(j.c.status, sa.func.count()).where(*[_within(_position(self, j), 'end', False)]*bool(end), *_conditions(j, only)).group_by(j.c.status)
     rows = self.statement(('counts among', j.name, bool(end), *_shape(only)), build)(cur, **_named('end', end), **_bindings(only)).fetchall()
-    return {s: (int(some), bool(end)) for s, some in rows}
+    found = dict(rows)
+    return {s: (int(found.get(s, 0)), bool(end)) for s in only.get('status') or map(str, Status)}

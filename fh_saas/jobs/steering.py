@@ -17,6 +17,7 @@ from .isolation import refuse_while_importing
 from .notice import hint, open_for, ring
 from .options import InvalidJob, checked, moment, text, word
 from .payload import clean, from_json, to_json
+from .states import Status
 from .store import Adding
 
 # %% ../../nbs/jobs/20_steering.ipynb #01a535f5
@@ -97,6 +98,7 @@ def rerun(self:Steering, job_id:str,
 def _filter(action, only, everything):
     if odd := only.keys() - set(filters): raise InvalidJob(f"{action}: {', '.join(sorted(odd))} is no filter: use {', '.join(filters)}")
     if not (only := {k: moment(k, v) if k in ('since', 'until') else word(k, v) if k == 'tag' else text(k, v, 200) for k, v in only.items() if v is not None}) and not everything: raise InvalidJob(f"{action} of all jobs: name a filter ({', '.join(filters)}), or say everything=True; nothing was changed")
+    if only.get('status', 'failed') not in [*Status]: raise InvalidJob(f"status={only['status']!r} is none of {', '.join(Status)}; nothing was changed")
     return only
 
 @patch

@@ -9,21 +9,21 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/api.html.md"""
 # %% auto #0
 __all__ = ['most_key', 'most_in_list', 'exposed', 'accepted']
 
-# %% ../../nbs/web/05_api.ipynb #c90beecb
+# %% ../../nbs/web/05_api.ipynb #8992cf8d
 from functools import partial
 from fastcore.basics import patch
 from starlette.datastructures import FormData
 from starlette.responses import JSONResponse, Response
 from ..jobs.control import filters
-from ..jobs.options import Unique
-from ..jobs.payload import clean
+from ..jobs.options import Unique, text
+from ..jobs.payload import clean, from_json
 from ..utils_bgtsk import BackgroundTaskManager
 from .facts import facts
 from .problems import Problem
 from .serving import Asked, Jobs
 import fh_saas.jobs.pages, fh_saas.jobs.statistics  # noqa: F401 give a store `page`, `counts`, `lately`
 
-# %% ../../nbs/web/05_api.ipynb #7f0b84f6
+# %% ../../nbs/web/05_api.ipynb #ef7dd6a8
 def exposed(tasks:dict) -> dict: # (domain, name in the URL) -> the function's registered name and itself
     "The tasks that the API may start"
     found = {}
@@ -40,7 +40,7 @@ def exposed(tasks:dict) -> dict: # (domain, name in the URL) -> the function's r
 
 def _is_part(s): return isinstance(s, str) and 0 < len(s) <= 64 and s.isascii() and s.replace('-', '').isalnum() and s == s.lower()
 
-# %% ../../nbs/web/05_api.ipynb #34df73e0
+# %% ../../nbs/web/05_api.ipynb #f563417a
 most_key = 128 # characters of an Idempotency-Key
 
 def _object(a:Asked) -> dict:
@@ -52,8 +52,8 @@ def _start(name, func, a:Asked):
     args, m, key = _object(a), a.manager, a.req.headers.get('idempotency-key')
     if odd := [k for k in a.query if k != 'tenant']: raise Problem(422, f"{clean(odd[0], 80)!r} is no parameter here: arguments come as a JSON object", 'invalid')
     unique = {} if key is None else dict(unique=_key(key, a))
-    job_id, bg_task = m.submit(name, func, payload=args, triggered_by=a.by, **unique)
-    if not bg_task.is_new and m.get_job(job_id).payload != m.engine.registry.meet(func).pack(args):
+    job_id, bg_task = m.submit_with(name, func, args, triggered_by=a.by, **unique)
+    if not bg_task.is_new and from_json(m.get_job(job_id).payload) != from_json(m.engine.registry.meet(func).pack(args)):
         raise Problem(422, f"Idempotency-Key {key!r} was used for job {job_id}, with other arguments; nothing was submitted", 'invalid', job_id=job_id)
     return accepted(a, m, job_id, bg_task)
 
@@ -67,12 +67,13 @@ def accepted(a:Asked, m:BackgroundTaskManager, job_id:str, bg_task=None) -> JSON
     body = dict(job_id=job_id, task_type=job.job_type, status=job.status, message="Task queued successfully", status_url=url)
     return JSONResponse(body, 202, {'Location': url, 'Retry-After': '3'}, background=bg_task)
 
-# %% ../../nbs/web/05_api.ipynb #e8dcb2e0
+# %% ../../nbs/web/05_api.ipynb #dba6bb08
 _filters = ('status', 'queue', 'since', 'until', 'q', 'tag', 'triggered_by', 'rerun_of')
 
 def _sought(a:Asked, *more) -> dict:
     "The filters of a query, by the names that a store has for them"
     if odd := [k for k in a.query if k not in (*_filters, *more, 'task_type', 'tenant')]: raise Problem(422, f"{clean(odd[0], 80)!r} is no parameter here: use {', '.join(('task_type', *_filters, *more))}", 'invalid')
+    if a.query.get('task_type'): text('task_type', a.query['task_type'], 200)
     return {('job_type' if k == 'task_type' else k): v for k, v in a.query.items() if v and k not in (*more, 'tenant')}
 
 def _number(a, name, default, low, high):
@@ -98,7 +99,12 @@ def _running(a:Asked):
     only, store = _sought(a, 'limit'), a.manager.store
     n = _number(a, 'limit', 50, 1, 500)
     if 'status' in only: raise Problem(422, "these are the running and the pending jobs: leave status out", 'invalid')
-    rows = [r for s in ('running', 'pending') for r in store.page(n, status=s, **only)[0]]
+    rows = []
+    for s in ('running', 'pending'):
+        cursor = ''
+        while cursor is not None and len(rows) < n:  # a filter may have to look through more than one stretch
+            some, cursor = store.page(n, cursor, status=s, **only)
+            rows += some
     return JSONResponse(dict(items=_sent(a, rows[:n])))
 
 def _show(a:Asked):
@@ -106,7 +112,7 @@ def _show(a:Asked):
     job = m.get_job(a.path['job_id'])
     return JSONResponse(facts(job, m.state(job)), headers={} if job.has_ended else {'Retry-After': '3'})
 
-# %% ../../nbs/web/05_api.ipynb #4495a3d1
+# %% ../../nbs/web/05_api.ipynb #d2360030
 _changes = ('cancel', 'retry', 'delete')
 
 def _act(action, a:Asked):
@@ -132,7 +138,7 @@ def _bulk(a:Asked):
     a.note = f"{action}{' (dry run)' if dry_run else ''}: {n} jobs with {only or 'everything'}"
     return JSONResponse(dict(action=action, count=n, dry_run=dry_run))
 
-# %% ../../nbs/web/05_api.ipynb #a7e24c72
+# %% ../../nbs/web/05_api.ipynb #df7c1c66
 def _statistics(a:Asked):
     store = a.manager.store
     statuses = {s: dict(count=n, more=more) for s, (n, more) in store.counts().items()}
@@ -143,7 +149,7 @@ def _health(jobs, req):
     up = runner is None or runner.engine is not None and not runner.engine.closed and not runner.engine.stopping
     return JSONResponse(dict(status='ok' if up else 'stopping'), 200 if up else 503)
 
-# %% ../../nbs/web/05_api.ipynb #91a0365f
+# %% ../../nbs/web/05_api.ipynb #c4235351
 @patch
 def add_api(self:Jobs):
     "The routes of the API"

@@ -9,12 +9,13 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/components.html.md"""
 # %% auto #0
 __all__ = ['NotSetUp', 'title', 'JobStatus', 'JobProgress', 'JobResult', 'JobList', 'JobBanner', 'JobButton', 'meant']
 
-# %% ../../nbs/web/07_components.ipynb #6896d3dd
+# %% ../../nbs/web/07_components.ipynb #8dc294fb
 import hashlib, json
 from itsdangerous import BadSignature, URLSafeSerializer
 from starlette.requests import HTTPConnection
 from urllib.parse import urlencode
 from ..db_host import JobRecord, shown
+from ..jobs.masking import secret_values
 from ..jobs.states import final
 from ..utils_bgtsk import BackgroundTaskManager
 from .access import csrf_token
@@ -24,7 +25,7 @@ from .serving import serving
 from .tags import A, Button, Dd, Div, Dl, Dt, Form, Hidden, Li, Noscript, P, Progress, Section, Span, Strong, Table, Tbody, Td, Th, Thead, Tr, Ul
 import fh_saas.jobs.pages  # noqa: F401 gives a store `page`
 
-# %% ../../nbs/web/07_components.ipynb #1b459684
+# %% ../../nbs/web/07_components.ipynb #edf262e6
 class NotSetUp(RuntimeError): "No app is set up whose page this could be on."
 
 def _here() -> tuple:
@@ -47,7 +48,7 @@ def _post(url, label, id=None, danger=False, target=None, **hidden):
     hx = dict(hx_post=url, hx_target=target, hx_swap='outerHTML', hx_disabled_elt='find button') if target else {}
     return Form(_token(), *(Hidden(v, name=k) for k, v in hidden.items()), Button(label, id=id, cls='fs-danger' if danger else 'fs-quiet'), method='post', action=url, cls='fs-act', **hx)
 
-# %% ../../nbs/web/07_components.ipynb #ceb3198a
+# %% ../../nbs/web/07_components.ipynb #19f9c193
 def title(job:JobRecord) -> str: return job.job_type.replace('_', ' ').strip().capitalize() or job.job_type
 
 def _record(m, job): return job if isinstance(job, JobRecord) else m.get_job(job)
@@ -67,7 +68,7 @@ def JobStatus(
     state = m.state(job)
     return Span(words(state), id=f'job-status-{job.id}', cls=f'fs-status fs-{state}', title=job.error_message, data_state=state, **_fresh(m, job, 'status', live))
 
-# %% ../../nbs/web/07_components.ipynb #ee6ff4cf
+# %% ../../nbs/web/07_components.ipynb #fb5ffbe0
 def JobProgress(m:BackgroundTaskManager, job, live:bool=False,
     acts:bool=True, # With buttons: cancel, retry
 ):
@@ -91,14 +92,14 @@ def _buttons(m, job, state):
     if job.status in ('failed', 'cancelled'): return to('retry', 'Try again')
     return '' if job.status in final or state == 'cancelling' else to('cancel', 'Cancel', danger=True)
 
-# %% ../../nbs/web/07_components.ipynb #540b59b1
+# %% ../../nbs/web/07_components.ipynb #3fd19487
 def JobResult(m:BackgroundTaskManager, job,
     most:int=5, # Warnings
 ):
     "What a job has come to: its numbers, its warnings, or why it failed"
     job = _record(m, job)
     if job.status not in final: return P(words(m.state(job)), cls='fs-said')
-    found = read(job.result)
+    found = read(job.result, secret_values(job.payload))
     if job.status in ('failed', 'cancelled'): return P(job.error_message or words(job.status), cls='fs-why')
     warned = [l for l in m.logs(job.id) if l['level'] == 'warning' and l['attempt'] == job.attempt] if job.status == 'completed_with_warnings' else []
     shown_ = Dl(*(o for k, v in found.items() for o in (Dt(k.replace('_', ' ')), Dd(_value(v)))), cls='fs-result') if isinstance(found, dict) and found else P(summary(job), cls='fs-said') if found is not None else ''
@@ -107,7 +108,7 @@ def JobResult(m:BackgroundTaskManager, job,
 
 def _value(v): return f'{v:,}' if isinstance(v, (int, float)) and not isinstance(v, bool) else v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)[:500]
 
-# %% ../../nbs/web/07_components.ipynb #00759ec7
+# %% ../../nbs/web/07_components.ipynb #db984ca4
 def JobList(m:BackgroundTaskManager, live:bool=False,
     limit:int=10, # Most jobs
     **only, # Only these: `job_type`, `status`, `queue`, `tag`, `triggered_by`, as for the list of the API
@@ -128,7 +129,7 @@ def _row(m, j):
     bar = Progress(value=None if j.progress_percent is None else str(j.progress_percent), max='100', aria_label=f'Progress of {title(j)}') if j.status == 'running' else ''
     return Tr(Td(title(j)), Td(Span(words(state), cls=f'fs-status fs-{state}')), Td(bar, ' ', j.progress_message or '' if j.status not in final else ''), Td(since(j.started_at or j.created_at), title=shown(j.created_at)), Td(summary(j)), data_state=state)
 
-# %% ../../nbs/web/07_components.ipynb #644e975f
+# %% ../../nbs/web/07_components.ipynb #d91c2318
 def JobBanner(m:BackgroundTaskManager,
     *types:str, # Job types that belong to this page; all if none is named
     live:bool=False,
@@ -148,7 +149,7 @@ def _line(m, j):
     said = summary(j) if j.status in final else ' · '.join(filter(None, (j.progress_message, left(j))))
     return P(Strong(title(j)), ' ', Span(words(state), cls=f'fs-status fs-{state}'), ' ', bar, ' ', said, cls='fs-line', data_state=state, data_said=f'{title(j)}: {words(state)}')
 
-# %% ../../nbs/web/07_components.ipynb #bbb36346
+# %% ../../nbs/web/07_components.ipynb #86041e6a
 def _signer(jobs): return URLSafeSerializer(jobs.secret, salt='fh_saas button')
 
 def JobButton(m:BackgroundTaskManager, label:str,

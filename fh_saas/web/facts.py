@@ -9,17 +9,25 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/facts.html.md"""
 # %% auto #0
 __all__ = ['read', 'facts', 'took', 'since', 'left', 'words', 'summary']
 
-# %% ../../nbs/web/03_facts.ipynb #45834260
+# %% ../../nbs/web/03_facts.ipynb #f78c36fe
 import json, time
 from ..db_host import JobRecord, seconds, shown
-from ..jobs.masking import masked
+from ..jobs.masking import mask, masked, secret_values
 from ..jobs.states import final
 
-# %% ../../nbs/web/03_facts.ipynb #c0249951
-def read(text:str): # None for nothing; text that is no JSON as it is
+# %% ../../nbs/web/03_facts.ipynb #c02234e0
+def read(text:str, # None for nothing; text that is no JSON as it is
+    values=(), # What else is not to be shown, as `secret_values` gives it
+):
     "JSON text of a row, as it may be shown"
-    try: return None if text is None else masked(json.loads(text))
-    except (ValueError, RecursionError): return masked(text)
+    try: return None if text is None else _without(masked(json.loads(text)), values)
+    except (ValueError, RecursionError): return _without(masked(text), values)
+
+def _without(o, values):
+    if not values: return o
+    if isinstance(o, dict): return {k: _without(v, values) for k, v in o.items()}
+    if isinstance(o, list): return [_without(v, values) for v in o]
+    return mask(o, values) if isinstance(o, str) else o
 
 def facts(job:JobRecord,
     state:str, # As `manager.state` says
@@ -27,10 +35,11 @@ def facts(job:JobRecord,
     "A job as it is sent"
     same = {k: getattr(job, k) for k in ('id', 'status', 'progress_percent', 'progress_message', 'triggered_by', 'error_message', 'queue', 'priority', 'rerun_of')}
     at = {k: shown(getattr(job, k)) for k in ('created_at', 'started_at', 'completed_at', 'run_at')}
-    return same | at | dict(task_type=job.job_type, state=state, details=read(job.details), result=read(job.result), tags=[t for t in (job.tags or '').split(',') if t],
+    hidden = secret_values(job.payload)
+    return same | at | dict(task_type=job.job_type, state=state, details=read(job.details, hidden), result=read(job.result, hidden), tags=[t for t in (job.tags or '').split(',') if t],
         attempts=dict(begun=job.attempt, failed=job.retry_count, most=job.max_retries))
 
-# %% ../../nbs/web/03_facts.ipynb #0ee13265
+# %% ../../nbs/web/03_facts.ipynb #78ac8005
 _units = (86400, 'd'), (3600, 'h'), (60, 'min'), (1, 's')
 
 def took(s:float) -> str: # Nothing for None
@@ -54,7 +63,7 @@ def left(job:JobRecord) -> str: # Nothing, if that cannot be said yet
     if job.status != 'running' or done < 3 or done >= 100 or spent < 2: return ''
     return f'about {took(max(1, round(spent*(100 - done)/done)))} left'
 
-# %% ../../nbs/web/03_facts.ipynb #c401ab90
+# %% ../../nbs/web/03_facts.ipynb #043f1a25
 _words = dict(completed='Done', completed_with_warnings='Done with warnings', failed='Failed', cancelled='Cancelled', running='Running', pending='Waiting', scheduled='Scheduled',
     retrying='Will be tried again', snoozed='Snoozed', cancelling='Stopping', waiting='Waits for its task')
 
@@ -69,7 +78,7 @@ def _head(text):
 def summary(job:JobRecord, most:int=200) -> str:
     "What a job has come to, in a line"
     if job.error_message and job.status in ('failed', 'cancelled'): return job.error_message
-    r = masked(_head(job.result)) if job.status in final and job.result is not None else None
+    r = _without(masked(_head(job.result)), secret_values(job.payload)) if job.status in final and job.result is not None else None
     if isinstance(r, dict): r = ', '.join(f"{k.replace('_', ' ')} {v:,}" if isinstance(v, (int, float)) and not isinstance(v, bool) else f"{k.replace('_', ' ')} {v}" for k, v in r.items())
     text = '' if r is None else r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)
     return text if len(text) <= most else text[:most-1] + '…'

@@ -7,12 +7,13 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/jobpage.html.md"""
 # %% auto #0
 __all__ = ['timeline', 'app_frames', 'changes']
 
-# %% ../../nbs/web/13_jobpage.ipynb #4c442334
+# %% ../../nbs/web/13_jobpage.ipynb #dc37f57a
 import json, re
 from functools import partial
 from fastcore.basics import patch
 from starlette.responses import RedirectResponse
 from ..db_host import seconds, shown
+from ..jobs.masking import secret_values
 from ..jobs.payload import clean
 from ..jobs.states import final
 from .components import JobResult, title
@@ -23,7 +24,7 @@ from .problems import Problem
 from .serving import Asked, Jobs
 from .tags import A, Button, Dd, Details, Div, Dl, Dt, Form, H2, Hidden, Label, P, Pre, Progress, Span, Summary, Textarea, Time
 
-# %% ../../nbs/web/13_jobpage.ipynb #db9ce12f
+# %% ../../nbs/web/13_jobpage.ipynb #d2cf9742
 _tries = {'': None, 'Waited': 'fs-num', 'Begun': None, 'Ran': 'fs-num', 'Outcome': None, 'Then waits': 'fs-num', 'Worker': None, 'Error': 'fs-long'}
 
 def _span(a, b):
@@ -45,7 +46,7 @@ def _timeline(a, job, tries):
         return row(_tries, (n, took(waited), Span((shown(begun) or '')[11:19], title=shown(begun)), took(ran), outcome.replace('_', ' '), took(then), Span((worker or '')[-8:], title=worker if a.access.role == 'admin' else None), error or ''))
     return table(_tries, map(one, timeline(job, tries)), "It has not been tried yet.")
 
-# %% ../../nbs/web/13_jobpage.ipynb #a129734e
+# %% ../../nbs/web/13_jobpage.ipynb #faa9240d
 _frame = re.compile(r'^(?:[ |+]*)File "([^"]+)", line \d+')
 _others = re.compile(r'[/\\](site-packages|dist-packages|lib[/\\]python3[^/\\]*|fh_saas[/\\](jobs|workers))[/\\]|<frozen')
 
@@ -60,7 +61,7 @@ def app_frames(log:str) -> str:
         if not skip: kept.append(line)
     return '\n'.join(kept) + (f"\n({n} frames of libraries are left out)" if n else '')
 
-# %% ../../nbs/web/13_jobpage.ipynb #996c6cf2
+# %% ../../nbs/web/13_jobpage.ipynb #f368c4f6
 def changes(
     shown_:dict, # The arguments as they were shown, without secrets
     text:str, # As they came back
@@ -74,7 +75,7 @@ def changes(
     if hidden := [k for k, v in new.items() if '***' in json.dumps(v)]: raise Problem(422, f"argument {clean(hidden[0], 80)!r} has a secret in it that is not shown: type it in, or leave the argument as it was", 'invalid')
     return new
 
-# %% ../../nbs/web/13_jobpage.ipynb #9a1bf07d
+# %% ../../nbs/web/13_jobpage.ipynb #e112e609
 def _pretty(o): return json.dumps(o, indent=2, ensure_ascii=False) if not isinstance(o, str) else o
 
 def _block(name, id, text): return H2(name, ' ', Button('Copy', type='button', data_copy=id, data_js='1', hidden=True)), Pre(text, id=id, tabindex='0')
@@ -99,7 +100,7 @@ def _buttons(a, job):
     names = dict(retry='Try again', cancel='Cancel', delete='Delete')
     return Div(*(form(a, f'{at}/{k}', names[k], danger=k == 'delete') for k in names if can[k]), cls='fs-bar')
 
-# %% ../../nbs/web/13_jobpage.ipynb #a3bf02fb
+# %% ../../nbs/web/13_jobpage.ipynb #e6658d97
 def _again(a, job, args):
     return Details(Summary('Run it again, perhaps with other arguments'), Form(Hidden(a.csrf(), name='csrf'), Hidden(_pretty(args), name='shown'), Label('Arguments as JSON', Textarea(_pretty(args), name='arguments', spellcheck='false')), Button('Submit as a new job'),
         method='post', action=a.url(f'{a.jobs.pages}/job/{job.id}/rerun')), id='fs-again')
@@ -111,14 +112,14 @@ def _log(logs, most=200):
 def _page(a:Asked, wrong=None, status=200):
     m, id = a.manager, a.path['job_id']
     job = m.get_job(id)
-    state, args, acts = m.state(job), m.arguments(id), a.access.may('operator')
+    state, args, acts, hidden = m.state(job), m.arguments(id), a.access.may('operator'), secret_values(job.payload)
     result = (H2('Result'), JobResult(m, job, most=50)) if job.status in ('completed', 'completed_with_warnings') else ''
     trace = (_block('Traceback of the last failure', 'trace', app_frames(job.error_log)), Details(Summary('With the frames of libraries'), Pre(job.error_log, tabindex='0'), id='all-frames')) if job.error_log else ''
     return page(a, title(job), held_note(a) if state in ('pending', 'running') else '', P(wrong, cls='fs-why', role='alert') if wrong else '', *_now(job, state), _buttons(a, job) if acts else '', result,
         H2('Attempts'), _timeline(a, job, m.attempts(id)), trace, H2('Facts'), _facts(a, job), _block('Arguments', 'args', _pretty(args)), _again(a, job, args) if acts else '',
-        _block('Result as JSON', 'result', _pretty(read(job.result))) if job.result else '', _block('Details', 'details', _pretty(details)) if (details := read(job.details)) else '', _log(m.logs(id)), here='list', reload=job.status not in final, status=status)
+        _block('Result as JSON', 'result', _pretty(read(job.result, hidden))) if job.result else '', _block('Details', 'details', _pretty(details)) if (details := read(job.details, hidden)) else '', _log(m.logs(id)), here='list', reload=job.status not in final, status=status)
 
-# %% ../../nbs/web/13_jobpage.ipynb #184ae3f8
+# %% ../../nbs/web/13_jobpage.ipynb #1c3903dc
 def _act(action, a:Asked):
     getattr(a.manager, action)(a.path['job_id'])
     return RedirectResponse(a.url(f'{a.jobs.pages}/list', done='delete', n=1) if action == 'delete' else a.url(f"{a.jobs.pages}/job/{a.path['job_id']}"), 303)

@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/parts.html.md"""
 # %% auto #0
 __all__ = ['html', 'back', 'asset', 'asset_url', 'headers']
 
-# %% ../../nbs/web/08_parts.ipynb #0c7ed668
+# %% ../../nbs/web/08_parts.ipynb #6458feb5
 import hashlib
 from functools import cache, partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from .problems import Problem
 from .serving import Asked, Jobs
 from .tags import Link, P, Script
 
-# %% ../../nbs/web/08_parts.ipynb #c488b044
+# %% ../../nbs/web/08_parts.ipynb #226b78d2
 def html(ft, status:int=200, headers:dict=None, task=None) -> HTMLResponse:
     "FT as a response"
     return HTMLResponse(to_xml(ft, indent=False), status, {'Cache-Control': 'no-store'} | (headers or {}), background=task)
@@ -50,7 +50,7 @@ def _part_problem(asked_to, req, p:Problem):
     said = "This job is not there any more." if p.status == 404 else "Sign in again to see this." if p.status == 401 else p.detail
     return html(P(said, cls='fs-why', role='alert'), 286 if asked_to == 'look' else 200)
 
-# %% ../../nbs/web/08_parts.ipynb #3f564553
+# %% ../../nbs/web/08_parts.ipynb #dd9bdc13
 def back(a:Asked, otherwise:str) -> RedirectResponse:
     "To the page that the form was on"
     try: at = urlsplit(a.req.headers.get('referer', ''))
@@ -64,7 +64,7 @@ def _start(a:Asked):
     if what['tenant'] != m.store.tenant: raise Problem(404, "this button belongs to another tenant's page: load the page again; nothing was started", 'not-found')
     t = m.engine.registry.named(what['task'])
     filled = {k: _typed(t, k, a.sent.get(k)) for k in what['fields'] if a.sent.get(k) not in (None, '')}
-    job_id, bg_task = m.submit(what['type'], t.func, payload={**filled, **what['args']}, triggered_by=a.by)
+    job_id, bg_task = m.submit_with(what['type'], t.func, {**filled, **what['args']}, triggered_by=a.by)
     response = html(JobProgress(m, job_id, what['live']), headers={'HX-Trigger': 'jobs-started'}) if a.htmx else back(a, a.url(f'{a.jobs.pages}/job/{job_id}'))
     response.background = bg_task
     return response
@@ -82,7 +82,7 @@ def _act(action, a:Asked):
         a.note = ()  # it has ended meanwhile: what is shown says so, and nothing was done
     return _progress(a, job_id) if a.htmx else back(a, a.url(f'{a.jobs.pages}/job/{job_id}'))
 
-# %% ../../nbs/web/08_parts.ipynb #856b984e
+# %% ../../nbs/web/08_parts.ipynb #68adde09
 _folder = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../../fh_saas/web/assets')
 _kinds = dict(style=('jobs.css', 'text/css'), script=('jobs.js', 'text/javascript'))
 
@@ -100,7 +100,7 @@ def headers(jobs:Jobs) -> tuple:
     "What a page with components has in its head"
     return Link(rel='stylesheet', href=asset_url(jobs, 'style')), Script(src=asset_url(jobs, 'script'), defer=True, data_jobs=jobs.pages)
 
-# %% ../../nbs/web/08_parts.ipynb #6ae0752c
+# %% ../../nbs/web/08_parts.ipynb #70715631
 @patch
 def add_parts(self:Jobs):
     "The routes that components ask"

@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/serving.html.md"""
 # %% auto #0
 __all__ = ['policy', 'secure', 'serving', 'Asked', 'Jobs', 'Guard']
 
-# %% ../../nbs/web/04_serving.ipynb #4dc261c9
+# %% ../../nbs/web/04_serving.ipynb #ffbdde0e
 import inspect, json
 from contextvars import ContextVar
 from functools import cached_property
@@ -20,6 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 from ..db_connect import FhSaasError
 from ..jobs.payload import max_json
 from ..utils_bgtsk import BackgroundTaskManager
@@ -29,7 +30,7 @@ from .directory import Directory
 from .problems import Problem, log, problem_of
 from ..workers.fleet import Fleet
 
-# %% ../../nbs/web/04_serving.ipynb #307a057e
+# %% ../../nbs/web/04_serving.ipynb #941c111c
 class Asked:
     "One request, and what it may see"
     def __init__(self, jobs, req:Request, access:Access, sent): self.jobs, self.req, self.access, self.sent, self.note = jobs, req, access, sent, None
@@ -58,7 +59,7 @@ class Asked:
 
     def csrf(self) -> str: return csrf_token(self.req, self.jobs.secret)
 
-# %% ../../nbs/web/04_serving.ipynb #2b8706f7
+# %% ../../nbs/web/04_serving.ipynb #9077ee91
 class Jobs:
     "The job system in an app: where its routes are, and who may use them"
     def __init__(self, app:FastHTML, gate:Gate, directory:Directory,
@@ -79,7 +80,7 @@ class Jobs:
     @property
     def tasks_at(self) -> str: return f'{self.api}/admin/background-tasks'
 
-# %% ../../nbs/web/04_serving.ipynb #58b44f7d
+# %% ../../nbs/web/04_serving.ipynb #6e59abf6
 @patch
 def add(self:Jobs, path:str, f,
     methods=('GET',),
@@ -110,7 +111,17 @@ def _place(self:Jobs, path, handle, methods):
     routes.insert(len(self.routes), new)
     self.routes.append(new)
 
-# %% ../../nbs/web/04_serving.ipynb #59d011a4
+# %% ../../nbs/web/04_serving.ipynb #76d3334d
+@patch
+def add_rest(self:Jobs):
+    "What begins as the API does and is nowhere: after all routes of the app's own"
+    async def nowhere(req):
+        methods = sorted({m for r in self.app.router.routes if hasattr(r, 'methods') and r.matches(req.scope)[0] is Match.PARTIAL for m in r.methods})
+        p = Problem(405, f"this takes {', '.join(methods)}", headers={'Allow': ', '.join(methods)}) if methods else Problem(404, "there is nothing at this path", 'not-found')
+        return p.response()
+    routes = self.app.router.routes
+    routes[:] = [*(r for r in routes if getattr(r, 'name', '') != 'jobs_rest'), Route(f'{self.api}/{{rest:path}}', nowhere, methods=['GET', 'POST', 'PUT', 'PATCH', 'DELETE'], name='jobs_rest')]
+
 @patch
 def warn_of_hidden(self:Jobs):
     for r in self.app.router.routes:
@@ -130,7 +141,7 @@ async def _sent(req): # A dict, or what a form has
     if not _is_json(req.headers.get('content-type', '')): return FormData([(k, v) for k, v in (await req.form()).multi_items() if isinstance(v, str)])  # no files
     return json.loads(body) if (body := await req.body()) else {}  # not req.json(): FastHTML has put the query into that one
 
-# %% ../../nbs/web/04_serving.ipynb #5e5db630
+# %% ../../nbs/web/04_serving.ipynb #37b3859e
 @patch
 async def answer(self:Jobs, req:Request, f, needs:str, problem, paced:bool=False, action:str=None) -> Response:
     "Who is this, may they, was it one of our pages that asked; then the work"
@@ -160,7 +171,7 @@ def _guessed(self:Jobs, req): # A `Problem`, if its client has done so too often
     try: self.pace(('guess', req.client and req.client.host))
     except Problem as p: return p
 
-# %% ../../nbs/web/04_serving.ipynb #70d341cd
+# %% ../../nbs/web/04_serving.ipynb #9d4537c7
 def _is_json(kind): return (k := kind.partition(';')[0].strip().lower()) == 'application/json' or k.endswith('+json')
 
 serving = ContextVar('fh_saas_serving', default=None) # `Jobs` and the scope of the request that this process answers in this context
@@ -171,19 +182,22 @@ class Guard:
 
     async def __call__(self, scope, receive, send):
         if scope['type'] in ('http', 'websocket'): serving.set((self.jobs, scope))
-        if scope['type'] != 'http' or scope['method'] in ('GET', 'HEAD') or not scope['path'].startswith(self.prefixes): return await self.app(scope, receive, send)
+        if scope['type'] != 'http' or scope['method'] in ('GET', 'HEAD') or not self._ours(scope): return await self.app(scope, receive, send)
         headers, body, more = {k: v.decode('latin-1') for k, v in scope['headers']}, bytearray(), True
         while more and len(body) <= self.most:
             m = await receive()
             if m['type'] == 'http.disconnect': return
             body += m.get('body', b'')
             more = m.get('more_body', False)
-        if p := self._problem(body, headers.get(b'content-type', '')): return await p.response()(scope, receive, send)
+        if p := self._problem(body, headers.get(b'content-type', ''), scope['path']): return await p.response()(scope, receive, send)
         messages = [dict(type='http.request', body=bytes(body), more_body=False)]
         await self.app(scope, lambda: _next(messages, receive), send)
 
-    def _problem(self, body, kind):
+    def _ours(self, scope): return scope['path'].startswith(self.prefixes) and any(r.matches(scope)[0] is Match.FULL for r in self.jobs.routes)
+
+    def _problem(self, body, kind, path):
         if len(body) > self.most: return Problem(413, f"more than {self.most:,} bytes were sent", 'too-large', {'Connection': 'close'})
+        if body and not _is_json(kind) and path.startswith(self.jobs.api + '/'): return Problem(415, "send a JSON object, with the header 'Content-Type: application/json'")
         if body and _is_json(kind):
             try: o = json.loads(body)
             except (ValueError, RecursionError): return Problem(400, "what was sent is not JSON")

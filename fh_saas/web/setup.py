@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/setup.html.md"""
 # %% auto #0
 __all__ = ['carry_tasks', 'setup_jobs']
 
-# %% ../../nbs/web/20_setup.ipynb #8c571a3b
+# %% ../../nbs/web/20_setup.ipynb #03a78d8e
 from fasthtml.common import FastHTML, HttpHeader
 from fastcore.basics import listify, patch
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..workers.runner import Runner
 import fh_saas.web.api, fh_saas.web.openapi, fh_saas.web.parts, fh_saas.web.live  # noqa: F401 give `Jobs` its routes
 import fh_saas.web.overview, fh_saas.web.joblist, fh_saas.web.jobpage, fh_saas.web.operations  # noqa: F401
 
-# %% ../../nbs/web/20_setup.ipynb #6cf0e816
+# %% ../../nbs/web/20_setup.ipynb #8e01e92f
 def _flat(o):
     "The parts of an answer, however deep its tuples"
     if isinstance(o, (tuple, list)):
@@ -51,7 +51,7 @@ def carry_tasks(req,
         if isinstance(h, HttpHeader): responses[0].headers[h.k] = str(h.v)
     return _carrying(responses[0], tasks)
 
-# %% ../../nbs/web/20_setup.ipynb #7531cc3c
+# %% ../../nbs/web/20_setup.ipynb #47862410
 def setup_jobs(app:FastHTML,
     host:HostDatabase=None, # Whose tenants' jobs run in this app; without one, those of databases that managers open
     settings:Settings=None, # From the environment if left out
@@ -72,11 +72,11 @@ def setup_jobs(app:FastHTML,
     for add in (jobs.add_api, jobs.add_openapi, jobs.add_parts, jobs.add_live, jobs.add_overview, jobs.add_joblist, jobs.add_jobpage, jobs.add_operations): add()
     if local: jobs.serve_local(Path(local))
     app.after = [*listify(app.after), carry_tasks]
-    app.lifespan.startup.append(jobs.warn_of_hidden)
+    app.lifespan.startup += [jobs.warn_of_hidden, jobs.add_rest]
     runner.attach(app)
     return jobs
 
-# %% ../../nbs/web/20_setup.ipynb #89fd744f
+# %% ../../nbs/web/20_setup.ipynb #641ee778
 @patch
 def accepted(self:Jobs,
     job, # What `submit` gave: `jobs.accepted(m.submit('sync', sync))`; or a job's record
@@ -89,7 +89,7 @@ def accepted(self:Jobs,
     body = dict(job_id=job.id, task_type=job.job_type, status=job.status, message="Task queued successfully", status_url=url)
     return JSONResponse(body, 202, {'Location': url, 'Retry-After': '3'}, background=bg_task)
 
-# %% ../../nbs/web/20_setup.ipynb #15e1fc85
+# %% ../../nbs/web/20_setup.ipynb #64294558
 @patch
 def serve_local(self:Jobs, folder:Path):
     "Let scripts and styles of the app's headers come from a folder, as far as they lie in there"
