@@ -7,7 +7,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/joblist.html.md"""
 # %% auto #0
 __all__ = ['parse', 'spoken']
 
-# %% ../../nbs/web/12_joblist.ipynb #6ca6a54f
+# %% ../../nbs/web/12_joblist.ipynb #c5977703
 import re
 from fastcore.basics import patch
 from starlette.responses import RedirectResponse
@@ -23,7 +23,7 @@ from .problems import Problem, problem_of
 from .serving import Asked, Jobs
 from .tags import A, Button, Div, Form, Hidden, Input, Label, Li, Nav, P, Progress, Span, Strong, Ul
 
-# %% ../../nbs/web/12_joblist.ipynb #4db2d023
+# %% ../../nbs/web/12_joblist.ipynb #910dd9a5
 _names = dict(type='job_type', by='triggered_by', rerun='rerun_of') | {k: k for k in ('status', 'queue', 'tag', 'task', 'error', 'since', 'until')}
 _word = re.compile(r'(?:(\w+):)?("[^"]*"?|\S+)')
 
@@ -47,12 +47,12 @@ def spoken(only:dict) -> str:
     def quoted(v): return f'"{v}"' if ' ' in v or ':' in v and not v[:1].isdigit() else v
     return ' '.join([*(f'{back[k]}:{quoted(v)}' for k, v in only.items() if k in back), *(['sort:oldest'] if only.get('oldest') else []), *([only['q']] if only.get('q') else [])])
 
-# %% ../../nbs/web/12_joblist.ipynb #fc2493a1
+# %% ../../nbs/web/12_joblist.ipynb #5c7fec87
 _heads = {'': None, 'Job': None, 'State': None, 'Progress': None, 'Attempts': 'fs-num', 'Queue': None, 'By': None, 'Created': None, 'Outcome': 'fs-long'}
 _tabs = dict(pending='Waiting', running='Running', completed='Done', completed_with_warnings='With warnings', failed='Failed', cancelled='Cancelled')
 
 def _row(a, m, j):
-    state, box = m.state(j), Input(type='checkbox', name='job', value=j.id, aria_label=f'Choose {title(j)} {j.id}')
+    state, box = m.state(j), Input(type='checkbox', name='job', value=j.id, id=f'choose-{j.id}', aria_label=f'Choose {title(j)} {j.id}')
     bar = (Progress(value=None if j.progress_percent is None else str(j.progress_percent), max='100', aria_label=f'Progress of {title(j)}'), ' ') if j.status == 'running' else ''
     progress = (bar, j.progress_message or '') if j.status not in final else ''
     tries = f'{j.retry_count} of {j.max_retries} failed' if j.retry_count else ''
@@ -64,7 +64,7 @@ def _tab_links(a, only, counts):
     tabs = [Li(A('All', href=at(), aria_current=None if now else 'page'))]
     return Nav(Ul(*tabs, *(Li(A(f'{t} ', Span(many(*counts[s]), cls='fs-said'), href=at(status=s), aria_current='page' if now == s else None)) for s, t in _tabs.items()), cls='fs-tabs'), aria_label='By state')
 
-# %% ../../nbs/web/12_joblist.ipynb #8ba4b3a1
+# %% ../../nbs/web/12_joblist.ipynb #4b4faefe
 def _acts(a, only, n):
     buttons = [Button(t, name='do', value=v, data_needs='1', cls=c) for v, t, c in (('retry', 'Try again', None), ('cancel', 'Cancel', None), ('delete', 'Delete', 'fs-danger'))]
     all_ = Button(f"All {'that match' if only else 'jobs'} …", name='all', value='1') if n else ''
@@ -90,7 +90,7 @@ def _list(a:Asked):
     more = Nav(A('First page', href=a.url(at, q=q)) if a.query.get('cursor') else '', A('Next page', href=a.url(at, q=q, cursor=cursor), rel='next') if cursor else '', A('Newest first' if only.get('oldest') else 'Oldest first', href=a.url(at, q=spoken(turned))) if rows else '', cls='fs-bar', aria_label='Pages and order')
     return page(a, 'Jobs', held_note(a), search, P(wrong.detail, cls='fs-why', role='alert') if wrong else '', _said(a), _tab_links(a, only, counts), acts, more, here='list', status=422 if wrong else 200)
 
-# %% ../../nbs/web/12_joblist.ipynb #edfcebe2
+# %% ../../nbs/web/12_joblist.ipynb #116cacf9
 _done = dict(cancel='cancelled, or asked to stop', retry='due again', delete='deleted')
 _asks = dict(cancel='Cancel', retry='Try again', delete='Delete')
 
@@ -125,7 +125,7 @@ def _one(act, id) -> bool:
         return False
     return True
 
-# %% ../../nbs/web/12_joblist.ipynb #6d935765
+# %% ../../nbs/web/12_joblist.ipynb #b8ce4828
 def _confirm(a, only, q):
     "How many that would be, before it is done"
     if only.keys() - {*bulk_filters}: raise Problem(422, f"all that match can be found by {', '.join(k for k, v in _names.items() if v in bulk_filters)} only, and this search has other words: narrow it down, or choose the jobs one by one", 'invalid')
@@ -133,7 +133,7 @@ def _confirm(a, only, q):
         n = getattr(a.manager, f'{do}_all')(everything=not only, dry_run=True, **only)
         return Form(Hidden(a.csrf(), name='csrf'), Hidden(q, name='q'), Hidden(do, name='do'), Button(f'{_asks[do]}: {n:,} jobs', name='sure', value='1', disabled=not n, cls='fs-danger' if do == 'delete' else None), method='post', action=a.url(f'{a.jobs.pages}/list'), cls='fs-act')
     return page(a, 'All that match', P("These are all jobs", ' with ' if only else ' there are', Strong(q) if only else '', ", on this page and on all others. Each number says for how many the action is possible now."),
-        Div(*map(ask, _done), cls='fs-bar'), P(A('Back to the list', href=a.url(f'{a.jobs.pages}/list', q=q))), here='list')
+        Div(*map(ask, _done), cls='fs-bar'), P(A('Back to the list', href=a.url(f'{a.jobs.pages}/list', q=q))), here='list', fresh=False)
 
 @patch
 def add_joblist(self:Jobs):

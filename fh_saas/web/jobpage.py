@@ -7,7 +7,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/jobpage.html.md"""
 # %% auto #0
 __all__ = ['timeline', 'app_frames', 'changes']
 
-# %% ../../nbs/web/13_jobpage.ipynb #dc37f57a
+# %% ../../nbs/web/13_jobpage.ipynb #bc5a1519
 import json, re
 from functools import partial
 from fastcore.basics import patch
@@ -16,7 +16,7 @@ from ..db_host import seconds, shown
 from ..jobs.masking import secret_values
 from ..jobs.payload import clean
 from ..jobs.states import final
-from .components import JobResult, title
+from .components import JobResult, said, title
 from .facts import left, read, since, took, words
 from .layout import form, page, problem_page, row, table
 from .overview import held_note
@@ -24,7 +24,7 @@ from .problems import Problem
 from .serving import Asked, Jobs
 from .tags import A, Button, Dd, Details, Div, Dl, Dt, Form, H2, Hidden, Label, P, Pre, Progress, Span, Summary, Textarea, Time
 
-# %% ../../nbs/web/13_jobpage.ipynb #d2cf9742
+# %% ../../nbs/web/13_jobpage.ipynb #bc7ebe31
 _tries = {'': None, 'Waited': 'fs-num', 'Begun': None, 'Ran': 'fs-num', 'Outcome': None, 'Then waits': 'fs-num', 'Worker': None, 'Error': 'fs-long'}
 
 def _span(a, b):
@@ -46,7 +46,7 @@ def _timeline(a, job, tries):
         return row(_tries, (n, took(waited), Span((shown(begun) or '')[11:19], title=shown(begun)), took(ran), outcome.replace('_', ' '), took(then), Span((worker or '')[-8:], title=worker if a.access.role == 'admin' else None), error or ''))
     return table(_tries, map(one, timeline(job, tries)), "It has not been tried yet.")
 
-# %% ../../nbs/web/13_jobpage.ipynb #faa9240d
+# %% ../../nbs/web/13_jobpage.ipynb #7f67ba52
 _frame = re.compile(r'^(?:[ |+]*)File "([^"]+)", line \d+')
 _others = re.compile(r'[/\\](site-packages|dist-packages|lib[/\\]python3[^/\\]*|fh_saas[/\\](jobs|workers))[/\\]|<frozen')
 
@@ -61,7 +61,7 @@ def app_frames(log:str) -> str:
         if not skip: kept.append(line)
     return '\n'.join(kept) + (f"\n({n} frames of libraries are left out)" if n else '')
 
-# %% ../../nbs/web/13_jobpage.ipynb #f368c4f6
+# %% ../../nbs/web/13_jobpage.ipynb #b5143e03
 def changes(
     shown_:dict, # The arguments as they were shown, without secrets
     text:str, # As they came back
@@ -75,24 +75,24 @@ def changes(
     if hidden := [k for k, v in new.items() if '***' in json.dumps(v)]: raise Problem(422, f"argument {clean(hidden[0], 80)!r} has a secret in it that is not shown: type it in, or leave the argument as it was", 'invalid')
     return new
 
-# %% ../../nbs/web/13_jobpage.ipynb #e112e609
+# %% ../../nbs/web/13_jobpage.ipynb #d69ad5e6
 def _pretty(o): return json.dumps(o, indent=2, ensure_ascii=False) if not isinstance(o, str) else o
 
 def _block(name, id, text): return H2(name, ' ', Button('Copy', type='button', data_copy=id, data_js='1', hidden=True)), Pre(text, id=id, tabindex='0')
 
 def _facts(a, job):
     link = lambda id: A(id, href=a.url(f'{a.jobs.pages}/job/{id}'))
-    said = dict(Id=Span(job.id, id='job-id'), Task=job.task if job.task != job.job_type else None, Queue=job.queue, Priority=f'{job.priority} of 4' if job.priority != 2 else None, By=link(job.triggered_by[4:]) if (job.triggered_by or '').startswith('job:') else job.triggered_by,
+    known = dict(Id=Span(job.id, id='job-id'), Task=job.task if job.task != job.job_type else None, Queue=job.queue, Priority=f'{job.priority} of 4' if job.priority != 2 else None, By=link(job.triggered_by[4:]) if (job.triggered_by or '').startswith('job:') else job.triggered_by,
         Created=shown(job.created_at), Due=shown(job.run_at) if job.status == 'pending' else None, Started=shown(job.started_at), Ended=shown(job.completed_at), Took=took(_span(job.started_at, job.completed_at)), Timeout=took(job.timeout) if job.timeout else None,
         Attempts=f'{job.retry_count} of {job.max_retries} failed' if job.retry_count else None, **{'Rerun of': link(job.rerun_of) if job.rerun_of else None}, Tags=(job.tags or '').strip(',').replace(',', ', '))
-    return Dl(*(o for k, v in said.items() if v for o in (Dt(k), Dd(v))), cls='fs-facts')
+    return Dl(*(o for k, v in known.items() if v for o in (Dt(k), Dd(v))), cls='fs-facts')
 
 def _now(job, state):
     bar = Progress(value=str(job.progress_percent) if job.progress_percent is not None else None, max='100', aria_label=f'Progress of {title(job)}') if job.status == 'running' else ''
-    said = ' · '.join(filter(None, (f'{job.progress_percent} %' if job.progress_percent is not None else '', job.progress_message, left(job)))) if job.status not in final else ''
+    text = ' · '.join(filter(None, (f'{job.progress_percent} %' if job.progress_percent is not None else '', job.progress_message, left(job)))) if job.status not in final else ''
     due = ('Next try ' if state == 'retrying' else 'Starts ', Time(since(job.run_at), datetime=shown(job.run_at), data_until='1'), '. ') if state in ('retrying', 'scheduled', 'snoozed') else ''
     waits = "No living process has registered its task: it runs once one does. " if state == 'waiting' else ''
-    return P(Span(words(state), cls=f'fs-status fs-{state}'), ' ', due, waits, said), bar, P(job.error_message, cls='fs-why') if job.error_message and job.status not in ('completed', 'completed_with_warnings') else ''
+    return P(Span(words(state), cls=f'fs-status fs-{state}'), ' ', due, waits, text, **said(job, state)), bar, P(job.error_message, cls='fs-why') if job.error_message and job.status not in ('completed', 'completed_with_warnings') else ''
 
 def _buttons(a, job):
     at = f'{a.jobs.pages}/job/{job.id}'
@@ -100,7 +100,7 @@ def _buttons(a, job):
     names = dict(retry='Try again', cancel='Cancel', delete='Delete')
     return Div(*(form(a, f'{at}/{k}', names[k], danger=k == 'delete') for k in names if can[k]), cls='fs-bar')
 
-# %% ../../nbs/web/13_jobpage.ipynb #e6658d97
+# %% ../../nbs/web/13_jobpage.ipynb #6fd4f92a
 def _again(a, job, args):
     return Details(Summary('Run it again, perhaps with other arguments'), Form(Hidden(a.csrf(), name='csrf'), Hidden(_pretty(args), name='shown'), Label('Arguments as JSON', Textarea(_pretty(args), name='arguments', spellcheck='false')), Button('Submit as a new job'),
         method='post', action=a.url(f'{a.jobs.pages}/job/{job.id}/rerun')), id='fs-again')
@@ -119,7 +119,7 @@ def _page(a:Asked, wrong=None, status=200):
         H2('Attempts'), _timeline(a, job, m.attempts(id)), trace, H2('Facts'), _facts(a, job), _block('Arguments', 'args', _pretty(args)), _again(a, job, args) if acts else '',
         _block('Result as JSON', 'result', _pretty(read(job.result, hidden))) if job.result else '', _block('Details', 'details', _pretty(details)) if (details := read(job.details, hidden)) else '', _log(m.logs(id)), here='list', reload=job.status not in final, status=status)
 
-# %% ../../nbs/web/13_jobpage.ipynb #1c3903dc
+# %% ../../nbs/web/13_jobpage.ipynb #63d55d21
 def _act(action, a:Asked):
     getattr(a.manager, action)(a.path['job_id'])
     return RedirectResponse(a.url(f'{a.jobs.pages}/list', done='delete', n=1) if action == 'delete' else a.url(f"{a.jobs.pages}/job/{a.path['job_id']}"), 303)

@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/serving.html.md"""
 # %% auto #0
 __all__ = ['policy', 'secure', 'serving', 'Asked', 'Jobs', 'Guard']
 
-# %% ../../nbs/web/04_serving.ipynb #ffbdde0e
+# %% ../../nbs/web/04_serving.ipynb #421610f8
 import inspect, json
 from contextvars import ContextVar
 from functools import cached_property
@@ -30,7 +30,7 @@ from .directory import Directory
 from .problems import Problem, log, problem_of
 from ..workers.fleet import Fleet
 
-# %% ../../nbs/web/04_serving.ipynb #941c111c
+# %% ../../nbs/web/04_serving.ipynb #7fe72566
 class Asked:
     "One request, and what it may see"
     def __init__(self, jobs, req:Request, access:Access, sent): self.jobs, self.req, self.access, self.sent, self.note = jobs, req, access, sent, None
@@ -59,7 +59,7 @@ class Asked:
 
     def csrf(self) -> str: return csrf_token(self.req, self.jobs.secret)
 
-# %% ../../nbs/web/04_serving.ipynb #9077ee91
+# %% ../../nbs/web/04_serving.ipynb #43964f66
 class Jobs:
     "The job system in an app: where its routes are, and who may use them"
     def __init__(self, app:FastHTML, gate:Gate, directory:Directory,
@@ -80,7 +80,7 @@ class Jobs:
     @property
     def tasks_at(self) -> str: return f'{self.api}/admin/background-tasks'
 
-# %% ../../nbs/web/04_serving.ipynb #6e59abf6
+# %% ../../nbs/web/04_serving.ipynb #ef087194
 @patch
 def add(self:Jobs, path:str, f,
     methods=('GET',),
@@ -111,7 +111,7 @@ def _place(self:Jobs, path, handle, methods):
     routes.insert(len(self.routes), new)
     self.routes.append(new)
 
-# %% ../../nbs/web/04_serving.ipynb #76d3334d
+# %% ../../nbs/web/04_serving.ipynb #aab9f960
 @patch
 def add_rest(self:Jobs):
     "What begins as the API does and is nowhere: after all routes of the app's own"
@@ -141,7 +141,7 @@ async def _sent(req): # A dict, or what a form has
     if not _is_json(req.headers.get('content-type', '')): return FormData([(k, v) for k, v in (await req.form()).multi_items() if isinstance(v, str)])  # no files
     return json.loads(body) if (body := await req.body()) else {}  # not req.json(): FastHTML has put the query into that one
 
-# %% ../../nbs/web/04_serving.ipynb #37b3859e
+# %% ../../nbs/web/04_serving.ipynb #5a0a73f1
 @patch
 async def answer(self:Jobs, req:Request, f, needs:str, problem, paced:bool=False, action:str=None) -> Response:
     "Who is this, may they, was it one of our pages that asked; then the work"
@@ -151,8 +151,8 @@ async def answer(self:Jobs, req:Request, f, needs:str, problem, paced:bool=False
         asked = Asked(self, req, access, await _sent(req))
         if req.method not in ('GET', 'HEAD'):
             plain = isinstance(asked.sent, FormData) and req.method == 'POST'
-            if problem is not _as_json and not isinstance(asked.sent, FormData): raise Problem(415, "this takes a form")
             check_same_site(req, access, self.secret, req.headers.get('x-csrf-token') or (asked.sent.get('csrf') if plain else None), plain)
+            if problem is not _as_json and not isinstance(asked.sent, FormData): raise Problem(415, "this takes a form")
         response = await f(asked) if inspect.iscoroutinefunction(f) else await run_in_threadpool(f, asked)
         if action and self.audit and response.status_code < 400: await run_in_threadpool(self._note, asked, action)
         return _secured(response)
@@ -171,7 +171,7 @@ def _guessed(self:Jobs, req): # A `Problem`, if its client has done so too often
     try: self.pace(('guess', req.client and req.client.host))
     except Problem as p: return p
 
-# %% ../../nbs/web/04_serving.ipynb #9d4537c7
+# %% ../../nbs/web/04_serving.ipynb #e61441e4
 def _is_json(kind): return (k := kind.partition(';')[0].strip().lower()) == 'application/json' or k.endswith('+json')
 
 serving = ContextVar('fh_saas_serving', default=None) # `Jobs` and the scope of the request that this process answers in this context

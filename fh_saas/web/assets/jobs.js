@@ -5,17 +5,18 @@
   const polls = '[hx-get][hx-trigger*="every"]'
 
   // Tell those who cannot see it what has become of a job.
-  let voice
-  const say = text => {
-    if (!voice) { voice = document.createElement('div'); voice.className = 'fs-hidden'; voice.setAttribute('role', 'status'); document.body.append(voice) }
-    voice.textContent = text
-  }
+  let voice // there before it speaks: a region that comes with its first words is not read out
+  const say = text => { voice.textContent = text }
   const states = new Map()
-  const heard = first => all('[data-said]').forEach(el => {
-    const key = el.id || el.dataset.said.split(':')[0], old = states.get(key)
-    states.set(key, el.dataset.state)
-    if (!first && old !== undefined && old !== el.dataset.state) say(el.dataset.said)
-  })
+  const heard = first => {
+    if (!voice && document.querySelector('[class*=fs-]')) { voice = document.createElement('div'); voice.className = 'fs-hidden'; voice.setAttribute('role', 'status'); document.body.append(voice) }
+    const now = new Map(all('[data-said]').map(el => [el.dataset.job, el]))
+    now.forEach((el, job) => {
+      const old = states.get(job)
+      states.set(job, el.dataset.state)
+      if (!first && old !== el.dataset.state && (old !== undefined || 'ended' in el.dataset)) say(el.dataset.said)
+    })
+  }
 
   // A page whose htmx did not come asks by itself.
   const again = async el => {
@@ -27,7 +28,7 @@
   // One stream for all live parts of a page.
   let stream, shown = ''
   const live = () => {
-    const parts = all('[data-live]'), ids = [...new Set(parts.flatMap(el => el.dataset.live.split(' ')))].filter(Boolean).sort()
+    const parts = all('[data-live]'), ids = [...new Set(parts.flatMap(el => el.dataset.live.split(' ')))].filter(Boolean).sort().slice(-50)
     const tenant = parts.length ? new URL(parts[0].getAttribute('hx-get'), location).searchParams.get('tenant') : null
     const wanted = document.hidden || !ids.length ? '' : `${base}/-/stream?${new URLSearchParams({ jobs: ids.join(','), ...(tenant && { tenant }) })}`
     if (wanted === shown) return
@@ -36,6 +37,8 @@
     stream = new EventSource(wanted)
     stream.addEventListener('job', e => all('[data-live]').filter(el => el.dataset.live.split(' ').includes(e.data)).forEach(refresh))
     stream.addEventListener('end', () => { stream.close(); all('[data-live]').forEach(refresh) })
+    // one that is refused is given up by the browser; the server may be about to come up
+    stream.addEventListener('error', e => { if (e.target.readyState === EventSource.CLOSED && e.target === stream) setTimeout(() => { if (e.target === stream) { shown = ''; live() } }, 3000) })
   }
   const changed = () => { heard(false); live() }
   document.addEventListener('htmx:afterSettle', changed)
@@ -43,6 +46,7 @@
 
   // The dashboard: its main part comes anew, and keeps what the user has begun.
   const main = document.querySelector('main[data-fresh]')
+  const still = main?.dataset.fresh === '0' // a question that waits for its answer
   const busy = () => main.contains(document.activeElement) && /^(INPUT|TEXTAREA|SELECT)$/.test(document.activeElement.tagName) && document.activeElement.type !== 'checkbox'
     || !(getSelection()?.isCollapsed ?? true)
   const renew = async () => {
@@ -51,28 +55,35 @@
     const fresh = new DOMParser().parseFromString(await r.text(), 'text/html').querySelector('main[data-fresh]')
     if (!fresh || busy()) return
     const keep = new Set(all('input[type=checkbox]:checked', main).map(x => x.name + x.value)), open = new Set(all('details[open]', main).map(d => d.id)), at = document.activeElement?.id, row = all('tr[aria-selected=true]', main)[0]?.id
+    const field = x => `${x.form?.action} ${x.name}`, fields = 'textarea, input[type=search], input[type=number], input:not([type])'
+    const typed = new Map(all(fields, main).filter(x => x.value !== x.defaultValue).map(x => [field(x), x.value])), rolled = new Map(all('pre[id]', main).map(x => [x.id, x.scrollTop])), [left, top] = [scrollX, scrollY]
     main.replaceChildren(...fresh.childNodes)
     all('input[type=checkbox]', main).forEach(x => { x.checked = keep.has(x.name + x.value) })
     all('details', main).forEach(d => { d.open = d.open || open.has(d.id) })
+    all(fields, main).forEach(x => { if (typed.has(field(x))) x.value = typed.get(field(x)) })
     if (at) document.getElementById(at)?.focus({ preventScroll: true })
-    if (row) choose(document.getElementById(row))
+    if (row) select(document.getElementById(row))
+    all('[data-js]', main).forEach(el => { el.hidden = false })
+    rolled.forEach((y, id) => { const x = document.getElementById(id); if (x) x.scrollTop = y })
+    scrollTo(left, top)
     chosen(); heard(false)
   }
-  const choose = tr => { all('tr[aria-selected=true]', main).forEach(x => x.removeAttribute('aria-selected')); tr?.setAttribute('aria-selected', 'true'); tr?.scrollIntoView({ block: 'nearest' }) }
+  const select = tr => { all('tr[aria-selected=true]', main).forEach(x => x.removeAttribute('aria-selected')); tr?.setAttribute('aria-selected', 'true') }
+  const choose = tr => { select(tr); tr?.scrollIntoView({ block: 'nearest' }) }
   const chosen = () => { const n = all('input[name=job]:checked', main).length; all('[data-chosen]', main).forEach(x => { x.textContent = n ? `${n} chosen` : 'None chosen' }); all('button[data-needs]', main).forEach(b => { b.disabled = !n }) }
   const step = by => {
     const rows = all('tbody tr[id]', main), now = rows.findIndex(r => r.getAttribute('aria-selected'))
     if (rows.length) choose(rows[Math.max(0, Math.min(rows.length - 1, now < 0 ? 0 : now + by))])
   }
   const keys = {
-    '/': () => document.querySelector('input[type=search]')?.focus(), '?': () => document.getElementById('fs-keys')?.showModal(), r: () => renew(), j: () => step(1), k: () => step(-1),
+    '/': () => document.querySelector('input[type=search]')?.focus(), '?': () => document.getElementById('fs-keys')?.showModal(), r: () => still || renew(), j: () => step(1), k: () => step(-1),
     x: () => { const box = document.querySelector('tr[aria-selected=true] input[type=checkbox]'); if (box) { box.checked = !box.checked; chosen() } },
     Enter: () => document.querySelector('tr[aria-selected=true] a')?.click()
   }
   const dashboard = () => {
     const every = document.getElementById('fs-every'), look = document.getElementById('fs-look'), kept = k => { try { return localStorage.getItem(k) } catch { return null } }, keep = (k, v) => { try { localStorage.setItem(k, v) } catch { /* a browser that keeps nothing */ } }
     let timer
-    const pace = () => { clearInterval(timer); if (+every.value) timer = setInterval(() => document.hidden || renew(), every.value * 1000) }
+    const pace = () => { clearInterval(timer); if (+every.value && !still) timer = setInterval(() => document.hidden || renew(), every.value * 1000) }
     every.value = kept('fs-every') ?? every.value; every.onchange = () => { keep('fs-every', every.value); pace() }; pace()
     const paint = () => { document.body.dataset.look = look.value }
     look.value = kept('fs-look') ?? 'auto'; look.onchange = () => { keep('fs-look', look.value); paint() }; paint()
