@@ -109,6 +109,7 @@ def ask(c, method, path, id='', params=None, form=None, **kw):
     if method == 'GET': return c.get(url, params=params, **kw)
     if method == 'DELETE': return c.request(method, url, params=params, **kw)
     if url.startswith('/api'): return c.post(url, params=params, **dict(json={}) | kw)
+    if is_part(path) and 'referer' not in kw.get('headers', {}): kw['headers'] = {'HX-Request': 'true'} | kw.get('headers', {})
     return c.post(url, params=params, **dict(data=dict(csrf=c.csrf) | (form or {})) | kw)
 
 def is_part(path): return path.startswith('/jobs/-/') and not path.endswith('stream')

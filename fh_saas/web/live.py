@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/live.html.md"""
 # %% auto #0
 __all__ = ['every', 'soonest', 'most_streams', 'most_ids', 'recheck', 'Watch', 'stopping', 'Hub', 'pace']
 
-# %% ../../nbs/web/09_live.ipynb #dcfa85ca
+# %% ../../nbs/web/09_live.ipynb #2606946b
 import asyncio, time
 from collections import Counter
 from contextlib import suppress
@@ -31,7 +31,7 @@ from .problems import Problem, log, problem_of
 from .serving import Asked, Jobs
 import fh_saas.jobs.claims, fh_saas.jobs.pages, fh_saas.jobs.statistics  # noqa: F401 give a store `_among`, `page`, `open_jobs`, `ended`
 
-# %% ../../nbs/web/09_live.ipynb #9464e101
+# %% ../../nbs/web/09_live.ipynb #cdfed2f8
 _pulse = ('id', 'status', 'progress_percent', 'progress_message', 'attempt', 'run_at', 'cancel_requested_at')
 
 @patch
@@ -41,7 +41,7 @@ def pulse(self:Store, ids:list) -> dict: # Id -> what a page shows of it
     stmt = self.statement(('pulse', j.name), lambda: sa.select(*(j.c[c] for c in _pulse)).where(self._among()))
     with self.cursor() as cur: return {r['id']: r for r in rows_of(stmt(cur, ids=self._list(ids)))}
 
-# %% ../../nbs/web/09_live.ipynb #d7423d99
+# %% ../../nbs/web/09_live.ipynb #f99d4413
 def _state(r): return r and r is not ... and [r[c] for c in ('status', 'attempt', 'cancel_requested_at')]
 
 @dataclass(eq=False)
@@ -71,7 +71,7 @@ class Watch:
     @property
     def over(self) -> bool: return all(r is None or r['status'] in final for r in self.seen.values())
 
-# %% ../../nbs/web/09_live.ipynb #6e1fb788
+# %% ../../nbs/web/09_live.ipynb #73f20112
 every, soonest = 1.0, 0.1 # seconds between looks: at most, and at least
 
 def stopping() -> bool: return default_engine().stopping
@@ -99,23 +99,24 @@ class Hub:
             if store.tenant != e.tenant: continue
             with suppress(RuntimeError): self._loop.call_soon_threadsafe(self._pokes[store].set)  # the loop ends with its app
 
-# %% ../../nbs/web/09_live.ipynb #bd6b8093
+# %% ../../nbs/web/09_live.ipynb #76faa6c8
 @patch
 async def _run(self:Hub, store):
-    while watches := self._watches.get(store):
+    while self._watches.get(store):
         poke = self._pokes[store]
         try: await asyncio.wait_for(poke.wait(), every)
         except TimeoutError: pass  # nobody told of anything: look all the same, for the processes elsewhere
         poke.clear()
+        watches = list(self._watches.get(store, ()))  # those that come while the database is asked are asked for next
         if stopping():
             for w in watches: w.closing = True; w.event.set(); w.hurry.set()
         try: found = await run_in_threadpool(store.pulse, sorted({id for w in watches for id in w.ids}))
         except FhSaasError as e: log.warning('tenant=%s: its jobs cannot be watched now: %s', store.tenant, e)
         else:
-            for w in list(watches): w.look(found)
+            for w in watches: w.look(found)
         await asyncio.sleep(soonest)
 
-# %% ../../nbs/web/09_live.ipynb #d7d5e97a
+# %% ../../nbs/web/09_live.ipynb #b6664af7
 most_streams, most_ids, recheck = 1000, 50, 15.0 # open streams of a process; jobs of one; seconds between looks at whether its user still may
 
 def _take(jobs, kind, a):
@@ -141,7 +142,7 @@ class _Stream(StreamingResponse):
         finally:
             for end in self.ends: end()
 
-# %% ../../nbs/web/09_live.ipynb #d6c8b1a0
+# %% ../../nbs/web/09_live.ipynb #7f4b1a19
 def pace(streams:int) -> float: # Seconds
     "How long a stream waits between two pieces of news of a job that only goes on"
     return max(0.5, streams*0.02)
@@ -180,7 +181,7 @@ async def _stream(a:Asked):
     jobs.hub.add(store, w := Watch(ids))
     return _Stream(_hear(jobs, a.req, a, w), lambda: jobs.hub.remove(store, w), give_back, headers={'Cache-Control': 'no-store', 'X-Accel-Buffering': 'no'})
 
-# %% ../../nbs/web/09_live.ipynb #1ef2e70f
+# %% ../../nbs/web/09_live.ipynb #713a2cd4
 def _snapshot(m, seen) -> tuple:
     "What a monitor shows, and the jobs that have ended since"
     s = m.store
@@ -206,7 +207,7 @@ async def _monitor(jobs, ws:WebSocket):
         give_back()
         if sender: sender.cancel()
 
-# %% ../../nbs/web/09_live.ipynb #5a1426ce
+# %% ../../nbs/web/09_live.ipynb #bdab38e7
 async def _send(jobs, ws, a, m):
     last, seen, checked = None, set(), time.monotonic()
     try:

@@ -35,7 +35,7 @@ class App:
     def __init__(self, look, folder):
         self.look, self.db = look, Database(f"sqlite:///{folder/'app.db'}")
         self.app, rt = LOOKS[look]()
-        self.jobs, self.url = setup_jobs(self.app, settings=Settings(poll=.2, grace=1)), f'http://127.0.0.1:{(port := free_port())}'
+        self.jobs, self.url = setup_jobs(self.app, settings=Settings(poll=.2, grace=1, handoff=.2)), f'http://127.0.0.1:{(port := free_port())}'
         m = lambda: BackgroundTaskManager(self.db)
 
         @rt('/', methods=['GET'])
@@ -132,7 +132,7 @@ def test_one_that_fails_is_tried_again(app, page):
     steps.reset()
     job.get_by_role('button', name='Try again').click()
     expect(job.locator('.fs-status')).to_have_text('Running')
-    expect(job).to_have_attribute('data-live', re.compile('.'), timeout=4000)  # BUG 7: it is not told any more, but asks
+    expect(job).to_have_attribute('data-live', re.compile('.'), timeout=4000)  # it is not told any more, but asks
     steps.end.set()
     expect(job.locator('.fs-status')).to_have_text('Done with warnings')
     expect(job.locator('.fs-warnings')).to_have_text('rows: fewer than none')
@@ -151,8 +151,8 @@ def test_one_is_cancelled_and_all_parts_know(app, page, live):
     steps.percent = 10
     job.get_by_role('button', name='Try again').click()
     expect(job.locator('.fs-status')).to_have_text('Running')
-    expect(cell).to_have_text('Running', timeout=4000)  # BUG 7: a list with nothing open is not told that a job was tried again
-    expect(line).to_have_text('Running', timeout=4000)  # BUG 7
+    expect(cell).to_have_text('Running', timeout=4000)  # a list with nothing open is not told that a job was tried again
+    expect(line).to_have_text('Running', timeout=4000)
 
 def test_one_stream_for_a_page(app, page):
     id, found = app.submit(), asked(page)
@@ -183,7 +183,7 @@ def test_more_jobs_than_a_stream_has_room_for(app, page):
     id = app.submit()
     page.goto(f'{app.url}/list?limit=61')
     expect(page.locator('tbody tr')).to_have_count(61)
-    wait_until(lambda: page.wait_for_timeout(50) or app.jobs.streams == 1, 5, 'no stream was opened')  # BUG 6
+    wait_until(lambda: page.wait_for_timeout(50) or app.jobs.streams == 1, 5, 'no stream was opened')
     steps.percent = 55
     expect(page.locator('progress[value="55"]')).to_have_count(1, timeout=5000)
 
@@ -195,10 +195,10 @@ def test_a_button_says_why_it_was_refused(app, new_page, monkeypatch):
     expect(page.locator('.fs-slot [role=alert]').first).to_contain_text('load it again')
     page.goto(app.url)
     def full(*a, **kw): raise QuotaExceeded('this tenant has 5 pending jobs, and may have no more')
-    monkeypatch.setattr(BackgroundTaskManager, 'submit', full)
+    monkeypatch.setattr(BackgroundTaskManager, 'submit_with', full)
     new_page.allowed.append('status of 429')
     page.get_by_role('button', name='Begin', exact=True).click()
-    expect(page.locator('.fs-slot [role=alert]').first).to_contain_text('5 pending jobs', timeout=4000)  # BUG 2
+    expect(page.locator('.fs-slot [role=alert]').first).to_contain_text('5 pending jobs', timeout=4000)
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_all_states_are_readable(app, new_page, axe, shots, scheme):

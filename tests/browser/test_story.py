@@ -140,7 +140,7 @@ def test_a_button_that_is_refused_says_so(shop, new_page):
     before = shop.jobs('initech').keys()
     page.context.clear_cookies()
     page.get_by_role('button', name='test run').click()
-    expect(page.locator('main [role=alert]')).to_contain_text('load it again', timeout=5000)  # BUG 2
+    expect(page.locator('main [role=alert]')).to_contain_text('load it again', timeout=5000)
     assert shop.jobs('initech').keys() == before
 
 def test_a_stream_that_was_refused_is_opened_again(shop, new_page):
@@ -156,7 +156,7 @@ def test_a_stream_that_was_refused_is_opened_again(shop, new_page):
     page.goto(f'{shop.url}/initech')
     bar = page.locator('.fs-banner progress').first
     expect(bar).to_be_visible()
-    beyond(bar, percent(bar) + 5, 15)  # BUG 6: it comes only with the poll of 30 s
+    beyond(bar, percent(bar) + 5, 15)  # it comes only with the poll of 30 s
     stop(shop, 'initech', id)
 
 # --- What a screen reader and those who want no motion get
@@ -178,13 +178,13 @@ def test_the_live_region_says_that_a_job_has_ended(shop, page):
     assert heard()[-1] == 'Test run: Done with warnings' and len(heard()) <= 3
     for _ in range(3):  # one that may be over before the page looks
         page.get_by_role('button', name='code quality scan').click()
-        expect(page.locator('.fs-banner')).to_contain_text('Code quality scan', timeout=5000)  # BUG 10
-    expect(page.locator(VOICE)).to_have_text('Code quality scan: Done with warnings', timeout=5000)  # BUG 10
+        expect(page.locator('.fs-banner')).to_contain_text('Code quality scan', timeout=5000)
+    expect(page.locator(VOICE)).to_have_text('Code quality scan: Done with warnings', timeout=5000)
 
 def test_the_live_region_is_there_before_it_speaks(shop, page):
     "A region that comes with its first words is not read out"
     page.goto(f'{shop.url}/acme')
-    expect(page.locator(VOICE)).to_have_count(1, timeout=3000)  # BUG 8
+    expect(page.locator(VOICE)).to_have_count(1, timeout=3000)
     expect(page.locator(VOICE)).to_have_text('')
 
 def test_the_live_region_says_each_thing_once(shop, page):
@@ -194,7 +194,7 @@ def test_the_live_region_says_each_thing_once(shop, page):
     heard = told(page)
     expect(page.locator('.fs-banner .fs-line').filter(has_text='lines 20,000')).to_have_count(1, timeout=30_000)
     page.wait_for_timeout(2500)
-    assert heard() == ['Product import: Done with warnings']  # BUG 3: two lines of one title are taken for one job that goes to and fro
+    assert heard() == ['Product import: Done with warnings']  # two lines of one title are taken for one job that goes to and fro
     stop(shop, 'acme', ids[1])
 
 def test_the_dashboard_says_that_a_job_has_ended(shop, page):
@@ -202,7 +202,7 @@ def test_the_dashboard_says_that_a_job_has_ended(shop, page):
     page.goto(job_page(shop, 'acme', id))
     pace(page)
     expect(status(page)).to_have_text('Done with warnings', timeout=30_000)
-    expect(page.locator(VOICE)).to_have_text('Product import: Done with warnings', timeout=3000)  # BUG 9
+    expect(page.locator(VOICE)).to_have_text('Product import: Done with warnings', timeout=3000)
 
 def test_no_motion_for_those_who_want_none(shop, new_page):
     id, moves = slow(shop, 'acme'), 'document.getAnimations().length'
@@ -349,8 +349,8 @@ def test_a_refresh_keeps_what_is_begun_in_a_list(shop, small, history):
     expect(box).to_be_checked()
     expect(page.locator('[data-chosen]')).to_have_text('1 chosen')
     expect(page.locator('tbody tr').first).to_have_attribute('aria-selected', 'true')
-    assert page.evaluate('scrollY') == at  # BUG 5: it goes back to the selected row
-    expect(box).to_be_focused(timeout=3000)  # BUG 5: whoever goes by the keyboard is thrown to the top of the page
+    assert page.evaluate('scrollY') == at  # it goes back to the selected row
+    expect(box).to_be_focused(timeout=3000)  # whoever goes by the keyboard is thrown to the top of the page
 
 def test_a_refresh_keeps_what_is_begun_on_a_job(shop, small, history):
     page = small
@@ -367,8 +367,8 @@ def test_a_refresh_keeps_what_is_begun_on_a_job(shop, small, history):
     renewals(page)
     assert not page.evaluate('document.querySelector("main").firstElementChild.old'), 'it has not been renewed'
     expect(page.locator('#fs-again')).to_have_attribute('open', '')
-    assert log.evaluate('el => el.scrollTop') == 300  # BUG 5
-    expect(args).to_have_value('{"path": "other.csv"}', timeout=3000)  # BUG 5: what was typed is gone
+    assert log.evaluate('el => el.scrollTop') == 300
+    expect(args).to_have_value('{"path": "other.csv"}', timeout=3000)  # what was typed is gone
 
 def test_a_hidden_tab_asks_nothing(shop, new_page, history):
     id, asked, pages = slow(shop, 'acme'), [], [new_page() for _ in range(2)]
@@ -393,7 +393,7 @@ def test_a_question_waits_for_its_answer(shop, page, history):
     page.get_by_role('button', name='All that match').click()
     expect(page.locator('h1')).to_have_text('All that match')
     page.wait_for_timeout(2500)
-    expect(page.locator('h1')).to_have_text('All that match')  # BUG 4
+    expect(page.locator('h1')).to_have_text('All that match')
     expect(page.get_by_role('button', name='Delete: ')).to_be_visible()
 
 # --- Without a script

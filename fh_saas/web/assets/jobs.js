@@ -20,13 +20,26 @@
 
   // A page whose htmx did not come asks by itself.
   const again = async el => {
+    el.classList.add('htmx-request')
     const r = await fetch(el.getAttribute('hx-get'), { headers: { 'HX-Request': 'true' } }).catch(() => null)
-    if (r?.ok) { el.outerHTML = await r.text(); changed() }
+    if (r?.ok) el.outerHTML = await r.text()
+    else el.classList.remove('htmx-request')
+    changed()
   }
-  const refresh = el => window.htmx ? window.htmx.trigger(el, 'jobs-changed') : again(el)
+  // News that comes while a part is on its way would be lost with it: it is asked for once more.
+  const late = new Set()
+  const refresh = el => el.classList.contains('htmx-request') ? late.add(el.id) : window.htmx ? window.htmx.trigger(el, 'jobs-changed') : again(el)
+  const catchUp = () => { const ids = [...late]; late.clear(); ids.map(id => document.getElementById(id)).forEach(el => el?.hasAttribute('hx-get') && refresh(el)) }
 
   // One stream for all live parts of a page.
   let stream, shown = ''
+  const after = {}
+  const told = id => {
+    const parts = () => all('[data-live]').filter(el => !id || el.dataset.live.split(' ').includes(id))
+    parts().forEach(refresh)
+    clearTimeout(after[id]) // a part that was just being put in heard nothing
+    after[id] = setTimeout(() => { delete after[id]; if (!document.hidden) parts().forEach(refresh) }, 1000)
+  }
   const live = () => {
     const parts = all('[data-live]'), ids = [...new Set(parts.flatMap(el => el.dataset.live.split(' ')))].filter(Boolean).sort().slice(-50)
     const tenant = parts.length ? new URL(parts[0].getAttribute('hx-get'), location).searchParams.get('tenant') : null
@@ -35,12 +48,12 @@
     stream?.close(); stream = null; shown = wanted
     if (!wanted) return
     stream = new EventSource(wanted)
-    stream.addEventListener('job', e => all('[data-live]').filter(el => el.dataset.live.split(' ').includes(e.data)).forEach(refresh))
-    stream.addEventListener('end', () => { stream.close(); all('[data-live]').forEach(refresh) })
+    stream.addEventListener('job', e => told(e.data))
+    stream.addEventListener('end', () => { stream.close(); told() })
     // one that is refused is given up by the browser; the server may be about to come up
     stream.addEventListener('error', e => { if (e.target.readyState === EventSource.CLOSED && e.target === stream) setTimeout(() => { if (e.target === stream) { shown = ''; live() } }, 3000) })
   }
-  const changed = () => { heard(false); live() }
+  const changed = () => { heard(false); live(); catchUp() }
   document.addEventListener('htmx:afterSettle', changed)
   document.addEventListener('visibilitychange', live)
 
