@@ -9,13 +9,13 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/facts.html.md"""
 # %% auto #0
 __all__ = ['read', 'facts', 'took', 'since', 'left', 'words', 'summary']
 
-# %% ../../nbs/web/03_facts.ipynb #f78c36fe
+# %% ../../nbs/web/03_facts.ipynb #a1178aa0
 import json, time
 from ..db_host import JobRecord, seconds, shown
 from ..jobs.masking import mask, masked, secret_values
 from ..jobs.states import final
 
-# %% ../../nbs/web/03_facts.ipynb #c02234e0
+# %% ../../nbs/web/03_facts.ipynb #f0da3f54
 def read(text:str, # None for nothing; text that is no JSON as it is
     values=(), # What else is not to be shown, as `secret_values` gives it
 ):
@@ -39,7 +39,7 @@ def facts(job:JobRecord,
     return same | at | dict(task_type=job.job_type, state=state, details=read(job.details, hidden), result=read(job.result, hidden), tags=[t for t in (job.tags or '').split(',') if t],
         attempts=dict(begun=job.attempt, failed=job.retry_count, most=job.max_retries))
 
-# %% ../../nbs/web/03_facts.ipynb #78ac8005
+# %% ../../nbs/web/03_facts.ipynb #a02a6bd1
 _units = (86400, 'd'), (3600, 'h'), (60, 'min'), (1, 's')
 
 def took(s:float) -> str: # Nothing for None
@@ -63,7 +63,7 @@ def left(job:JobRecord) -> str: # Nothing, if that cannot be said yet
     if job.status != 'running' or done < 3 or done >= 100 or spent < 2: return ''
     return f'about {took(max(1, round(spent*(100 - done)/done)))} left'
 
-# %% ../../nbs/web/03_facts.ipynb #043f1a25
+# %% ../../nbs/web/03_facts.ipynb #ef60cc9b
 _words = dict(completed='Done', completed_with_warnings='Done with warnings', failed='Failed', cancelled='Cancelled', running='Running', pending='Waiting', scheduled='Scheduled',
     retrying='Will be tried again', snoozed='Snoozed', cancelling='Stopping', waiting='Waits for its task')
 
@@ -79,6 +79,6 @@ def summary(job:JobRecord, most:int=200) -> str:
     "What a job has come to, in a line"
     if job.error_message and job.status in ('failed', 'cancelled'): return job.error_message
     r = _without(masked(_head(job.result)), secret_values(job.payload)) if job.status in final and job.result is not None else None
-    if isinstance(r, dict): r = ', '.join(f"{k.replace('_', ' ')} {v:,}" if isinstance(v, (int, float)) and not isinstance(v, bool) else f"{k.replace('_', ' ')} {v}" for k, v in r.items())
+    if isinstance(r, dict): r = ', '.join(f"{k.replace('_', ' ')} {v:,}" if isinstance(v, (int, float)) and not isinstance(v, bool) else f"{k.replace('_', ' ')} {str(v).lower() if isinstance(v, bool) else v}" for k, v in r.items())
     text = '' if r is None else r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)
     return text if len(text) <= most else text[:most-1] + '…'

@@ -35,7 +35,7 @@
   let stream, shown = ''
   const after = {}
   const told = id => {
-    const parts = () => all('[data-live]').filter(el => !id || el.dataset.live.split(' ').includes(id))
+    const parts = () => all('[data-live]').filter(el => el.dataset.live && (!id || el.dataset.live.split(' ').includes(id)))
     parts().forEach(refresh)
     clearTimeout(after[id]) // a part that was just being put in heard nothing
     after[id] = setTimeout(() => { delete after[id]; if (!document.hidden) parts().forEach(refresh) }, 1000)
