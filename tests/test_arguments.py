@@ -176,3 +176,11 @@ def test_unknown_fields_are_refused_where_a_type_would_drop_them(lite):
     for ok in (dict(order=o), dict(loose={'N': 1}), dict(lean={'a': 0, 'b': 1}), dict(size={'wide': 1}), dict(orders=[o])): lite.submit('t', f, **ok, run_at='2100-01-01')
     for bad, said in ((dict(order=o | {'nots': 1}), 'nots'), (dict(order=o | {'parts': o['parts'] | {'itms': 1}}), 'parts.itms'), (dict(size={'wide': 1, 'high': 2}), 'high'), (dict(orders=[o, o | {'x': 1}]), 'x')):
         with pytest.raises(BadPayload, match=f'unknown field `{said}`'): lite.submit('t', f, **bad)
+
+@dataclass
+class Shelf: n: int
+
+def test_a_field_with_an_empty_name_is_unknown():
+    def f(shelf:Shelf, more:list[Shelf]=()): pass
+    for bad in (dict(shelf={'n': 1, '': 2}), dict(shelf={'n': 1}, more=[{'n': 1, '': 2}])):
+        with pytest.raises(BadPayload, match="unknown field `''`"): Signature(f).pack(bad)

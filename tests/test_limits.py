@@ -142,7 +142,8 @@ def test_it_is_killed_when_it_is_cancelled(crew, name):
     id, bg = crew.submit(name)
     threading.Thread(target=call, args=(bg,)).start()
     wait_until(lambda: crew.get_job(id).status == 'running')
-    if name != 'loops': time.sleep(1)
+    if name == 'asleeps': wait_until(lambda: crew.get_job(id).progress_message == 'asleep', 20)
+    if name == 'sleeps': time.sleep(1)
     crew.cancel(id)
     job = crew.wait(id, 10)
     assert job.status == 'cancelled' and not wait_until(lambda: crew.engine.idle, 10) is False

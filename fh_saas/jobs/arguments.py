@@ -53,7 +53,8 @@ def _unknown(shape, v) -> str: # None if there is none
         return _unknown(some[0], v) if len(some) == 1 else None  # of several, msgspec has chosen
     if isinstance(v, dict) and isinstance(shape, (shapes.DataclassType, shapes.TypedDictType)):
         fields = {f.encode_name: f.type for f in shape.fields}
-        return next((k for k in v if k not in fields), None) or next((f'{k}.{odd}' for k, x in v.items() if (odd := _unknown(fields[k], x))), None)
+        strange = next((k or "''" for k in v if k not in fields), None)  # an empty name is a name, too
+        return strange or next((f'{k}.{odd}' for k, x in v.items() if (odd := _unknown(fields[k], x))), None)
     if isinstance(v, dict) and isinstance(shape, shapes.DictType): return next((odd for x in v.values() if (odd := _unknown(shape.value_type, x))), None)
     item = getattr(shape, 'item_type', None)
     return next((odd for x in v if (odd := _unknown(item, x))), None) if item is not None and isinstance(v, (list, tuple)) else None
@@ -134,7 +135,7 @@ def _each(self:Signature, payload, way):
     for k, v in payload.items():
         w = self.ways.get(k) or (self.rest if k not in (self.params or ()) else None)
         try: done[k] = way(w, v) if w else v
-        except (TypeError, ValueError, NotImplementedError, RecursionError) as e: raise BadPayload(f"{k}=***: {type(e).__name__}" if is_secret(k, v) else f"{k}={mask(clean(repr(v), 80))}: {mask(clean(str(e), 1000))}") from None
+        except (TypeError, ValueError, NotImplementedError, RecursionError, OverflowError) as e: raise BadPayload(f"{k}=***: {type(e).__name__}" if is_secret(k, v) else f"{k}={mask(clean(repr(v), 80))}: {mask(clean(str(e), 1000))}") from None
     return done
 
 @patch
@@ -169,7 +170,7 @@ def _lenient(w, v):
 def loose(self:Wire, text:str):
     "What a field of a form means, which has only text; the text itself if it means nothing of this type"
     try: return _lenient(self, 'true' if text == 'on' and self.typ is bool else text)
-    except (msgspec.ValidationError, ValueError, TypeError): return text
+    except (msgspec.ValidationError, ValueError, TypeError, OverflowError): return text
 
 # %% ../../nbs/jobs/06_arguments.ipynb #ec3c2d47
 @patch

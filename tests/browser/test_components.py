@@ -84,6 +84,8 @@ def tidy(app):
     app.m.cancel_all(everything=True)
     app.m.delete_all(everything=True)
 
+one_look = pytest.mark.parametrize('app', ['bare'], indirect=True)  # what does not depend on how it looks
+
 def asked(page):
     "What the page asks of the job system from now on"
     found = []
@@ -97,6 +99,7 @@ def quiet(page, found, seconds):
     page.wait_for_timeout(seconds*1000)
     assert found[before:] == []
 
+@one_look
 @pytest.mark.parametrize('live', [False, True])
 def test_from_start_to_end(app, page, live):
     found = asked(page)
@@ -119,6 +122,7 @@ def test_from_start_to_end(app, page, live):
     quiet(page, found, 1.5 if live else 3.5)
     wait_until(lambda: app.jobs.streams == 0)
 
+@one_look
 def test_one_that_fails_is_tried_again(app, page):
     steps.broken = True
     page.goto(f'{app.url}/?live=1')
@@ -137,6 +141,7 @@ def test_one_that_fails_is_tried_again(app, page):
     expect(job.locator('.fs-status')).to_have_text('Done with warnings')
     expect(job.locator('.fs-warnings')).to_have_text('rows: fewer than none')
 
+@one_look
 @pytest.mark.parametrize('live', [False, True])
 def test_one_is_cancelled_and_all_parts_know(app, page, live):
     id = app.submit()
@@ -154,6 +159,7 @@ def test_one_is_cancelled_and_all_parts_know(app, page, live):
     expect(cell).to_have_text('Running', timeout=4000)  # a list with nothing open is not told that a job was tried again
     expect(line).to_have_text('Running', timeout=4000)
 
+@one_look
 def test_one_stream_for_a_page(app, page):
     id, found = app.submit(), asked(page)
     streams = lambda: [u for u in found if '/stream' in u]
@@ -177,8 +183,8 @@ def test_one_stream_for_a_page(app, page):
     quiet(page, found, 1.5)
     assert len(streams()) == 2 and app.jobs.streams == 0
 
+@one_look
 def test_more_jobs_than_a_stream_has_room_for(app, page):
-    if app.look != 'bare': pytest.skip('the same for each look')
     app.m.submit_many(step_by_step, [{}]*60, run_at='2100-01-01')
     id = app.submit()
     page.goto(f'{app.url}/list?limit=61')
@@ -187,6 +193,7 @@ def test_more_jobs_than_a_stream_has_room_for(app, page):
     steps.percent = 55
     expect(page.locator('progress[value="55"]')).to_have_count(1, timeout=5000)
 
+@one_look
 def test_a_button_says_why_it_was_refused(app, new_page, monkeypatch):
     page = new_page()
     page.goto(app.url)

@@ -45,6 +45,7 @@ def sleeps(job):
 
 @task(isolate='process')
 async def asleeps(job):
+    job.progress(1, 'asleep')
     try: await asyncio.sleep(100)
     finally: job.log('cleaned up')
 
