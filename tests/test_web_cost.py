@@ -15,8 +15,10 @@ def shop(tmp_path):
     app = FastHTML(secret_key='x')
     jobs = setup_jobs(app, host, Settings(concurrency=0), tenant=lambda req: 'acme', role=lambda req: 'operator')
     store, said = jobs.directory.manager('acme').store, []
-    for conn in store._spare: conn.set_trace_callback(said.append)
+    traced = list(store._spare)
+    for conn in traced: conn.set_trace_callback(said.append)
     yield TestClient(app), store, said
+    for conn in traced: conn.set_trace_callback(None)
     engine.stop(0); host.close()
 
 def never(n): raise AssertionError('nobody runs jobs here')

@@ -457,7 +457,7 @@ def test_without_a_script(shop, new_page):
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_every_page(shop, new_page, history, axe, shots, scheme):
-    id, page, outside = slow(shop, 'globex'), new_page(color_scheme=scheme), []
+    id, page, outside = slow(shop, 'globex', 3), new_page(color_scheme=scheme), []  # it has to run as long as the pages are visited
     page.on('request', lambda r: None if r.url.startswith((shop.url, 'data:')) else outside.append(r.url))
     t, names = 'globex', {}
     urls = dict(index='/', shop='/globex', products='/globex/products', missing='/nope', **{n: dash(shop, t, p, q).removeprefix(shop.url) for n, p, q in (
