@@ -1,8 +1,9 @@
-"""The web face: pages over a million jobs, and an app with two hundred open live pages. `python -m benchmarks.pages`.
+"""The web face: pages over a million jobs, an app with two hundred open live pages, and one whose jobs compute. `python -m benchmarks.pages`.
 
-The app is one uvicorn process on SQLite at FULL. Live pages are 200 connections of another process: each holds a stream and, when it is told of a
-change, asks for its part on a connection of its own, as a browser does. `wrk` asks a route of the app's own meanwhile; the same jobs run in both cases."""
+The app is one uvicorn process on SQLite at FULL. Live pages are 200 connections of another process: each holds a stream and, when it is told that a
+job's state has changed, asks for its part on a connection of its own, as a browser does. `wrk` asks a route of the app's own meanwhile; the same jobs run in both cases."""
 import argparse, asyncio, json, os, socket, statistics, subprocess, sys, tempfile, time
+from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from .measures import wrk
@@ -21,7 +22,15 @@ def app_of(url):
     @app.route('/start/{n}', methods=['POST'])
     async def start(n:int):
         with get_or_create_tenant_db(TENANT, host=host) as db: return ' '.join(BackgroundTaskManager(db).submit_many('ticking', ticking, [dict(n=i) for i in range(n)]))
+    @app.route('/compute/{n}/{ms}', methods=['POST'])
+    async def compute(n:int, ms:int):
+        with get_or_create_tenant_db(TENANT, host=host) as db: return str(len(BackgroundTaskManager(db).submit_many('computing', computing, [dict(ms=ms)]*n)))
     return app
+
+def computing(ms:int):
+    "So many milliseconds of Python, if nobody else wants the interpreter"
+    until = time.thread_time() + ms/1000
+    while time.thread_time() < until: pass
 
 async def ticking(n:int, job):
     "Reports progress twice a second, for as long as anybody measures"
@@ -65,7 +74,7 @@ class App:
             self.get(path)
             took.append((time.perf_counter() - at)*1000)
         took = sorted(took[3:])
-        return dict(p50=round(statistics.median(took), 2), p95=round(took[int(len(took)*0.95)], 2))
+        return {f'p{q}': round(took[int(len(took)*q/100)], 2) for q in (50, 95, 99)}
     def close(self): self.proc.kill(); self.proc.wait(); self.sock.close()
 
 async def live_page(port, job_id, told):
@@ -77,8 +86,11 @@ async def live_page(port, job_id, told):
         return await reader.readexactly(size)
     stream, parts = await asyncio.open_connection('127.0.0.1', port), await asyncio.open_connection('127.0.0.1', port)
     stream[1].write(f'GET /jobs/-/stream?jobs={job_id} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n'.encode())
+    head = await stream[0].readuntil(b'\r\n\r\n')
+    assert head.startswith(b'HTTP/1.1 200'), head + await stream[0].read(300)
     async for line in stream[0]:
-        if line.startswith(b'event: job'): told.append(time.time()); await ask(*parts, f'/jobs/-/progress/{job_id}?live=1')
+        if line.startswith(b'event: step'): told.append(time.time())
+        elif line.startswith(b'event: job'): told.append(time.time()); await ask(*parts, f'/jobs/-/progress/{job_id}?live=1')
 
 async def live_pages(port, ids, n):
     told = []
@@ -117,23 +129,41 @@ def pages(url, path, n):
         return dict(jobs=n) | {k: app.timed(p) for k, p in each.items()}
     finally: app.close()
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__)
-    for name, default in dict(jobs=1_000_000, pages=200, seconds=5, rounds=3).items(): p.add_argument(f'--{name}', type=int, default=default)
-    o = p.parse_args()
+@contextmanager
+def fresh():
+    "A new host with a tenant: its URL, and the tenant's file"
     from fh_saas import BackgroundTaskManager, HostDatabase, get_or_create_tenant_db
     from fh_saas.jobs.engine import default_engine
-    found = {}
-    for kind in ('live', 'pages'):
-        with tempfile.TemporaryDirectory() as tmp:
-            url = f'sqlite:///{tmp}/host.db'
-            host = HostDatabase(url)
-            with get_or_create_tenant_db(TENANT, host=host) as db: BackgroundTaskManager(db).list_jobs()
-            path = host.url_of(host.find(TENANT)).database
-            default_engine().stop(0); host.close()
-            found[kind] = live(url, o.pages, o.seconds, o.rounds) if kind == 'live' else pages(url, path, o.jobs)
-            print(json.dumps({kind: found[kind]}, indent=1), flush=True)
-    (folder/'pages.json').write_text(json.dumps(dict(options=vars(o), results=found), indent=1) + '\n')
+    with tempfile.TemporaryDirectory() as tmp:
+        host = HostDatabase(url := f'sqlite:///{tmp}/host.db')
+        with get_or_create_tenant_db(TENANT, host=host) as db: BackgroundTaskManager(db).list_jobs()
+        path = host.url_of(host.find(TENANT)).database
+        default_engine().stop(0); host.close()
+        yield url, path
+
+def busy(ms):
+    "Milliseconds of the app's own route while more jobs than it can run compute in its process, so many milliseconds each"
+    with fresh() as (url, _):
+        app = App(url)
+        try:
+            if ms: app.get(f'/compute/{60_000//ms}/{ms}', 'POST'); time.sleep(3)
+            return app.timed('/', 300)
+        finally: app.close()
+
+def measure(kind, o):
+    if kind == 'busy': return {ms: busy(ms) for ms in (0, 5, 100)}
+    with fresh() as (url, path): return live(url, o.pages, o.seconds, o.rounds) if kind == 'live' else pages(url, path, o.jobs)
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    for name, default in dict(jobs=1_000_000, pages=200, seconds=8, rounds=5).items(): p.add_argument(f'--{name}', type=int, default=default)
+    p.add_argument('--only', default='live,busy,pages')
+    o, out = p.parse_args(), folder/'pages.json'
+    found = json.loads(out.read_text())['results'] if out.exists() else {}
+    for kind in o.only.split(','):
+        found[kind] = measure(kind, o)
+        print(json.dumps({kind: found[kind]}, indent=1), flush=True)
+    out.write_text(json.dumps(dict(options=vars(o), results=found), indent=1) + '\n')
 
 if __name__ == '__main__':
     if sys.argv[1:2] == ['serve']: serve(*sys.argv[2:])

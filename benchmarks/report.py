@@ -47,12 +47,34 @@ def grid(heads, rows, right=()) -> str:
 def shown(v, fmt): return '–' if v is None else format(v, fmt)
 
 
+# pages
+
+asked = dict(list='Jobs', failed='Jobs, `status:failed`', type='Jobs, `type:…`', search='Jobs, a word that nothing has', overview='Overview', job='A job', api_list='List of the API', status_poll='Poll of a status', progress_poll='Poll of a progress', api_status='Status of the API', own_route="The app's own route")
+
+def pages(run):
+    "Milliseconds of each page, and what open live pages take from the app"
+    found = run['results']
+    if not found: return Text('Nothing is saved in `benchmarks/results/pages.json`: run `python -m benchmarks.pages`, then `make report`.')
+    times, live, busy = found['pages'], found['live'], found['busy']
+    def each(k): return f"{sum(live[k])/len(live[k]):.0f}"
+    return Text(f"""Over {times['jobs']:,} jobs, milliseconds of a request one after the other:
+
+{grid(('page', 'p50', 'p95'), [(v, times[k]['p50'], times[k]['p95']) for k, v in asked.items()], ('p50', 'p95'))}
+
+Answers per second of the app's own route: {each('without')} without, {each('with_pages')} with {live['pages']} open live pages. Ratio within a round, median of {len(live['without'])}: {live['ratio']:.2f}.
+
+The app's own route, in milliseconds, while more jobs than it can run compute in its process:
+
+{grid(('jobs', 'p50', 'p99'), [('none' if ms == '0' else f'of {ms} ms each', t['p50'], t['p99']) for ms, t in busy.items()], ('p50', 'p99'))}""")
+
+
 # peers
 
 names = {'raw-sqlite-full': 'raw sqlite3, FULL', 'raw-sqlite-normal': 'raw sqlite3, NORMAL', 'raw-postgres': 'raw psycopg', 'raw-redis': 'raw redis-py',
     'schema-sqlite-full': 'sqlite3 on our tables, FULL', 'schema-sqlite-normal': 'sqlite3 on our tables, NORMAL', 'schema-postgres': 'psycopg on our tables',
     'ours-full': 'fh_saas, SQLite FULL', 'ours-normal': 'fh_saas, SQLite NORMAL', 'ours-postgres': 'fh_saas, PostgreSQL',
     'ours-full-async': 'fh_saas, SQLite FULL, async route', 'ours-normal-async': 'fh_saas, SQLite NORMAL, async route', 'ours-postgres-async': 'fh_saas, PostgreSQL, async route',
+    'ours-full-worker': 'fh_saas, SQLite FULL, worker elsewhere', 'ours-normal-worker': 'fh_saas, SQLite NORMAL, worker elsewhere', 'ours-postgres-worker': 'fh_saas, PostgreSQL, worker elsewhere',
     'huey': 'Huey, SQLite',
     'pgqueuer-async': 'pgqueuer, async tasks', 'procrastinate': 'Procrastinate', 'dbos-sqlite': 'DBOS, SQLite', 'dbos-postgres': 'DBOS, PostgreSQL',
     'saq': 'SAQ, Redis', 'saq-async': 'SAQ, async tasks', 'celery': 'Celery, Redis', 'celery-acks-late': 'Celery, acks late', 'dramatiq': 'Dramatiq, Redis',
@@ -111,7 +133,7 @@ def about(run_) -> Text:
     if not run_['results']: return nothing(run_)
     m, o = run_['machine'], run_['options']
     facts = dict(date=m.get('date', '').replace('T', ' ').replace('+00:00', ' UTC'), machine=f"{m.get('cpus')} cores, {m.get('processor')}, {m.get('system')}",
-        **{k.replace('_', ' '): v for k, v in m.items() if k not in ('date', 'cpus', 'processor', 'system')}, rounds=o.get('runs'), took=f"{run_.get('seconds', 0)/60:.0f} minutes")
+        **{k.replace('_', ' '): v for k, v in m.items() if k not in ('date', 'cpus', 'processor', 'system') and not str(v).startswith('not there')}, rounds=o.get('runs'), took=f"{run_.get('seconds', 0)/60:.0f} minutes")
     warning = 'This is a trial (`--quick`): few jobs and a single round. It shows that all works; its figures say little.' if o.get('quick') else '' if (o.get('runs') or 0) >= 3 else 'Fewer than three rounds: the figures say little.'
     earlier = {k: at for k, at in run_.get('taken', {}).items() if at != m.get('date')}
     since = earlier and f"Taken on {min(earlier.values()).replace('T', ' ').replace('+00:00', ' UTC')}, from the code of that time: {', '.join(f'`{k}`' for k in earlier)}; the other measures as above."
@@ -329,7 +351,7 @@ def aims(p, t) -> list:
     def to(measure, other, key='value', other_measure=None, which=levels):
         return {l: ratio(p, (measure, f'ours-{x}'), (other_measure or measure, other.format(x)), key) for l, x in which.items()}
     pg = lambda other: {'PostgreSQL': ratio(p, ('drain', 'ours-postgres'), ('drain', other))}
-    coroutines = {l: f'{x}-async' for l, x in levels.items()}
+    coroutines, elsewhere = ({l: f'{x}-{where}' for l, x in levels.items()} for where in ('async', 'worker'))
     raw, big, lease = 'raw-sqlite-{}', 'idle, 10,000 tenants', Settings().lease
     kinds = {l.removeprefix('jobs that '): f'noise: {l}' for l in ('jobs that wait 2 ms', 'jobs that compute 2 ms')}
     crash = {l: largest(p, ('crash', f'ours-{x}'), 'lost') for l, x in (levels | dict(PostgreSQL='postgres')).items()}
@@ -355,6 +377,8 @@ def aims(p, t) -> list:
         ('the same, p99', '≤', 1, '', to('web', 'starlette', 'p99')),
         ('Web route that is a coroutine, requests a second, to the same with a BackgroundTask', '≥', 1.3, '', to('web', 'starlette-async', which=coroutines)),
         ('the same, p99', '≤', 1, '', to('web', 'starlette-async', 'p99', which=coroutines)),
+        ('Web route whose jobs a worker runs, requests a second, to a BackgroundTask that stores nothing', '≥', 1.3, '', to('web', 'starlette', which=elsewhere)),
+        ('the same, p99', '≤', 1, '', to('web', 'starlette', 'p99', which=elsewhere)),
         ('Lone job among 10,000 idle tenants, p50, to a single tenant', '≤', 1.3, '', {'': ratio(t, big, 'idle, 1 tenants', 'p50')}),
         ('10,000 idle tenants, of one core', '<', 1, '%', {'': run.median(f['value'] for f in runs(t, big) if f)}),
         ('10,000 idle tenants, open files at most', '<', 800, '', {'': largest(t, big, 'files', 'files_after')}),

@@ -38,9 +38,8 @@ class Runner(Worker):
 
     def files(self): return len(os.listdir(f'/proc/{self.proc.pid}/fd'))
     def cpu(self):
-        "Seconds of CPU time so far"
-        fields = Path(f'/proc/{self.proc.pid}/stat').read_text().rsplit(')', 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+        "Seconds of CPU time so far, as its own clock has it: the ticks of /proc/PID/stat are too coarse for what hardly runs"
+        return time.clock_gettime(~self.proc.pid << 3 | 2)  # clock_getcpuclockid(3) of Linux
     def memory(self, what='VmRSS'):
         "MiB"
         return int(next(l for l in Path(f'/proc/{self.proc.pid}/status').read_text().splitlines() if l.startswith(what)).split()[1]) / 1024

@@ -74,6 +74,7 @@ _ways_out = {
     DatabaseUnavailable: "the database cannot be reached or opened: check path, server and credentials",
     DatabaseCorrupt: "the file is damaged or not a database: put back a good copy; other tenants are not affected"}
 
+# %% ../nbs/00_db_connect.ipynb #7760c4f3
 def _kind(e):
     if isinstance(e, sqlite3.Error): return _sqlite_kinds.get((getattr(e, 'sqlite_errorcode', None) or 0) & 0xff)
     if type(e).__module__.partition('.')[0] != 'psycopg': return None

@@ -227,6 +227,7 @@ def set_state(self:HostDatabase, tenant_id:str, state:str):
     if self.find(tenant_id) is None: raise TenantNotFound(f"no tenant {tenant_id!r}")
     with writing(self.engine) as conn: conn.execute(_catalog.update().where(_catalog.c.id == tenant_id).values(state=state))
 
+# %% ../nbs/00_db_host.ipynb #c94ca90d
 @patch
 def hold(self:HostDatabase, tenant_id:str, reason:str,
     **known, # `created_at` and `epoch` of the tenant that is meant

@@ -80,26 +80,30 @@ class OpenDatabases:
         except BaseException: self._release(key, drop=fresh); raise
         finally: self._trim()
 
-    def drain(self):
-        "Take back what handles have left"
-        while self.returned:
-            try: conn, key = self.returned.popleft()
-            except IndexError: return
-            try: conn.close()
-            finally: self._release(key)
+# %% ../nbs/01_db_tenant.ipynb #ac43b874
+@patch
+def drain(self:OpenDatabases):
+    "Take back what handles have left"
+    while self.returned:
+        try: conn, key = self.returned.popleft()
+        except IndexError: return
+        try: conn.close()
+        finally: self._release(key)
 
-    def _release(self, key, drop=False):
-        with self._lock:
-            self._users[key] -= 1
-            if not self._users[key]: del self._users[key]
-            if drop and key not in self._users and key in self._pools: self._pools.pop(key).dispose()
-        self._trim()
+@patch
+def _release(self:OpenDatabases, key, drop=False):
+    with self._lock:
+        self._users[key] -= 1
+        if not self._users[key]: del self._users[key]
+        if drop and key not in self._users and key in self._pools: self._pools.pop(key).dispose()
+    self._trim()
 
-    def _trim(self):
-        with self._lock:
-            spare = [k for k in self._pools if k not in self._users][:max(0, len(self._pools)-self.max_open)]
-            engines = [self._pools.pop(k) for k in spare]
-        for e in engines: e.dispose()
+@patch
+def _trim(self:OpenDatabases):
+    with self._lock:
+        spare = [k for k in self._pools if k not in self._users][:max(0, len(self._pools)-self.max_open)]
+        engines = [self._pools.pop(k) for k in spare]
+    for e in engines: e.dispose()
 
 # %% ../nbs/01_db_tenant.ipynb #0f8dd113
 @patch

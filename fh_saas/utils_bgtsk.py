@@ -32,7 +32,7 @@ from .jobs.context import current_job
 from .jobs.engine import Engine, default_engine
 from .jobs.events import event_of, events
 from .jobs.following import Followed
-from .jobs.notice import QueueClosed, hint, open_for, ring, slow, soon  # noqa: F401
+from .jobs.notice import QueueClosed, hint, moment, open_for, ring, ringing, slow, soon  # noqa: F401
 from .jobs.options import InvalidJob, Unique, checked, checks, text  # noqa: F401
 from .jobs.states import Outcome
 from .jobs.steering import Steering, WrongState  # noqa: F401
@@ -142,7 +142,7 @@ def _handoff(self:BackgroundTaskManager, served):
 def _stored(self:BackgroundTaskManager, op, handoff=None, conn=None) -> dict: # As `Adding` says
     (engine, store), queue = self.here, op.jobs[0].get('queue', 'default')
     limits, served, tenancy = open_for(queue, engine, store), engine.serves(queue), engine.tenancy(store)
-    op.delay, op.quota = self._handoff(served) if handoff is None else handoff, limits.pending
+    op.delay, op.quota, op.after = self._handoff(served) if handoff is None else handoff, limits.pending, ringing(tenancy, queue, served)
     if conn is None: store.refuse_beside_own()
     begun = time.monotonic()
     hint(tenancy)
@@ -162,19 +162,15 @@ def _dropped(self:BackgroundTaskManager, op):
 @patch
 def _committed(self:BackgroundTaskManager, op, said, served, begun, conn=None):
     "Who runs these jobs learns of them; once they are committed, if that is somebody else's decision"
-    (engine, store), at, queue = self.here, _moment(op, said), op.jobs[0].get('queue', 'default')
+    (engine, store), at, queue = self.here, moment(op, said), op.jobs[0].get('queue', 'default')
     tenancy, joined = engine.tenancy(store), conn is not None  # `told` must not keep a connection that the app forgets
     def told(there=True):
         if not there: return self._dropped(op)
         _tell(store, op, said)
         engine.attend(store, soon(at, op.delay))
-        if not served or joined or slow(tenancy, begun): ring(tenancy, at, queue)
+        if joined or served and slow(tenancy, begun): ring(tenancy, at, queue)
     if conn is None: return told()
     engine.follow(Followed(store, [said.get('found') or op.jobs[-1]['id']], conn, told))
-
-def _moment(op, said):
-    "The moment of its own at which a job is to run; None: at once"
-    return said.get('run_at') if 'found' in said else said.get('waits') or op.jobs[0].get('run_at')
 
 def _tell(store, op, said):
     if events.subscribers and 'found' not in said: events.tell(*(event_of('submitted', store.tenant, job, status='pending') for job in op.jobs))
@@ -211,7 +207,7 @@ def submit_with(self:BackgroundTaskManager, job_type:str, task_func:Callable,
 
 @patch
 def _handle(self:BackgroundTaskManager, op, said, task_func):
-    job_id, at = said.get('found') or op.jobs[0]['id'], _moment(op, said)
+    job_id, at = said.get('found') or op.jobs[0]['id'], moment(op, said)
     return job_id, JobTask(self, job_id, task_func, is_new='found' not in said, later=bool(at) and at > timestamp(time.time() + self.store.kind.ahead))
 
 # %% ../nbs/02_utils_bgtsk.ipynb #4a139a1e
@@ -304,7 +300,7 @@ async def _astored(self:BackgroundTaskManager, op, conn=None):
     begun = time.monotonic()
     limits = await in_thread(open_for, queue, engine, store) if tenancy and tenancy.rules.stale else open_for(queue, engine, store)
     if tenancy and not tenancy.wakes.hinted(tenancy.tenant_id): await in_thread(hint, tenancy)
-    op.delay, op.quota = self._handoff(served), limits.pending
+    op.delay, op.quota, op.after = self._handoff(served), limits.pending, ringing(tenancy, queue, served)
     if conn is None: store.refuse_beside_own(waits=False)
     try: said = added(await store.awrite_soon(op, engine.writers.submit, None if conn is None else lambda op: store.join(conn, op)))
     except DatabaseBusy as e: self._dropped(op); self._explain(e, conn)
@@ -312,8 +308,8 @@ async def _astored(self:BackgroundTaskManager, op, conn=None):
     if conn is not None: self._committed(op, said, served, begun, conn); return said  # a connection is used where it is
     if 'found' in said: self._dropped(op)
     _tell(store, op, said)
-    engine.attend(store, soon(at := _moment(op, said), op.delay))
-    if tenancy and (not served or slow(tenancy, begun)): await in_thread(ring, tenancy, at, queue)
+    engine.attend(store, soon(at := moment(op, said), op.delay))
+    if served and slow(tenancy, begun): await in_thread(ring, tenancy, at, queue)
     return said
 
 # %% ../nbs/02_utils_bgtsk.ipynb #b1f7cb23

@@ -123,7 +123,17 @@ def test_two_workers_share_the_limit_of_a_queue(shop):
     time.sleep(4)  # each has seen the other
     jobs = [(t, shop.submit(t, nap, seconds=0.3, queue='imports')) for t in ('acme', 'globex') for _ in range(8)]
     wait_until(lambda: all(shop.row(t, j).status == 'completed' for t, j in jobs), 30)
-    assert 2 <= shop.running() <= 3
+    assert shop.running() == 3
+    assert len({pid for _, pid, *_ in shop.said('begin')}) == 2
+
+def test_what_one_has_no_room_for_the_other_begins_at_once(shop):
+    for _ in range(2): shop.worker('--concurrency', '1').says('jobs at once')
+    wait_until(lambda: len([w for w in Fleet(shop.host).workers() if w.state == 'running']) == 2)
+    shop.submit('acme', nap, seconds=0.01)
+    wait_until(lambda: shop.said('end'))
+    for _ in range(2): shop.submit('acme', nap, seconds=20)
+    wait_until(lambda: len(shop.said('begin')) == 3, 10)
+    assert shop.running() == 2
 
 def test_limits_of_a_tenant_hold_over_all_processes_and_change_while_they_run(shop):
     rules = rules_of(shop.host)

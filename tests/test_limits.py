@@ -8,10 +8,12 @@ from fastsql import Database
 from tenacity import wait_fixed
 from fh_saas.db_host import seconds
 from fh_saas.jobs import recorder, tasks
+from fh_saas.jobs.claims import Room
 from fh_saas.jobs.masking import hide, mask, masked, secret_values
 from fh_saas.jobs.options import InvalidJob
 from fh_saas.jobs.retries import Cancel, Permanent, RetryAfter, Snooze, TaskSignal
 from fh_saas.jobs.tasks import Registry, task
+from fh_saas.jobs.turns import Lanes
 from fh_saas.utils_bgtsk import BackgroundTaskManager, JobFailed
 from conftest import wait_until
 
@@ -596,3 +598,81 @@ if __name__ == '__main__':
 def test_short_forms_of_a_secret_hide_nothing_else():
     assert secret_values('{"password": "    ", "token": "   x"}') == ('   x',) or 'x' not in secret_values('{"token": "   x"}')
     assert mask('hello', secret_values('{"password": "    "}')) == 'hello' and mask('k-eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.abcdefghij') == 'k-***'
+
+# --- Lanes
+
+@pytest.fixture
+def narrow(monkeypatch):
+    "Each lane has one place, whatever its jobs use; empty it for the judgement as it is"
+    judge, forced = Lanes.judge, [1]
+    def all_narrow(lanes):
+        if not forced: return judge(lanes)
+        for tasks_ in lanes._all.values():
+            for lane in tasks_.values(): lane.most = 1
+        lanes.narrow = [lane for tasks_ in lanes._all.values() for lane in tasks_.values()]
+    monkeypatch.setattr(Lanes, 'judge', all_narrow)
+    return forced
+
+def test_a_task_that_is_held_back_keeps_no_other_and_loses_no_job(new_url, new_manager, narrow):
+    m, go, begun = new_manager(new_url(), handoff=0, concurrency=8), threading.Event(), []
+    def computes(n): begun.append(n); go.wait(30)
+    def letter(): return 1
+    first, _ = m.submit('t', computes, n=0)
+    wait_until(lambda: begun)
+    wait_until(lambda: m.engine.line.lanes.narrow)
+    ids = [first, *(m.submit('t', computes, n=n)[0] for n in range(1, 6))]
+    for _ in range(3): assert m.wait(m.submit('u', letter)[0], 10).status == 'completed'
+    assert len(begun) == 1 and len(m.list_jobs(status='pending')) >= 5 - 1  # one may be claimed ahead
+    async def answered(bg): await asyncio.wait_for(bg(), 10)
+    late, bg = m.submit('t', computes, n=6)
+    asyncio.run(answered(bg))  # a response does not wait for a place
+    assert m.get_job(late).status == 'pending'
+    go.set()
+    assert [m.wait(id, 20).status for id in (*ids, late)] == ['completed']*7 and sorted(begun) == [*range(7)]
+
+def test_what_becomes_wider_takes_what_is_due(new_url, new_manager, narrow):
+    m, go, begun = new_manager(new_url(), handoff=0, concurrency=8), threading.Event(), []
+    def waits(n): begun.append(n); go.wait(30)
+    m.submit('t', waits, n=0)
+    wait_until(lambda: m.engine.line.lanes.narrow)
+    for n in range(1, 6): m.submit('t', waits, n=n)
+    time.sleep(1)
+    assert len(begun) == 1
+    narrow.clear()
+    wait_until(lambda: len(begun) == 6, 10)
+    go.set()
+
+def test_jobs_that_wait_have_all_threads(new_sqlite, new_manager):
+    m, together = new_manager(new_sqlite(), handoff=0, concurrency=8), threading.Barrier(8)
+    def waits(): together.wait(20); time.sleep(0.05)
+    ids = [m.submit('t', waits)[0] for _ in range(40)]
+    assert {m.wait(id, 30).status for id in ids} == {'completed'} and not m.engine.line.lanes.narrow
+
+def test_a_response_whose_job_found_no_place_is_not_forgotten(new_url, new_manager, narrow):
+    m, go, begun = new_manager(new_url(), handoff=60, poll=60, concurrency=8), threading.Event(), []
+    def computes(n): begun.append(n); go.wait(30)
+    jobs = [m.submit('t', computes, n=n) for n in range(4)]
+    async def serve():
+        first = asyncio.create_task(jobs[0][1]())
+        while not (begun and m.engine.line.lanes.narrow): await asyncio.sleep(0.02)
+        await asyncio.wait_for(asyncio.gather(*(bg() for _, bg in jobs[1:])), 10)  # no response waits for a place
+        assert begun == [0] and m.engine._desks[m.store] in m.engine._blocked
+        go.set()
+        await first
+    asyncio.run(serve())
+    wait_until(lambda: sorted(begun) == [*range(4)], 5)
+
+def test_room_is_asked_for_while_lanes_become_wider(new_sqlite, new_manager):
+    line = new_manager(new_sqlite(), concurrency=4).engine.line
+    line.lanes.narrow = [lane := line.lanes.of('desk', 'task')]
+    assert (lane.most, line.free()) == (None, 4)
+
+def test_a_desk_that_its_lane_holds_back_is_called_by_its_own_jobs_only(new_sqlite, new_manager):
+    e = new_manager(new_sqlite(), handoff=0, concurrency=8).engine
+    one, other, third = (e._desks[e.store(new_sqlite())] for _ in range(3))
+    e._bar(one, Room(1, by_task=dict(t=0)))
+    e._bar(other, Room(1))
+    e._unblock(third)
+    assert one in e._blocked and other not in e._blocked
+    e._unblock(one)
+    assert one not in e._blocked

@@ -161,3 +161,8 @@ def test_the_few_that_failed_are_found_by_their_index(new_url):
             if len(status) == 1: assert 'TEMP B-TREE' not in said and 'Sort' not in said, said
     assert len(walk(store, 7, status='failed')) == 3 and store.counts()['failed'] == (20, False) and store.counts()['completed'][1]
     store.close()
+
+def test_what_is_under_way(store):
+    rows = fill(store, [dict(status=s) for s in ['running', 'pending', 'failed', 'pending', 'completed']*3])
+    want = [[r['id'] for r in rows if r['status'] == s] for s in ('running', 'pending')]
+    assert [r['id'] for r in store.under_way()] == sum(want, []) and [r['id'] for r in store.under_way(2)] == want[0][:2] + want[1][:2]

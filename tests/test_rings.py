@@ -1,5 +1,5 @@
 "A job that one process submits is started by another, without anybody polling the tenants."
-import subprocess, sys, time
+import asyncio, subprocess, sys, time, uuid
 import pytest
 from conftest import wait_until
 from fh_saas.db_host import HostDatabase
@@ -21,7 +21,7 @@ from fh_saas.jobs.tasks import Registry
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 def started(n): return n
 host, dies = HostDatabase(sys.argv[1]), sys.argv[2] == 'dies'
-m = BackgroundTaskManager(get_or_create_tenant_db('acme', host=host), Engine(Settings(concurrency=0, busy=0.5), Registry()))
+m = BackgroundTaskManager(get_or_create_tenant_db(sys.argv[3], host=host), Engine(Settings(concurrency=0, busy=0.5), Registry()))
 if dies:
     wakes = m.engine.tenancy(m.store).wakes
     wakes.ring = lambda *args: sys.exit()
@@ -29,6 +29,7 @@ if dies:
 sys.stdin.readline()
 for n in range(3): print(m.submit('t', started, n=n)[0], flush=True)
 '''
+acme = f'acme-{uuid.uuid4().hex[:6]}'  # tests at the same time share one server
 
 @pytest.fixture(params=['sqlite', 'postgresql'])
 def host(request, tmp_path):
@@ -45,13 +46,13 @@ def serve(host, monkeypatch):
     begun = []
     task('started')(lambda n: begun.append(time.monotonic()))
     runner = Runner(host, Settings(poll=3600)).start()
-    get_or_create_tenant_db('acme', host=host).close()
+    get_or_create_tenant_db(acme, host=host).close()
     time.sleep(1.5)
     yield begun
     runner.stop(0)
 
 def child(host, how):
-    p = subprocess.Popen([sys.executable, '-c', submitter, host.url.render_as_string(hide_password=False), how], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, '-c', submitter, host.url.render_as_string(hide_password=False), how, acme], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     return p
 
 def test_a_ring_is_heard_at_once(host, serve):
@@ -89,6 +90,70 @@ def test_one_of_the_listeners_is_called_before_the_note_is_there(tmp_path):
     for e in ears: e.close()
     bell.call('acme')  # nobody listens any more
     web.stop(0); h.close()
+
+@pytest.fixture
+def elsewhere(host):
+    "A manager in a process that leaves its jobs to others, and the rings and commits that it makes"
+    web = Engine(Settings(concurrency=0), Registry())
+    m, rings, commits = BackgroundTaskManager(get_or_create_tenant_db(acme, host=host), web), [], []
+    wakes, ring, commit = web.tenancy(m.store).wakes, web.tenancy(m.store).wakes.ring, m.store.kind.commit
+    wakes.ring = lambda *args: rings.append(args) or ring(*args)
+    m.store.kind.commit = lambda cur: commits.append(1) or commit(cur)
+    yield m, rings, commits
+    web.stop(0)
+    del wakes.ring  # the host's wakes outlive this engine
+
+async def together(m, n, **options): return await asyncio.gather(*(m.asubmit('t', print, **options) for _ in range(n)))
+
+def test_jobs_that_share_a_commit_share_a_ring(elsewhere):
+    m, rings, commits = elsewhere
+    assert len(asyncio.run(together(m, 100))) == 100
+    assert 1 <= len(rings) <= len(commits) < 50 and set(rings) == {(acme, None, 'default')}
+    due = m.engine.tenancy(m.store).wakes.due()[0]
+    assert acme in due
+
+def test_each_queue_and_each_moment_is_rung_for(elsewhere):
+    m, rings, _ = elsewhere
+    async def some():
+        await asyncio.gather(together(m, 5, queue='a'), together(m, 5, queue='b', run_at='2040-01-01 00:00:00'), together(m, 1, queue='b', run_at='2039-01-01 00:00:00'))
+    asyncio.run(some())
+    assert (acme, None, 'a') in rings and {q for _, _, q in rings} == {'a', 'b'}
+    assert min(at for _, at, q in rings if q == 'b')[:4] == '2039'
+
+def test_a_ring_that_fails_takes_no_job_along(elsewhere, caplog):
+    m, *_ = elsewhere
+    def broken(*args): raise RuntimeError('no bell')
+    m.engine.tenancy(m.store).wakes.ring = broken
+    assert len(asyncio.run(together(m, 3))) == 3 and m.submit('t', print)
+    assert m.store.by_status()['pending'] == 4
+    assert 'no bell' in caplog.text
+
+def test_a_server_keeps_what_was_there_when_it_began_out_of_collections(tmp_path):
+    import gc
+    host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    async def serve():
+        async with Runner(host, Settings(grace=0)).lifespan(None): return gc.get_freeze_count()
+    gc.unfreeze()
+    try:
+        frozen = asyncio.run(serve())
+        assert frozen > 1000 and 0 < asyncio.run(serve()) <= frozen  # once for a process: what comes later may go again
+    finally: gc.unfreeze(); host.close()
+
+def test_the_first_who_passes_by_tells_the_others(new_pg):
+    from fh_saas.jobs.bell import Ear
+    from fh_saas.jobs.wake import wakes_of
+    h = HostDatabase(new_pg())
+    wakes, ear = wakes_of(h), Ear(h.url, h.id, 'w:1')
+    ear.wait(0)
+    wakes.ring('acme')
+    assert ear.wait(5) == ['acme']
+    def visit(me): return wakes.settle('acme', me, *wakes.lease('acme', me), 0.0, None, True)
+    assert visit('w:1') and ear.wait(5) == ['acme']
+    assert visit('w:2') and ear.wait(0.3) == []  # whom it does not concern either
+    wakes.ring('acme')
+    assert ear.wait(5) == ['acme']
+    assert visit('w:1') and ear.wait(5) == ['acme']
+    ear.close(); h.close()
 
 def test_the_sweep_finds_what_nobody_rang_for_and_visits_nobody_else(tmp_path):
     h = HostDatabase(f'sqlite:///{tmp_path}/host.db')

@@ -268,6 +268,22 @@ def test_the_last_note_is_written_with_the_finish(store):
     got = store.get('a')
     assert (got['progress_percent'], got['progress_message'], got['details']) == (100, 'done', '{"n":1}') and store.logs('a')[0]['message'] == 'hello'
 
+def test_a_claim_takes_no_more_of_a_task_than_it_has_room_for(store):
+    for n in range(3): add(store, id=f'a{n}', task='a')
+    add(store, id='b', task='b')
+    claim = lambda **of: sorted(r['id'] for r in store.claim(('a', 'b'), (), gen_id(), 'w', 30, 10, by_task=of))
+    assert claim(a=0) == ['b'] and claim(a=1) == ['a0'] and claim(b=0) == ['a1', 'a2']
+
+def test_those_behind_a_task_without_room_are_claimed_in_its_place(store):
+    for n in range(5): add(store, id=f'a{n}', task='a')
+    for n in range(2): add(store, id=f'b{n}', task='b')
+    assert sorted(r['id'] for r in store.claim(('a', 'b'), (), gen_id(), 'w', 30, 3, by_task=dict(a=1))) == ['a0', 'b0', 'b1']
+
+def test_a_last_attempt_is_claimed_only_if_its_task_can_start(store):
+    for n in range(3): add(store, id=f'last{n}', task='a', max_retries=1)
+    add(store, id='first', task='a')
+    assert sorted(r['id'] for r in store.claim(('a',), (), gen_id(), 'w', 30, 10, by_task=dict(a=10), sure_of_task=dict(a=1))) == ['first', 'last0']
+
 def test_neither_note_nor_finish_is_written_without_the_claim(store):
     row = begun(store) | dict(claim_token='wrong')
     unchanged(store, 'a', lambda: store.finish(row, Outcome('completed'), store.note(row, (100, 'done'), '{"n":1}', [(1, later(0), 'info', 'hello', None)])))
@@ -618,3 +634,10 @@ def test_a_claim_costs_the_same_however_many_jobs_have_ended(new_sqlite):
     store._writer.set_progress_handler(lambda: steps.append(1), 1000)
     assert claimed(store) == ['a'] and len(steps) < 5
     store.close()
+
+def test_a_connection_that_somebody_reads_with_is_not_kept_by_a_closed_store(store):
+    with store.cursor() as cur:
+        cur.execute('SELECT 1')
+        store.close()
+    assert store._spare == [] and store._writer is None
+    assert store.list(1) == []  # the next use opens it again

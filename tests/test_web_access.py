@@ -1,5 +1,5 @@
 "Who may see and do what on the web: every route, as a hostile tenant, a hostile site and a hostile payload would try it."
-import asyncio, json, re, threading, time
+import asyncio, itertools, json, re, threading, time
 from contextlib import ExitStack
 from types import SimpleNamespace
 import pytest
@@ -472,6 +472,49 @@ def test_rates(new_web):
     assert [x.status_code for x in got] == [200]*5 + [429]*2 and 0 < int(got[-1].headers['retry-after']) <= 61
     assert web.client('globex-viewer', token=True).get(API).status_code == 200 == web.client('acme-operator', token=True).get(API).status_code
     assert ask(web.client('acme-operator', token=True), 'POST', f'{API}/bulk', json=dict(action='delete', everything=True)).status_code == 200
+
+class Waits:
+    "An async callable that `iscoroutinefunction` does not know"
+    def __init__(self, said): self.said = said
+    async def __call__(self, req): return self.said
+
+@pytest.mark.parametrize('f', [Waits('anna'), lambda req: Waits('anna')(req), Waits('anna').__call__], ids=['object', 'lambda', 'method'])
+def test_rates_of_a_user_whose_name_is_waited_for(new_web, f):
+    web = new_web(user=f, tenant=Waits('acme'), role=Waits('viewer'), rate=(5, 60))
+    c = web.client()
+    assert [c.get(f'{API}?limit=1').status_code for _ in range(7)] == [200]*5 + [429]*2
+
+def test_a_banner_goes_on_asking_for_each_job_it_shows(web):
+    "More than five are shown if they were seen before, and none of them is taken for one that has ended"
+    ids = [web.m['acme'].submit('t', sync)[0] for _ in range(7)]
+    got = BeautifulSoup(web.client('acme-viewer').get('/jobs/-/banner', params=dict(live=1, seen=','.join(ids))).text, 'html.parser').div
+    assert len(got.select('.fs-line')) == 7 and {*got['data-live'].split()} == {*ids} and 'every 30s' in got['hx-trigger']
+
+@pytest.mark.parametrize('phase', [0, 1])
+@pytest.mark.parametrize('seen', [True, False])
+def test_a_banner_misses_no_job_that_changes_its_state_meanwhile(web, monkeypatch, phase, seen):
+    "It is claimed, or given back, before each read"
+    id, _ = web.m['acme'].submit('t', sync)
+    c, store, cursor = web.client('acme-viewer'), web.m['acme'].store, Committer.cursor
+    states = itertools.cycle(['running', 'pending'])
+    for _ in range(phase): next(states)
+    def spy(self, *a, **kw):
+        if self.url == store.url: s = next(states); web.set('acme', id, status=s, claim_token='t' if s == 'running' else None)
+        return cursor(self, *a, **kw)
+    monkeypatch.setattr(Committer, 'cursor', spy)
+    got = c.get('/jobs/-/banner', params=dict(live=1, seen=id if seen else '')).text
+    assert f'data-live="{id}"' in got and 'every 30s' in got and got.count('fs-line') == 1
+
+def test_a_watch_that_has_not_looked_yet_is_not_over():
+    w = live.Watch({'a'})
+    assert not w.over
+    w.look({'a': None})
+    assert w.over
+
+def test_a_damaged_moment_ends_no_stream():
+    "Another program has written the row"
+    row = dict(dict.fromkeys(live._pulse), id='a', status='running', progress_percent=50, started_at='soon')
+    assert json.loads(live.step(row)) == dict(id='a', percent=50, message='', left='')
 
 def test_sizes(web):
     c, r = web.client('acme-operator'), web.client('root')

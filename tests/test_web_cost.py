@@ -4,7 +4,9 @@ from fasthtml.common import FastHTML
 from starlette.testclient import TestClient
 from fh_saas import BackgroundTaskManager, HostDatabase, Settings, get_or_create_tenant_db, setup_jobs
 from fh_saas.jobs.engine import Engine, use_engine
+from fh_saas.jobs import pages
 from fh_saas.jobs.pages import stretch
+from fh_saas.web import joblist
 
 @pytest.fixture
 def shop(tmp_path):
@@ -50,5 +52,17 @@ def test_a_list_reads_one_page(shop, q, index):
 
 def test_a_search_looks_no_further_than_its_stretch(shop):
     client, store, said = shop
-    page, = [r for r in asked(said, client, '/jobs/list?q=nothing+like+this') if 'progress_percent' in r]
-    assert stretch == 50_000 and 'LIKE' in page
+    page, = [r for r in asked(said, client, '/jobs/list?q=nothing+like+this') if 'LIKE' in r]  # what it finds is also what is counted
+    assert stretch == 30_000 and 'progress_percent' in page
+
+@pytest.mark.parametrize('wide', [False, True])
+def test_tabs_count_what_the_search_finds(shop, monkeypatch, wide):
+    "Counted from the page where it has all, and by a statement where it has not"
+    client, store, _ = shop
+    if not wide: monkeypatch.setattr(pages, 'stretch', 20)
+    found = []
+    monkeypatch.setattr(joblist, '_tab_links', lambda a, only, counts: found.append(counts) or '')
+    for r in store.page(3)[0]: client.app.state.jobs.directory.manager('acme').cancel(r['id'])
+    for q in ('type:never', 'type:never status:cancelled', 'error:cancelled', 'never', 'type:other'):
+        assert client.get('/jobs/list', params=dict(q=q)).status_code == 200
+        assert found.pop() == store.counts(**{k: v for k, v in joblist.parse(q).items() if k != 'status'}), q

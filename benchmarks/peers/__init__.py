@@ -7,6 +7,7 @@ peers = {
     'raw-postgres': 'raw:RawPostgres', 'schema-postgres': 'raw:SchemaPostgres', 'raw-redis': 'raw:RawRedis',
     'ours-full': 'ours:Ours', 'ours-normal': 'ours:OursNormal', 'ours-postgres': 'ours:OursPostgres',
     'ours-full-async': 'ours:OursAsync', 'ours-normal-async': 'ours:OursNormalAsync', 'ours-postgres-async': 'ours:OursPostgresAsync',
+    'ours-full-worker': 'ours:OursWorker', 'ours-normal-worker': 'ours:OursNormalWorker', 'ours-postgres-worker': 'ours:OursPostgresWorker',
     'huey': 'huey:Huey', 'pgqueuer': 'pgqueuer:PgQueuer', 'pgqueuer-async': 'pgqueuer:PgQueuerAsync', 'procrastinate': 'procrastinate:Procrastinate',
     'dbos-sqlite': 'dbos:DbosSqlite', 'dbos-postgres': 'dbos:DbosPostgres', 'saq': 'saq:Saq', 'saq-async': 'saq:SaqAsync',
     'celery': 'celery:Celery', 'celery-acks-late': 'celery:CeleryLate', 'dramatiq': 'dramatiq:Dramatiq',

@@ -72,13 +72,18 @@ class Common:
 class Async:
     "The web route is a coroutine: it awaits `asubmit`"
     missing = {m: 'as the one with a sync route' for m in ('submit', 'bulk', 'drain', 'drain2', 'latency', 'inside', 'crash')}
+    runs = {} # settings of the web process
     def app(self):
-        runner, managers = Runner(self.host, self.settings()), []
+        runner, managers = Runner(self.host, self.settings(**self.runs)), []
         async def route(request):
             if not managers: managers.append(self.open())
             _, bg_task = await managers[0].asubmit('noop', functions['noop'], n=0)
             return answer(bg_task)
         return starlette(route, lifespan=runner.lifespan)
+
+class Elsewhere(Async):
+    "The same, and the jobs are run by a worker, as those of the other peers are"
+    web_worker, runs = True, dict(concurrency=0)
 
 
 class Ours(Common, OnSqlite):
@@ -93,6 +98,8 @@ class OursNormal(Ours):
 
 class OursAsync(Async, Ours): ...
 class OursNormalAsync(Async, OursNormal): ...
+class OursWorker(Elsewhere, Ours): ...
+class OursNormalWorker(Elsewhere, OursNormal): ...
 
 class OursPostgres(Common, OnPostgres):
     "Host and tenant are databases of one server"
@@ -113,6 +120,7 @@ class OursPostgres(Common, OnPostgres):
         self._admin(f'DROP DATABASE IF EXISTS "host_{self.tenant}" WITH (FORCE)')
 
 class OursPostgresAsync(Async, OursPostgres): ...
+class OursPostgresWorker(Elsewhere, OursPostgres): ...
 
 
 class Fleet:

@@ -10,6 +10,7 @@ __all__ = ['log', 'channel', 'pause', 'bell_folder', 'Bell', 'Ear']
 # %% ../../nbs/jobs/14_bell.ipynb #de1f0a3e
 import errno, logging, os, select, socket, stat, tempfile, time
 from pathlib import Path
+from fastcore.basics import patch
 from ..db_connect import connect, db_errors
 
 log = logging.getLogger('fh_saas.jobs')
@@ -48,25 +49,28 @@ class Bell:
         self._near, self._listed = listeners, time.monotonic()
         for p in listeners: self._send(p, tenant_id)
 
-    def call(self, tenant_id:str):
-        "Ask one of them, each time another, to look there at once"
-        now = time.monotonic()
-        if not self.folder or now < self._next: return
-        if now > self._listed + 1:
-            try: self._near, self._listed = list(self.folder.iterdir()), now
-            except OSError: return
-        self._next, self._turn, near = now + pause, self._turn + 1, self._near  # `ring` may list them anew meanwhile
-        if near: self._send(near[self._turn % len(near)], f'!{tenant_id}')
-
-    def _send(self, p, text):
-        try: self._out.sendto(text.encode(), str(p))
-        except (BlockingIOError, FileNotFoundError): return  # it has rings enough to hear, or it has just left
-        except ConnectionRefusedError: p.unlink(missing_ok=True)  # its process is gone
-        except OSError as e:
-            if e.errno != errno.ENOBUFS: log.warning('a listener at %s cannot be rung: %s', p, e)
-
     def close(self):
         if self.folder: self._out.close()
+
+# %% ../../nbs/jobs/14_bell.ipynb #3754236f
+@patch
+def call(self:Bell, tenant_id:str):
+    "Ask one of them, each time another, to look there at once"
+    now = time.monotonic()
+    if not self.folder or now < self._next: return
+    if now > self._listed + 1:
+        try: self._near, self._listed = list(self.folder.iterdir()), now
+        except OSError: return
+    self._next, self._turn, near = now + pause, self._turn + 1, self._near  # `ring` may list them anew meanwhile
+    if near: self._send(near[self._turn % len(near)], f'!{tenant_id}')
+
+@patch
+def _send(self:Bell, p, text):
+    try: self._out.sendto(text.encode(), str(p))
+    except (BlockingIOError, FileNotFoundError): return  # it has rings enough to hear, or it has just left
+    except ConnectionRefusedError: p.unlink(missing_ok=True)  # its process is gone
+    except OSError as e:
+        if e.errno != errno.ENOBUFS: log.warning('a listener at %s cannot be rung: %s', p, e)
 
 # %% ../../nbs/jobs/14_bell.ipynb #a76e1b90
 class Ear:
@@ -85,23 +89,27 @@ class Ear:
         "Wait for a ring, and take all there are"
         with db_errors(self.url): return list(dict.fromkeys(self._notified(timeout) if self.url.get_backend_name() == 'postgresql' else self._heard(timeout)))
 
-    def _heard(self, timeout):
-        if self._sock is None: time.sleep(min(timeout, 0.02)); return
-        if not select.select([self._sock], [], [], timeout)[0]: return
-        while True:
-            try: yield self._sock.recv(200).decode(errors='replace')
-            except BlockingIOError: return
+# %% ../../nbs/jobs/14_bell.ipynb #4b7308c7
+@patch
+def _heard(self:Ear, timeout):
+    if self._sock is None: time.sleep(min(timeout, 0.02)); return
+    if not select.select([self._sock], [], [], timeout)[0]: return
+    while True:
+        try: yield self._sock.recv(200).decode(errors='replace')
+        except BlockingIOError: return
 
-    def _notified(self, timeout):
-        if self._conn is None:
-            self._conn = connect(self.url)
-            self._conn.execute(f'LISTEN {channel}')
-        try:
-            for n in self._conn.notifies(timeout=timeout, stop_after=1): yield n.payload
-            for n in self._conn.notifies(timeout=0): yield n.payload
-        except BaseException: self.close(); raise
+@patch
+def _notified(self:Ear, timeout):
+    if self._conn is None:
+        self._conn = connect(self.url)
+        self._conn.execute(f'LISTEN {channel}')
+    try:
+        for n in self._conn.notifies(timeout=timeout, stop_after=1): yield n.payload
+        for n in self._conn.notifies(timeout=0): yield n.payload
+    except BaseException: self.close(); raise
 
-    def close(self):
-        if self._conn is not None: self._conn.close()
-        if self._sock is not None: self._sock.close(); self._path.unlink(missing_ok=True)
-        self._conn = self._sock = None
+@patch
+def close(self:Ear):
+    if self._conn is not None: self._conn.close()
+    if self._sock is not None: self._sock.close(); self._path.unlink(missing_ok=True)
+    self._conn = self._sock = None

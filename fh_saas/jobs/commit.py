@@ -121,7 +121,7 @@ class Committer:
         self._queue, self._queue_lock, self._turn = [], threading.Lock(), threading.Lock()
         self._writer, self._spare, self._engine, self._leave, self._called = None, [], None, False, None
         self._file = self._written = self.kind.file(self.url)  # what is there, and what the writer writes to
-        self._looked = 0.0
+        self._looked, self._closed = 0.0, 0
         _committers.add(self)
 
     def opened(self): "Called when another database was found in place of the one before"
@@ -148,7 +148,7 @@ def statement(self:Committer, key, build) -> Statement:
 @patch
 def close(self:Committer):
     "Close what is open; the next use opens it again"
-    self._leave = True
+    self._leave, self._closed = True, self._closed + 1  # a connection that somebody reads with now is not kept
     if self._turn.acquire(blocking=False): self._pass_on()  # else whoever has the turn closes
     if self._engine is not None: self._engine.dispose()
 
@@ -167,6 +167,7 @@ def _unused(self:Committer):
 def _drop_spare(self:Committer):
     while (conn := self._unused()) is not None: conn.close()
 
+# %% ../../nbs/jobs/04_commit.ipynb #35c7a84a
 @patch
 def _pass_on(self:Committer):
     try:
@@ -191,7 +192,7 @@ def cursor(self:Committer,
     brief:bool=False, # Will it be used for so short a time that a writer can wait for it?
 ):
     "A driver's cursor for reading, which waits for no writer"
-    file = self._look()
+    file, closed = self._look(), self._closed
     if (brief or isinstance(self.kind, PostgreSQL)) and not self._spare and self._turn.acquire(blocking=False):
         with self._writers_cursor(file) as cur: yield cur
         return
@@ -204,9 +205,10 @@ def cursor(self:Committer,
         if conn is not None: conn.close()
         if (known := self._error(e)) is e: raise
         raise known from e
-    if self._spare or self._leave or file != self._file: conn.close()
+    if self._spare or self._leave or closed != self._closed or file != self._file: conn.close()
     else: self._spare.append(conn)
 
+# %% ../../nbs/jobs/04_commit.ipynb #c97e9c81
 @patch
 @contextmanager
 def _writers_cursor(self:Committer, file):
@@ -326,10 +328,20 @@ def _lead(self:Committer, *own):
             if not w.written and w.error is None: w.error = FhSaasError(f"{show_url(self.url)}: the thread that committed was interrupted; nothing was written")
         raise
     finally:
-        try: self._pass_on()
+        try: self._pass_on(); _follow_up(batch)
         finally:
             for w in batch: w.tell()
 
+def _follow_up(batch):
+    "What an operation wants done `after` its commit; once for all that want the same"
+    wanted = {}
+    for w in batch:
+        if w.written and (after := getattr(w.op, 'after', None)): wanted.setdefault(after, []).append((w.op, w.result))
+    for after, done in wanted.items():
+        try: after(done)
+        except Exception: log.exception('what follows a commit has failed; the commit stands')
+
+# %% ../../nbs/jobs/04_commit.ipynb #0b8c9695
 locked = '55P03'  # PostgreSQL: lock_timeout
 _for_all = DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, NewerDatabase
 

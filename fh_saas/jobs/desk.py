@@ -31,6 +31,7 @@ class Desk:
     "The jobs of one database, as one process looks after them"
     # rung: the host says when there is something to do here; met: a manager works with it
     rung, met, tenancy, only, _free = False, False, None, None, Limits()
+    suspected = 0.0  # when a suspect was looked for
     def __init__(self, store:Store, registry:Registry, settings:Settings, worker:str):
         self.store, self.registry, self.settings, self.worker = store, registry, settings, worker
         self.local = Registry()  # functions that hold on to something are for this database only

@@ -362,6 +362,7 @@ def _pass_on(self:Engine, desk):
     try: desk.tenancy and desk.tenancy.wakes.ring(desk.tenancy.tenant_id)
     except FhSaasError as e: log.warning('tenant=%s: not rung for in the host, it is found later: %s', desk.store.tenant, e)
 
+# %% ../../nbs/jobs/14_engine.ipynb #51ca8474
 @patch
 def _live(self:Engine): return [a for d in list(self._desks.values()) for a in list(d.live.values())]
 
@@ -425,6 +426,7 @@ def use_engine(engine:Engine) -> Engine:
     threading.Thread(target=old.stop, daemon=True).start()
     return engine
 
+# %% ../../nbs/jobs/14_engine.ipynb #948aaf79
 @contextmanager
 def engine_for_now(engine:Engine):
     "Make `engine` the engine of this process, for a time; the one before goes on with what it has"

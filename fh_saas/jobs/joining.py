@@ -76,6 +76,7 @@ def _alone(raw) -> bool:
     if isinstance(raw, sqlite3.Connection): return (raw.isolation_level is None or getattr(raw, 'autocommit', -1) is True)
     return raw.autocommit
 
+# %% ../../nbs/jobs/05_store_joining.ipynb #4f1c107a
 @patch
 @contextmanager
 def joined(self:Store, conn):

@@ -30,6 +30,7 @@ def _column(f):
     default = None if f.default is None or not isinstance(f.default, (str, int)) else str(f.default)
     return sa.Column(f.name, typ, *checks, primary_key=f.name == 'id', nullable=f.name not in ('id', *_required), server_default=default)
 
+# %% ../../nbs/jobs/03_model.ipynb #b606f2be
 rare = ('failed', 'cancelled', 'completed_with_warnings')
 
 def is_rare(j):

@@ -57,7 +57,7 @@ def _conditions(j, only):
         else: yield sa.or_(*(sa.func.lower(j.c[c]).like(sa.func.lower(bind(k)), escape='/') for c in (['error_message'] if k == 'error' else ['id', 'error_message', 'progress_message'])))
 
 # %% ../../nbs/jobs/05_store_pages.ipynb #03097b48
-stretch = 50_000 # jobs that a search without an index reads for one page
+stretch = 30_000 # jobs that a search without an index reads for one page
 
 def _position(self, j): return [sa.literal_column('rowid')] if isinstance(self.kind, SQLite) else [j.c.created_at, j.c.id]
 
@@ -75,6 +75,7 @@ def _served(only) -> bool:
     status = only.get('status', ())
     return not only.keys() - {'status'} and len(status) <= 1
 
+# %% ../../nbs/jobs/05_store_pages.ipynb #0131ec0e
 @patch
 def page(self:Store,
     limit:int=50, # Most jobs of a page
@@ -130,6 +131,18 @@ def _stretch(self:Store, cur, at, n, oldest=False) -> list: # None if there are 
         return (q.where(_behind(pos, 'at', oldest)) if at else q).offset(bind('skip', type_=sa.Integer)).limit(sa.literal_column('1'))
     found = self.statement(('stretch', j.name, bool(at), oldest), build)(cur, skip=n - 1, **_named('at', at)).fetchone()
     return found and [*found]
+
+# %% ../../nbs/jobs/05_store_pages.ipynb #65b160dd
+@patch
+def under_way(self:Store,
+    n:int=50, # Most of each state
+) -> list: # Rows: first those that run, then those that wait, the newest first
+    "Jobs that have not ended, as of one moment"
+    j = self.t.jobs
+    def build():
+        def some(s): return sa.select(sa.select(j).where(*_in_state(j, (s,))).order_by(*_in_order(_position(self, j), False)).limit(bind('n', type_=sa.Integer)).subquery())
+        return sa.union_all(some('running'), some('pending'))
+    with self.cursor() as cur: return rows_of(self.statement(('under way', j.name), build)(cur, n=n))
 
 # %% ../../nbs/jobs/05_store_pages.ipynb #a59a7ac7
 most_counted = 10_000

@@ -66,26 +66,30 @@ class Pool:
         if grow: self._grow()
         return future
 
-    def _grow(self):
-        try: threading.Thread(target=self._work, name=self.name, daemon=True).start()
-        except RuntimeError:  # the interpreter is ending and starts no thread any more: the work is done here
-            with self._lock: self._threads -= 1
-            self._queue.put(None)
-            self._work()
+# %% ../../nbs/jobs/03_pool.ipynb #760eabac
+@patch
+def _grow(self:Pool):
+    try: threading.Thread(target=self._work, name=self.name, daemon=True).start()
+    except RuntimeError:  # the interpreter is ending and starts no thread any more: the work is done here
+        with self._lock: self._threads -= 1
+        self._queue.put(None)
+        self._work()
 
-    def _work(self):
-        while (item := self._queue.get()) is not None:
-            future, f, args = item
-            try: result, error = f(*args), None
-            except BaseException as e: result, error = None, e
-            with self._lock: self.busy -= 1
-            settle(future, result, error)
-            del item, future, f, args, result, error  # an idle thread keeps nothing alive
+@patch
+def _work(self:Pool):
+    while (item := self._queue.get()) is not None:
+        future, f, args = item
+        try: result, error = f(*args), None
+        except BaseException as e: result, error = None, e
+        with self._lock: self.busy -= 1
+        settle(future, result, error)
+        del item, future, f, args, result, error  # an idle thread keeps nothing alive
 
-    def close(self):
-        "Let the threads end when the queue is empty; what comes later still finds one"
-        with self._lock: n, self._threads = self._threads, 0
-        for _ in range(n): self._queue.put(None)
+@patch
+def close(self:Pool):
+    "Let the threads end when the queue is empty; what comes later still finds one"
+    with self._lock: n, self._threads = self._threads, 0
+    for _ in range(n): self._queue.put(None)
 
 # %% ../../nbs/jobs/03_pool.ipynb #a3387ee4
 class Crew:

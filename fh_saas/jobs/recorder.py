@@ -131,7 +131,7 @@ def _abandon(self:Recorder, a):
     with self._lock:
         self._stuck += 1
         if free := self._stuck <= most_stuck: self.crew.size += 1
-    if free: self._off(a); self._fed()
+    if free: self._off(a); self._unblock(a.desk); self._errand(a.desk); self._fed()
     log.error('%s: given up; its thread runs on, the %s. that does%s', a, self._stuck, '' if free else ', and keeps its place, because there are too many of them')
 
 # %% ../../nbs/jobs/12_recorder.ipynb #d738da89

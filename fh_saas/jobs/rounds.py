@@ -8,7 +8,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/rounds.html.md"""
 __all__ = ['log', 'most_turns', 'reserve', 'Rounds', 'supervising']
 
 # %% ../../nbs/jobs/13_rounds.ipynb #f65618cd
-import asyncio, heapq, itertools, logging, os, sys, threading, time
+import asyncio, heapq, itertools, logging, os, signal, threading, time
 from functools import partial
 from fastcore.basics import patch
 from ..db_connect import FhSaasError, check_url
@@ -150,11 +150,7 @@ def _schedule(self:Rounds):
 
 def supervising() -> bool:
     "Is this process only watching over the one that serves (uvicorn's reloader and its like)?"
-    f = sys._current_frames().get(threading.main_thread().ident)
-    while f:
-        if f.f_globals.get('__name__', '').startswith('uvicorn.supervisors'): return True
-        f = f.f_back
-    return False
+    return str(getattr(signal.getsignal(signal.SIGTERM), '__module__', None)).startswith('uvicorn.supervisors')
 
 @patch
 def _watching(self:Rounds) -> bool:
@@ -171,7 +167,7 @@ def _find(self:Rounds):
         elif self.line.waiting and self.line.flows(): return linger
         elif a := self.line.take(): f = partial(self._run, a)
         else: return linger if self._errands else None
-        more, spare = self._errands or self.line.waiting and self.line.running < self.line.size, not (turn or self._errands)
+        more, spare = self._errands or self.line.ready(), not (turn or self._errands)
     if more: self.crew.call(spare)
     return f
 
@@ -186,7 +182,7 @@ def _run(self:Rounds, a:Attempt):
     o = a.call()
     self._off(a, time.perf_counter() - start)
     if self._end(a, o):
-        if self.line.waiting: self.crew.call()
+        if self.line.ready(): self.crew.call()
         if self._crowded(): self._errand(a.desk)
         else: self._turn(a.desk, True)
     self._fed(a.desk)
@@ -210,7 +206,8 @@ def _off(self:Rounds, a, took=None):
 def _fed(self:Rounds, but=None):
     "There may be room: the first that waits for it has a turn"
     # most jobs end while there is no such room: they do not wait for the lock
-    if not self._ring or self.stopping or self.line.free() + self.line.ahead() <= 0: return
+    # nor do they ask for more turns while one waits for a thread: its end calls the next
+    if not self._ring or self._errands or self.stopping or self.line.free() + self.line.ahead() <= 0: return
     with self._lock:
         first = next((d for d in self._ring if not d.turning), None)
         if first is None or first is but: return
@@ -251,8 +248,8 @@ def _left(self:Rounds, desk) -> tuple: # And until when the rest is reserved
 # %% ../../nbs/jobs/13_rounds.ipynb #136e4ff8
 @patch
 def _room(self:Rounds, desk, n, **kw):
-    l = desk.limits
-    return Room(n, by_queue=self.line.free_of(), closed=l.closed, most=l.most, most_by_queue=l.most_by_queue, rates={**self.registry.rates, **l.rates}, off=l.off,
+    l, (by_task, sure) = desk.limits, self.line.room_of_tasks(desk)
+    return Room(n, by_queue=self.line.free_of(), closed=l.closed, most=l.most, most_by_queue=l.most_by_queue, rates={**self.registry.rates, **l.rates}, off=l.off, by_task=by_task, sure_of_task=sure,
         age=self.settings.age, sure=max(0, self.line.free()), **kw)
 
 @patch
@@ -281,7 +278,13 @@ def _turn(self:Rounds,
     except Exception as e:
         log.exception('tenant=%s: cannot be looked after', desk.store.tenant)
         again = self._troubled(desk, ends, wanted, e)
-    finally:
+    finally: self._turned(desk, crew, attempts, again)
+
+# %% ../../nbs/jobs/13_rounds.ipynb #e13aaa33
+@patch
+def _turned(self:Rounds, desk, crew, attempts, again):
+    room = 0
+    try:
         if attempts:
             for a in attempts: a.counted = True
             self.line.put(desk, attempts)
@@ -291,12 +294,13 @@ def _turn(self:Rounds,
             room, _ = self._left(desk)
         freed, desk.freed = desk.freed, []
         self._visit_soon(freed)
+    finally:  # whatever happens: a desk that never ends its turn has no other
         self._turning.pop(desk, None)
         with desk._lock: desk.turning, more = False, desk.again
-        if more or desk.wanted and room > 0: self._errand(desk)
-        if again is not None: self._at(desk, time.monotonic() + again)
-        self._fed(desk if desk.hungry and self.line.waiting else None)
-        if attempts and (not crew or len(attempts) > 1): self.crew.call()
+    if more or desk.wanted and room > 0: self._errand(desk)
+    if again is not None: self._at(desk, time.monotonic() + again)
+    self._fed(desk if desk.hungry and self.line.ready() else None)
+    if attempts and (not crew or len(attempts) > 1): self.crew.call()
 
 # %% ../../nbs/jobs/13_rounds.ipynb #32a50e86
 @patch
@@ -349,10 +353,11 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
         return self._one_by_one([ends.pop(0) for _ in range(len(ends))])
     self._all_written(desk, ends)
     ends.clear()
+    refused = any(w[0] not in got for w in wanted)
     attempts += [a for w in wanted if (a := self._given(desk, got, *w))] + found
     wanted.clear()
     if due: view.append(due)
-    return self._after(desk, room, found, due, attempts) if room else None
+    return self._after(desk, room, found, due, attempts) if room else self._bar(desk) if refused else None
 
 # %% ../../nbs/jobs/13_rounds.ipynb #1211845d
 @patch
@@ -365,20 +370,33 @@ def _given(self:Rounds, desk, got, job_id, func, future, here):
     a.counted = True
     settle(future, a)
 
+# %% ../../nbs/jobs/13_rounds.ipynb #122eb61e
 @patch
 def _after(self:Rounds, desk, room, found, due, attempts):
     "The claim found as many as there was room for, or fewer: when is the next one?"
     if found: desk.barred = 0.0
+    if due is None and found and all(a.row['task'] in room.by_task for a in found): return self._bar(desk, room)  # its lanes have something to do
     if due is None: desk.hungry = True; return None  # there may be more: it stays in the ring
     due, lapse, _ = due
     if lapse is not None and lapse <= 0:
         desk.rescue()
         return 0.0
     if due is None or due > 0: return desk.rest(due, lapse, bool(found))
-    attempts += (suspects := desk.suspect(self.slot, self._room(desk, 1, suspects=True)))
-    if suspects: return 0.0
-    with self._lock: self._blocked[desk] = self._blocked.pop(desk, None)
-    # a limit keeps it out: the end of a job calls it, a rate or another process does not
+    return 0.0 if self._suspects(desk, room, attempts) else self._bar(desk, room)
+
+@patch
+def _suspects(self:Rounds, desk, room, attempts) -> list:
+    # where a task waits for its lane this would be looked for at each end of a job, through all that wait
+    if room.by_task and time.monotonic() < desk.suspected + 5: return []
+    desk.suspected = time.monotonic()
+    attempts += (found := desk.suspect(self.slot, self._room(desk, 1, suspects=True)))
+    return found
+
+@patch
+def _bar(self:Rounds, desk, room=None) -> float: # Seconds until the next look
+    "A limit keeps it out: the end of a job calls it, a rate or another process does not"
+    own = room is not None and bool(room.by_task) and room.by_queue is None  # a lane is no matter of others' jobs
+    with self._lock: self._blocked.pop(desk, None); self._blocked[desk] = own
     desk.barred = min(max(5.0, 0.05*len(self._blocked)), max(0.2, 2*desk.barred))
     return desk.barred
 
@@ -388,7 +406,7 @@ def _unblock(self:Rounds, desk):
     "A job of `desk` has ended: whom a limit has kept from claiming may try again"
     if not self._blocked: return
     with self._lock:
-        own, first = desk in self._blocked, next(iter(self._blocked), None)
+        own, first = desk in self._blocked, next((d for d, its_own in self._blocked.items() if not its_own), None)
         for d in {first, desk} if own else {first}:
             if d is not None: self._blocked.pop(d, None); d.hungry = True
         if first is not None and first is not desk: self._errands[first] = None
@@ -407,6 +425,8 @@ def _beats(self:Rounds):
                 if (desk.live or desk.unwritten) and not desk.beating: desk.beating = True; self.house.submit(self._beat, desk)
             self._close_idle()
             self._see_to_timeouts()
+            self._visit_soon([d for d in self.line.look() if d in self._blocked])
+            if self.line.ready(): self.crew.call()  # what waits in a lane that has become wider
         except Exception: log.exception('leases go on to be renewed after an error')  # without them every running job would be taken back
         time.sleep(tick)
 

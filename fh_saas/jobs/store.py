@@ -97,13 +97,14 @@ def _add_alike(self:Store):
 # %% ../../nbs/jobs/05_store.ipynb #8930702d
 class Adding:
     "New pending jobs, as an operation for `write`: what their rows have in common, or the error that kept them out"
-    __slots__ = ('store', 'jobs', 'delay', 'quota')
+    __slots__ = ('store', 'jobs', 'delay', 'quota', 'after')
     def __init__(self,
         store:Store,
         jobs:list, # Columns of the new rows; `created_at` and, without one, `run_at` are set when they are written
         delay:float=0, # Seconds until any runner may take them
         quota:int=None, # Most pending jobs the database may have with these
-    ): self.store, self.jobs, self.delay, self.quota = store, jobs, delay, quota
+        after=None, # Called once after a commit, with all operations of it that have the same and what they came to
+    ): self.store, self.jobs, self.delay, self.quota, self.after = store, jobs, delay, quota, after
 
     def __call__(self, cur, now):
         s, quota, jobs = self.store, self.quota, self.jobs

@@ -176,9 +176,13 @@ def settle(self:Wakes, tenant_id:str, visitor:str,
     quiet = self.statement(('wake settle',), lambda: w.update().where(*mine(), w.c.seq == bind('noted')).values(wake_at=bind('at'), queues=bind('queues', type_=sa.String), passed=bind('passed', type_=sa.Integer), fails=0, error=sa.null(),
         hint_at=sa.case((w.c.hint_at <= bind('begun'), sa.null()), else_=w.c.hint_at), **back))
     leave = self.statement(('wake leave',), lambda: w.update().where(*mine()).values(**back))
+    known, tell = self.statement(('wake passed',), lambda: sa.select(w.c.passed).where(*mine())), passed and self._telling()
     def op(cur, now):
+        anew = tell and known(cur, tenant=tenant_id, me=visitor).fetchone() == (0,)
         if quiet(cur, tenant=tenant_id, me=visitor, noted=seq, begun=begun, at=None if after is None else timestamp(now+after),
-            queues=None if queues is None else ''.join(map(_between, queues)), passed=int(passed)).rowcount: return True
+            queues=None if queues is None else ''.join(map(_between, queues)), passed=int(passed)).rowcount:
+            if anew: tell(cur, channel=channel, tenant=tenant_id)
+            return True
         leave(cur, tenant=tenant_id, me=visitor)
         return False
     return self.write(op)

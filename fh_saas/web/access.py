@@ -37,7 +37,17 @@ class Access:
     def may(self, role:str) -> bool: return roles.index(self.role) >= roles.index(role)
 
 # %% ../../nbs/web/01_access.ipynb #fd691572
-async def _ask(f, conn): return await f(conn) if inspect.iscoroutinefunction(f) else await run_in_threadpool(f, conn)
+async def _come(r): return await r if inspect.isawaitable(r) else r  # of an object with an async `__call__`, or a lambda around a coroutine
+
+async def _ask(f, conn): return await f(conn) if inspect.iscoroutinefunction(f) else await _come(await run_in_threadpool(f, conn))
+
+async def _ask_all(conn, first, *others):
+    "In turn, and in one thread if all are functions that may wait; the others are not asked if the first says None"
+    if not any(map(inspect.iscoroutinefunction, (first, *others))):
+        def ask(): return [said := first(conn), *(f(conn) if f and said is not None else None for f in others)]
+        return [await _come(r) for r in await run_in_threadpool(ask)]
+    said = await _ask(first, conn)
+    return [said, *[await _ask(f, conn) if f and said is not None else None for f in others]]
 
 def _digest(token): return hashlib.sha256(token.encode('utf-8', 'surrogatepass')).digest()
 
@@ -81,8 +91,8 @@ async def _session(self:Gate, conn):
     if self.role is None:
         if not is_local(conn): raise Problem(403, closed)
         return Access('admin', user='local')
-    if (role := await _ask(self.role, conn)) is None: raise Problem(401, "nobody is signed in who may see this", headers={'WWW-Authenticate': 'Bearer'} if self.tokens else {})
-    tenant, user = [await _ask(f, conn) if f else None for f in (self.tenant, self.user)]
+    role, tenant, user = await _ask_all(conn, self.role, self.tenant, self.user)
+    if role is None: raise Problem(401, "nobody is signed in who may see this", headers={'WWW-Authenticate': 'Bearer'} if self.tokens else {})
     if (id := getattr(tenant, 'tenant_id', None)) or isinstance(tenant, int): tenant = str(id or tenant)
     return Access(role, tenant, user)
 

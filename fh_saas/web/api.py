@@ -90,6 +90,7 @@ def _sent(a, rows) -> list:
         return facts(j, m.state(j)) | (dict(left_out=long) if long else {})
     return [one(a.manager, r) for r in rows]
 
+# %% ../../nbs/web/05_api.ipynb #2a455a69
 def _list(a:Asked):
     rows, cursor = a.manager.store.page(_number(a, 'limit', 50, 1, 500), a.query.get('cursor') or None, **_sought(a, 'limit', 'cursor'))
     following = a.url(a.jobs.tasks_at, **{**a.query, 'cursor': cursor}) if cursor else None
@@ -99,13 +100,14 @@ def _running(a:Asked):
     only, store = _sought(a, 'limit'), a.manager.store
     n = _number(a, 'limit', 50, 1, 500)
     if 'status' in only: raise Problem(422, "these are the running and the pending jobs: leave status out", 'invalid')
-    rows = []
-    for s in ('running', 'pending'):
-        cursor = ''
-        while cursor is not None and len(rows) < n:  # a filter may have to look through more than one stretch
-            some, cursor = store.page(n, cursor, status=s, **only)
-            rows += some
-    return JSONResponse(dict(items=_sent(a, rows[:n])))
+    def those(state):
+        found, cursor = {}, ''
+        while cursor is not None and len(found) < n:  # a filter may have to look through more than one stretch
+            some, cursor = store.page(n, cursor, status=state, **only)
+            found |= {r['id']: r for r in some}
+        return found
+    waiting, running = those('pending'), those('running')  # in this order: a job that is claimed in between is in both, and not in neither
+    return JSONResponse(dict(items=_sent(a, [*(running | {k: r for k, r in waiting.items() if k not in running}).values()][:n])))
 
 def _show(a:Asked):
     m = a.manager

@@ -83,13 +83,17 @@ def JobProgress(m:BackgroundTaskManager, job, live:bool=False,
     return Section(head, JobResult(m, job) if ended else _under_way(job, state), _buttons(m, job, state, live) if acts else '', '' if ended else Noscript(A("Look again", href='')),
         id=f'job-{job.id}', cls='fs-job', aria_label=title(job), **said(job, state), **_fresh(m, job, 'progress', live, acts=None if acts else 'no'))
 
+def _now(job, shows):
+    "A text that the page's stream keeps up to date while the job goes on"
+    return dict(data_now=job.id, data_shows=shows) if job.status == 'running' else {}
+
 def _under_way(job, state):
     known = job.progress_percent is not None
-    bar = Progress(value=str(job.progress_percent) if known else None, max='100', aria_label=f'Progress of {title(job)}') if job.status == 'running' or known else ''
+    bar = Progress(value=str(job.progress_percent) if known else None, max='100', aria_label=f'Progress of {title(job)}', data_bar=job.id) if job.status == 'running' or known else ''
     parts = [f'{job.progress_percent} %' if known else '', job.progress_message or '', left(job)]
     if state == 'retrying': parts.append(f'{job.error_message or "It failed"}; next try {since(job.run_at)} ({job.retry_count} of {job.max_retries} failed)')
     if state == 'scheduled': parts.append(f'starts {since(job.run_at)}')
-    return bar, P(' · '.join(filter(None, parts)), cls='fs-said')
+    return bar, P(' · '.join(filter(None, parts)), cls='fs-said', **_now(job, 'percent message left'))
 
 def _buttons(m, job, state, live):
     def to(action, label, **kw): return _post(_url(m, f'job/{job.id}/{action}', live=live or None), label, f'{action}-{job.id}', target=f'#job-{job.id}', **kw)
@@ -130,8 +134,8 @@ def _when(open_, live): return 'jobs-changed, jobs-started from:body' + (f', eve
 
 def _row(m, j):
     state = m.state(j)
-    bar = Progress(value=None if j.progress_percent is None else str(j.progress_percent), max='100', aria_label=f'Progress of {title(j)}') if j.status == 'running' else ''
-    return Tr(Td(title(j)), Td(Span(words(state), cls=f'fs-status fs-{state}')), Td(bar, ' ', j.progress_message or '' if j.status not in final else ''), Td(since(j.started_at or j.created_at), title=shown(j.created_at)), Td(summary(j)), data_state=state)
+    bar = Progress(value=None if j.progress_percent is None else str(j.progress_percent), max='100', aria_label=f'Progress of {title(j)}', data_bar=j.id) if j.status == 'running' else ''
+    return Tr(Td(title(j)), Td(Span(words(state), cls=f'fs-status fs-{state}')), Td(bar, ' ', Span(j.progress_message or '', **_now(j, 'message')) if j.status not in final else ''), Td(since(j.started_at or j.created_at), title=shown(j.created_at)), Td(summary(j)), data_state=state)
 
 # %% ../../nbs/web/07_components.ipynb #6a6708ec
 def JobBanner(m:BackgroundTaskManager,
@@ -141,19 +145,22 @@ def JobBanner(m:BackgroundTaskManager,
     at:str=None, # When the page was loaded: what was submitted since then belongs to it, however soon it was over
 ):
     "What is still under way: a user who returns to a page sees it, and then how it ended"
-    open_ = [m.job_class(**r) for s in ('running', 'pending') for r in m.store.page(50, status=s)[0] if not types or r['job_type'] in types][:5]
-    there = {j.id for j in open_}
-    if at: seen = [*seen, *(r['id'] for r in m.store.page(20)[0] if (r['created_at'] or '') >= at and (not types or r['job_type'] in types))]
-    ended = [m.job_class(**r) for r in m.store.these([i for i in dict.fromkeys(seen) if i not in there])] if seen else []
+    def ours(rows): return [r for r in rows if not types or r['job_type'] in types]
+    rows = ours(m.store.under_way())[:5]
+    if at: seen = [*seen, *(r['id'] for r in ours(m.store.page(20)[0]) if (r['created_at'] or '') >= at)]
+    there = {r['id'] for r in rows}
+    if seen: rows += m.store.these([i for i in dict.fromkeys(seen) if i not in there])
+    lines = [m.job_class(**r) for r in rows]
+    open_ = [j.id for j in lines if j.status not in final]  # of those seen, too
     id = 'banner-' + hashlib.sha256(repr(types).encode()).hexdigest()[:8]
-    url = _url(m, 'banner', types=','.join(types), live=live or None, seen=','.join([*there, *(j.id for j in ended)][:20]), at=at or timestamp(time.time() + m.store.kind.ahead))
-    return Div(*(_line(m, j) for j in [*open_, *ended]), id=id, cls='fs-banner', role='status', hx_get=url, hx_swap='outerHTML', hx_trigger=_when(open_, live), data_live=' '.join(there) if live and there else None)
+    url = _url(m, 'banner', types=','.join(types), live=live or None, seen=','.join([j.id for j in lines][:20]), at=at or timestamp(time.time() + m.store.kind.ahead))
+    return Div(*(_line(m, j) for j in lines), id=id, cls='fs-banner', hx_get=url, hx_swap='outerHTML', hx_trigger=_when(open_, live), data_live=' '.join(open_) if live and open_ else None)
 
 def _line(m, j):
     state = m.state(j)
-    bar = Progress(value=str(j.progress_percent), max='100', aria_label=f'Progress of {title(j)}') if j.status == 'running' and j.progress_percent is not None else ''
+    bar = Progress(value=str(j.progress_percent), max='100', aria_label=f'Progress of {title(j)}', data_bar=j.id) if j.status == 'running' and j.progress_percent is not None else ''
     text = summary(j) if j.status in final else ' · '.join(filter(None, (j.progress_message, left(j))))
-    return P(Strong(title(j)), ' ', Span(words(state), cls=f'fs-status fs-{state}'), ' ', bar, ' ', text, cls='fs-line', **said(j, state))
+    return P(Strong(title(j)), ' ', Span(words(state), cls=f'fs-status fs-{state}'), ' ', bar, ' ', Span(text, **_now(j, 'message left')), cls='fs-line', **said(j, state))
 
 # %% ../../nbs/web/07_components.ipynb #7596ca85
 def _signer(jobs): return URLSafeSerializer(jobs.secret, salt='fh_saas button')

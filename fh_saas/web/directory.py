@@ -54,6 +54,7 @@ def manager(self:Directory,
     if m is None or time.monotonic() > until or m.engine is not default_engine(): m = self._of_host(tenant)
     return m
 
+# %% ../../nbs/web/02_directory.ipynb #86d3e26d
 @patch
 def _of_host(self:Directory, tenant):
     self._known.pop(tenant, None)

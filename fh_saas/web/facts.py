@@ -59,7 +59,8 @@ def since(ts:str, now:float=None) -> str:
 
 def left(job:JobRecord) -> str: # Nothing, if that cannot be said yet
     "About how long it will take to the end"
-    done, spent = job.progress_percent or 0, job.elapsed_seconds or 0
+    try: done, spent = job.progress_percent or 0, job.elapsed_seconds or 0
+    except (TypeError, ValueError, AttributeError): return ''  # another program has written the row
     if job.status != 'running' or done < 3 or done >= 100 or spent < 2: return ''
     return f'about {took(max(1, round(spent*(100 - done)/done)))} left'
 

@@ -14,7 +14,7 @@ from starlette.responses import RedirectResponse
 from ..db_connect import FhSaasError
 from ..db_host import shown
 from ..jobs.control import filters as bulk_filters
-from ..jobs.states import final
+from ..jobs.states import Status, final
 from .components import title
 from .facts import since, summary, words
 from .layout import page, problem_page, row, table
@@ -73,9 +73,13 @@ def _acts(a, only, n):
 def _found(a, q):
     "Filters, rows, counts, cursor; and what is wrong with the search, if anything is"
     try:
-        only = parse(q)
-        rows, cursor = a.manager.store.page(50, a.query.get('cursor') or None, **only)
-        return only, rows, cursor, a.manager.store.counts(**{k: v for k, v in only.items() if k not in ('status', 'oldest')}), None
+        only, begun = parse(q), a.query.get('cursor')
+        rows, cursor = a.manager.store.page(50, begun or None, **only)
+        others = {k: v for k, v in only.items() if k not in ('status', 'oldest')}
+        # a first page that is not full has all that the same search would count
+        if others == only != {} and not begun and len(rows) < 50: counts = {s: (sum(r['status'] == s for r in rows), cursor is not None) for s in map(str, Status)}
+        else: counts = a.manager.store.counts(**others)
+        return only, rows, cursor, counts, None
     except FhSaasError as e:
         if (p := problem_of(e)).status != 422: raise
         return {}, [], None, a.manager.store.counts(), p

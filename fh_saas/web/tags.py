@@ -17,7 +17,7 @@ from fastcore.xml import FT
 
 # %% ../../nbs/web/03_tags.ipynb #117032f6
 _names = dict(cls='class', fr='for', viewbox='viewBox')
-_void = {'input', 'link', 'meta', 'line', 'rect'}
+_void = {'input', 'link', 'meta'}  # of HTML: one of SVG that is not closed takes in all that follows
 
 def _tag(name):
     def make(*c, **kw): return FT(name, c, {_names.get(k, k.replace('_', '-')): v for k, v in kw.items() if v is not None and v is not False}, name in _void)

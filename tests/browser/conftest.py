@@ -12,6 +12,7 @@ OUTSIDE = re.compile(r'^(?:http|ws)s?://(?!(?:127\.0\.0\.1|localhost)(?:[:/]|$))
 CDN = re.compile(r'^https://(?:cdn\.jsdelivr\.net/npm|unpkg\.com)/((?:@[^/@?]+/)?[^/@?]+)(?:@([^/?]+))?(?:/([^?]*))?(?:\?|$)')
 GITHUB = 'https://cdn.jsdelivr.net/gh/'
 FROM_GITHUB = {'gnat/css-scope-inline@': 'css-scope-inline/script.js'}
+TAILWIND = 'https://cdn.tailwindcss.com/3.'
 EMPTY = 'answerdotai/fasthtml-js@', 'answerdotai/surreal@'  # of FastHTML's own headers, not on npm
 
 
@@ -24,7 +25,14 @@ def packaged(url):
     if wanted[:1].isdigit() and wanted.split('.')[0] != about['version'].split('.')[0]: return
     main = next((about[k] for k in ('jsdelivr', 'unpkg', 'browser', 'main') if isinstance(about.get(k), str)), 'index.js')
     file = (PACKAGES/m[1]/(m[3] or main)).resolve()
+    if not file.is_file(): file = file.with_name(re.sub(r'\.min(?=\.\w+$)', '', file.name))  # jsDelivr makes the small ones itself
     return file if file.is_file() and file.is_relative_to(PACKAGES.resolve()) else None
+
+
+def tailwind():
+    "What Tailwind's CDN does to every page, made of its package: its reset. The classes that it makes of a page's own are not there"
+    css = re.sub(r"theme\('[^']*', ([^()]*)\)", r'\1', (PACKAGES/'tailwindcss'/'src'/'css'/'preflight.css').read_text())
+    return f"window.tailwind = {{}}; document.head.appendChild(document.createElement('style')).textContent = {json.dumps(css)}"
 
 
 class Pages:
@@ -47,6 +55,7 @@ class Pages:
         url = route.request.url
         headers = {'access-control-allow-origin': '*'}
         if file := packaged(url): route.fulfill(path=file, headers=headers)
+        elif url.startswith(TAILWIND): route.fulfill(body=tailwind(), content_type='text/javascript', headers=headers)
         elif url.startswith(tuple(GITHUB + e for e in EMPTY)): route.fulfill(body='', content_type='text/javascript', headers=headers)
         else: route.abort('blockedbyclient')
 

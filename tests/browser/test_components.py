@@ -1,7 +1,8 @@
-"Each component through the life of a job, in apps of three looks: Pico's, a bare one, and one with a dark class on its root as MonsterUI has."
-import re, threading
-import pytest, uvicorn
-from fasthtml.common import FastHTML, P, Style, Titled, fast_app
+"Each component through the life of a job, in apps of four looks: Pico's, a bare one, and MonsterUI's, light and dark."
+import io, re, threading
+import monsterui.core as monster, pytest, uvicorn
+from PIL import Image
+from fasthtml.common import FastHTML, P, Titled, fast_app
 from fastsql import Database
 from playwright.sync_api import expect
 from conftest import free_port, wait_until
@@ -28,7 +29,7 @@ def step_by_step(job: JobContext, rows: int = 1234):
     return dict(rows_read=rows, note='<b>ok</b>', exact=True)
 
 LOOKS = dict(pico=lambda: fast_app(secret_key='x', htmlkw=dict(lang='en')), bare=lambda: (a := FastHTML(secret_key='x', htmlkw=dict(lang='en')), a.route),
-    dark=lambda: fast_app(secret_key='x', pico=False, htmlkw=dict(lang='en', cls='dark'), hdrs=[Style('.dark { background: #111; color: #eee } .dark a { color: #9cf } .dark button { background: #222; color: #eee }')]))
+    **{f'monster_{m}': lambda m=m: monster.fast_app(secret_key='x', htmlkw=dict(lang='en'), hdrs=monster.Theme.blue.headers(mode=m)) for m in ('light', 'dark')})
 
 class App:
     "An app of the test's own, served in a thread of this process"
@@ -112,6 +113,8 @@ def test_from_start_to_end(app, page, live):
         steps.percent = n
         expect(job.locator('progress')).to_have_attribute('value', str(n))
         expect(job.locator('.fs-said')).to_contain_text(f'{n} % · step {n}')
+        if n == 30: page.wait_for_timeout(1500); before = len(found)
+    if live: assert found[before:] == []  # the stream has moved it
     steps.end.set()
     expect(job).to_have_attribute('data-state', 'completed')
     expect(job.locator('.fs-status')).to_have_text('Done')
@@ -176,7 +179,8 @@ def test_one_stream_for_a_page(app, page):
     quiet(page, found, 1)
     page.evaluate("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))")
     for bar in page.locator('progress').all(): expect(bar).to_have_attribute('value', '70')
-    assert len(streams()) == 2 and app.jobs.streams == 1
+    wait_until(lambda: page.wait_for_timeout(50) or app.jobs.streams == 1)  # the parts may have been there before it
+    assert len(streams()) == 2
     steps.end.set()
     expect(page.locator('.fs-status', has_text='Done')).to_have_count(4)
     expect(page.locator('[data-live]:not([data-live=""])')).to_have_count(0)
@@ -192,6 +196,67 @@ def test_more_jobs_than_a_stream_has_room_for(app, page):
     wait_until(lambda: page.wait_for_timeout(50) or app.jobs.streams == 1, 5, 'no stream was opened')
     steps.percent = 55
     expect(page.locator('progress[value="55"]')).to_have_count(1, timeout=5000)
+
+@one_look
+def test_a_live_list_shows_what_others_submit(app, page):
+    "Also while the jobs that it shows only go on"
+    app.submit()
+    page.goto(f'{app.url}/list')
+    rows = page.locator('.fs-jobs tbody tr')
+    for n in (2, 3):
+        expect(rows).to_have_count(n - 1)
+        page.wait_for_timeout(1500)  # the stream is open, and what came with it is over
+        app.submit(run_at='2100-01-01')
+        expect(rows).to_have_count(n, timeout=5000)
+
+@one_look
+@pytest.mark.parametrize('setup', ['document.body.setAttribute("hx-indicator", "body")', 'htmx.config.globalViewTransitions = true', 'htmx.config.defaultSwapDelay = 500'])
+def test_a_step_that_comes_while_the_part_is_on_its_way_is_not_lost(app, new_page, setup):
+    id, page = app.submit(), new_page()
+    new_page.allowed.append('Transition was skipped')
+    steps.percent = 30
+    page.goto(f'{app.url}/three?job={id}')
+    bar = page.locator('.fs-job progress')
+    expect(bar).to_have_attribute('value', '30')
+    page.evaluate(setup)
+    page.wait_for_timeout(1500)  # what came with the stream is over
+    def late(route):
+        got = route.fetch()
+        steps.percent = 60
+        page.wait_for_timeout(1500)  # its step comes by the stream
+        route.fulfill(response=got)
+    page.route('**/-/progress/*', late, times=1)
+    page.evaluate("htmx.trigger('.fs-job', 'jobs-changed')")
+    page.wait_for_timeout(3500)
+    expect(bar).to_have_attribute('value', '60', timeout=2000)
+
+@one_look
+def test_several_that_end_together_are_all_spoken(app, page):
+    id = app.submit()
+    wait_until(lambda: app.m.get_job(id).status == 'running')
+    page.goto(f'{app.url}/three?job={id}')
+    voice = page.locator('.fs-hidden[role=status]')
+    expect(voice).to_have_text('')
+    page.wait_for_timeout(1500)  # what came with the stream is over
+    page.evaluate("""() => {
+        for (const [job, state] of [['a', 'running'], ['b', 'running']]) document.body.insertAdjacentHTML('beforeend', `<i data-said="${job}: ${state}" data-job="${job}" data-state="${state}">x</i>`)
+        document.dispatchEvent(new CustomEvent('htmx:afterSettle', { detail: { elt: document.body } }))
+        for (const el of document.querySelectorAll('i[data-said]')) { el.dataset.state = 'failed'; el.dataset.said = `${el.dataset.job}: Failed` }
+        document.dispatchEvent(new CustomEvent('htmx:afterSettle', { detail: { elt: document.body } }))
+    }""")
+    expect(voice).to_have_text('a: Failed. b: Failed')
+
+@pytest.mark.parametrize('app', ['monster_light', 'pico'], indirect=True)
+def test_the_bar_is_seen_in_forced_colours(app, new_page):
+    page = new_page(forced_colors='active')
+    id = app.submit()
+    steps.percent = 50
+    page.goto(f'{app.url}/three?job={id}')
+    bar = page.locator('.fs-job progress')
+    expect(bar).to_have_attribute('value', '50')
+    shot = Image.open(io.BytesIO(page.screenshot(clip=bar.bounding_box(), animations='disabled'))).convert('RGB')  # the element may be put in anew meanwhile
+    left, right = (shot.getpixel((shot.width*at//4, shot.height//2)) for at in (1, 3))
+    assert left != right  # what is done, and what is not
 
 @one_look
 def test_a_button_says_why_it_was_refused(app, new_page, monkeypatch):
@@ -230,3 +295,6 @@ def test_all_states_are_readable(app, new_page, axe, shots, scheme):
     shots(f'components-{app.look}-{scheme}', full_page=True)
     page.set_viewport_size(dict(width=390, height=844))
     assert page.evaluate('document.documentElement.scrollWidth <= innerWidth')
+    page.goto(app.url)
+    axe.none(page)
+    shots(f'buttons-{app.look}-{scheme}')

@@ -10,25 +10,33 @@
   const states = new Map()
   const heard = first => {
     if (!voice && document.querySelector('[class*=fs-]')) { voice = document.createElement('div'); voice.className = 'fs-hidden'; voice.setAttribute('role', 'status'); document.body.append(voice) }
-    const now = new Map(all('[data-said]').map(el => [el.dataset.job, el]))
+    const words = [], now = new Map(all('[data-said]').map(el => [el.dataset.job, el]))
     now.forEach((el, job) => {
       const old = states.get(job)
       states.set(job, el.dataset.state)
-      if (!first && old !== el.dataset.state && (old !== undefined || 'ended' in el.dataset)) say(el.dataset.said)
+      if (!first && old !== el.dataset.state && (old !== undefined || 'ended' in el.dataset)) words.push(el.dataset.said)
     })
+    const times = words.reduce((n, w) => n.set(w, (n.get(w) ?? 0) + 1), new Map()) // jobs of one title that end together are one sentence
+    if (words.length) say([...times].map(([w, n]) => n > 1 ? `${w}, ${n} jobs` : w).join('. '))
   }
+
+  // Parts that are on their way. htmx's own class tells it too soon, or on another element, as the app has set it up.
+  const under = new Set()
+  document.addEventListener('htmx:beforeSend', e => { if (e.detail.elt.dataset?.live) under.add(e.detail.elt.id) })
+  for (const name of ['afterSettle', 'responseError', 'sendError', 'sendAbort', 'timeout']) document.addEventListener(`htmx:${name}`, e => under.delete(e.detail.elt?.id))
 
   // A page whose htmx did not come asks by itself.
   const again = async el => {
-    el.classList.add('htmx-request')
+    under.add(el.id)
     const r = await fetch(el.getAttribute('hx-get'), { headers: { 'HX-Request': 'true' } }).catch(() => null)
-    if (r?.ok) el.outerHTML = await r.text()
-    else el.classList.remove('htmx-request')
+    const html = r?.ok ? await r.text() : null
+    under.delete(el.id)
+    if (html !== null) el.outerHTML = html
     changed()
   }
   // News that comes while a part is on its way would be lost with it: it is asked for once more.
   const late = new Set()
-  const refresh = el => el.classList.contains('htmx-request') ? late.add(el.id) : window.htmx ? window.htmx.trigger(el, 'jobs-changed') : again(el)
+  const refresh = el => under.has(el.id) ? late.add(el.id) : window.htmx ? window.htmx.trigger(el, 'jobs-changed') : again(el)
   const catchUp = () => { const ids = [...late]; late.clear(); ids.map(id => document.getElementById(id)).forEach(el => el?.hasAttribute('hx-get') && refresh(el)) }
 
   // One stream for all live parts of a page.
@@ -40,15 +48,31 @@
     clearTimeout(after[id]) // a part that was just being put in heard nothing
     after[id] = setTimeout(() => { delete after[id]; if (!document.hidden) parts().forEach(refresh) }, 1000)
   }
+  // While a job only goes on, its bar and its text are moved where they are.
+  const goneOn = j => {
+    const of = kind => all(`[data-${kind}]`).filter(el => el.dataset[kind] === j.id)
+    for (const el of of('now')) {
+      const part = el.closest('[data-live]')
+      if (!part) continue
+      if (under.has(part.id)) late.add(part.id) // what is on its way is older
+      if (j.percent !== null && !of('bar').some(b => part.contains(b))) refresh(part)
+      const said = { ...j, percent: j.percent === null ? '' : `${j.percent} %` }
+      el.textContent = el.dataset.shows.split(' ').map(k => said[k]).filter(Boolean).join(' · ')
+    }
+    for (const bar of of('bar')) if (bar.closest('[data-live]')) j.percent === null ? bar.removeAttribute('value') : bar.setAttribute('value', j.percent)
+  }
+  const lists = () => all('.fs-jobs[data-live], .fs-banner[data-live]')
   const live = () => {
     const parts = all('[data-live]'), ids = [...new Set(parts.flatMap(el => el.dataset.live.split(' ')))].filter(Boolean).sort().slice(-50)
     const tenant = parts.length ? new URL(parts[0].getAttribute('hx-get'), location).searchParams.get('tenant') : null
-    const wanted = document.hidden || !ids.length ? '' : `${base}/-/stream?${new URLSearchParams({ jobs: ids.join(','), ...(tenant && { tenant }) })}`
+    const wanted = document.hidden || !ids.length ? '' : `${base}/-/stream?${new URLSearchParams({ jobs: ids.join(','), ...(lists().length && { new: 1 }), ...(tenant && { tenant }) })}`
     if (wanted === shown) return
     stream?.close(); stream = null; shown = wanted
     if (!wanted) return
     stream = new EventSource(wanted)
     stream.addEventListener('job', e => told(e.data))
+    stream.addEventListener('new', () => lists().forEach(refresh))
+    stream.addEventListener('step', e => goneOn(JSON.parse(e.data)))
     stream.addEventListener('end', () => { stream.close(); told() })
     // one that is refused is given up by the browser; the server may be about to come up
     stream.addEventListener('error', e => { if (e.target.readyState === EventSource.CLOSED && e.target === stream) setTimeout(() => { if (e.target === stream) { shown = ''; live() } }, 3000) })
