@@ -39,6 +39,7 @@ class Desk:
         self.due, self.asked, self.turning, self.again, self.beating = None, False, False, False, False  # the engine's schedule
         self.ends, self.wanted, self.since, self.called = [], [], 0.0, None  # outcomes and claims by id that wait for the next turn
         self.unwritten, self.retry_at, self.pause = deque(), 0.0, 0.0  # outcomes the database did not take yet
+        self.ended, self.seen = 0, (0, 0)  # marks of its last end, and of the last ends when its turn began
         self.freed = []  # desks that wait for a slot which turned out not to be needed
         self.quiet, self.hungry, self._beat, self._asked, self.checked, self.checked_place, self.barred = 0.0, False, 0.0, 0.0, 0.0, None, 0.0
         self._lock = threading.Lock()

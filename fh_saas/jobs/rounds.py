@@ -25,7 +25,7 @@ log = logging.getLogger('fh_saas.jobs')
 # %% ../../nbs/jobs/13_rounds.ipynb #856c7916
 class Rounds:
     "The part of an engine that knows when to look where"
-    _ran, _count = 0, itertools.count()
+    _ran, _ended, _count = 0, 0, itertools.count(1)
 
 @patch
 def attend(self:Rounds,
@@ -338,6 +338,7 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
         if lapse is not None and lapse <= 0: desk.rescue(); due = 0
         if due is None or due > 0: return desk.rest(due, lapse)
         desk.hungry = True
+    desk.seen = self._ended, desk.ended
     n = self._allot(desk) if claims and (desk.hungry or desk.wanted) else 0
     with desk._lock: wanted[:], desk.wanted[:n] = desk.wanted[:n], []
     room = self._room(desk, n - len(wanted)) if desk.hungry and n > len(wanted) else None
@@ -375,14 +376,14 @@ def _given(self:Rounds, desk, got, job_id, func, future, here):
 def _after(self:Rounds, desk, room, found, due, attempts):
     "The claim found as many as there was room for, or fewer: when is the next one?"
     if found: desk.barred = 0.0
-    if due is None and found and all(a.row['task'] in room.by_task for a in found): return self._bar(desk, room)  # its lanes have something to do
+    if due is None and found and all(a.row['task'] in room.by_task for a in found): return self._bar(desk)  # its lanes have something to do
     if due is None: desk.hungry = True; return None  # there may be more: it stays in the ring
     due, lapse, _ = due
     if lapse is not None and lapse <= 0:
         desk.rescue()
         return 0.0
     if due is None or due > 0: return desk.rest(due, lapse, bool(found))
-    return 0.0 if self._suspects(desk, room, attempts) else self._bar(desk, room)
+    return 0.0 if self._suspects(desk, room, attempts) else self._bar(desk)
 
 @patch
 def _suspects(self:Rounds, desk, room, attempts) -> list:
@@ -393,10 +394,14 @@ def _suspects(self:Rounds, desk, room, attempts) -> list:
     return found
 
 @patch
-def _bar(self:Rounds, desk, room=None) -> float: # Seconds until the next look
+def _bar(self:Rounds, desk) -> float: # Seconds until the next look
     "A limit keeps it out: the end of a job calls it, a rate or another process does not"
-    own = room is not None and bool(room.by_task) and room.by_queue is None  # a lane is no matter of others' jobs
+    own, (ended, own_ended) = self.line.free_of() is None, desk.seen  # only a queue's limit is a matter of others' jobs
     with self._lock: self._blocked.pop(desk, None); self._blocked[desk] = own
+    if desk.ended != own_ended or not own and self._ended != ended:  # while this turn thought that there was no room
+        with self._lock: self._blocked.pop(desk, None)
+        desk.hungry = True
+        return 0.0
     desk.barred = min(max(5.0, 0.05*len(self._blocked)), max(0.2, 2*desk.barred))
     return desk.barred
 
@@ -404,6 +409,7 @@ def _bar(self:Rounds, desk, room=None) -> float: # Seconds until the next look
 @patch
 def _unblock(self:Rounds, desk):
     "A job of `desk` has ended: whom a limit has kept from claiming may try again"
+    self._ended = desk.ended = next(self._count)  # before the look: a turn that is about to be barred looks at it afterwards
     if not self._blocked: return
     with self._lock:
         own, first = desk in self._blocked, next((d for d, its_own in self._blocked.items() if not its_own), None)

@@ -141,7 +141,7 @@ class Line:
         self.size, self.queues = size, queues
         self.shares = {}  # of queues whose limit holds for all processes together: what falls to this one
         self.running, self.waiting, self._by_queue, self._running_by_queue = 0, 0, {}, {}
-        self.calling, self._last = 0, 0.0  # jobs that hold a thread, and when the last of them was taken
+        self._newest, self._last = None, 0.0  # the job that got a thread last, while it holds it, and when it got it
         self._ring, self._jobs, self._slow, self._pace, self._lock, self.lanes = Ring(), {}, 1.0, 1.0, threading.RLock(), Lanes()
 
 # %% ../../nbs/jobs/10_turns.ipynb #be16d12a
@@ -175,7 +175,7 @@ def take(self:Line): # None if there is none, or no room for it
 
 @patch
 def _calls(self:Line, a):
-    self.calling, self._last = self.calling + 1, time.monotonic()
+    self._newest, self._last = a, time.monotonic()
     a.lane.waiting -= 1
     self.lanes.begin(a)
 
@@ -223,7 +223,8 @@ def done(self:Line, a, took:float=None):
         self.running -= 1
         self._running_by_queue[a.row['queue']] -= 1
         self._count(a, -1)
-        if a.lane is not None: self.calling -= 1; self.lanes.end(a, took); self.lanes.judge()
+        if a is self._newest: self._newest = None
+        if a.lane is not None: self.lanes.end(a, took); self.lanes.judge()
         if took is None: return
         self._slow = max(took, self._slow*0.9, 1e-6)
         self._pace = self._pace*0.9 + 0.1*min(took, self._pace*8)  # the mean, which one that had to wait does not change much
@@ -260,7 +261,7 @@ def unit(self:Line) -> int:
 @patch
 def flows(self:Line) -> bool:
     "Is a thread running short jobs one after the other, so that a second one would only be in its way?"
-    return self.calling > 0 and self._pace < short and time.monotonic() < self._last + linger
+    return self._newest is not None and self._pace < short and time.monotonic() < self._last + linger
 
 # %% ../../nbs/jobs/10_turns.ipynb #7d8152f0
 @patch
