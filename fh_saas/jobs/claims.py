@@ -278,14 +278,13 @@ class Stale(Exception): "Some of the claims were lost."
 
 @patch
 def _finish_sql(self:Store):
-    j, a = self.t.jobs, self.t.attempts
-    keep = lambda c: sa.func.coalesce(bind(c, type_=sa.String), j.c[c])
-    asked = j.c.cancel_requested_at.is_not(None)
-    done = self.statement(('finish', j.name), lambda: j.update().where(j.c.id == bind('job'), j.c.claim_token == bind('token'), j.c.status == RUNNING).values(
-        status=sa.case((asked, bind('if_asked')), else_=bind('new_status')), retry_count=bind('failed'), lost=bind('losses'), error_message=bind('error'), error_log=keep('error_log'), result=keep('result'),
-        run_at=keep('run_at'), completed_at=sa.case((asked, bind('at', type_=sa.String)), else_=bind('ended', type_=sa.String)), claim_token=sa.null(), lease_until=sa.null(), cancel_requested_at=sa.null()))
-    cols = ('job_id', 'number', 'started_at', 'ended_at', 'outcome', 'error', 'worker', 'waited')
-    return done, self.statement(('attempt', a.name), lambda: a.insert().values({c: bind(c) for c in cols}))
+    j, a, cols = self.t.jobs, self.t.attempts, ('job_id', 'number', 'started_at', 'ended_at', 'outcome', 'error', 'worker', 'waited')
+    def update():
+        asked, keep = j.c.cancel_requested_at.is_not(None), lambda c: sa.func.coalesce(bind(c, type_=sa.String), j.c[c])
+        return j.update().where(j.c.id == bind('job'), j.c.claim_token == bind('token'), j.c.status == RUNNING).values(
+            status=sa.case((asked, bind('if_asked')), else_=bind('new_status')), retry_count=bind('failed'), lost=bind('losses'), error_message=bind('error'), error_log=keep('error_log'), result=keep('result'),
+            run_at=keep('run_at'), completed_at=sa.case((asked, bind('at', type_=sa.String)), else_=bind('ended', type_=sa.String)), claim_token=sa.null(), lease_until=sa.null(), cancel_requested_at=sa.null())
+    return self.statement(('finish', j.name), update), self.statement(('attempt', a.name), lambda: a.insert().values({c: bind(c) for c in cols}))
 
 _seconds = lru_cache(4096)(seconds)  # jobs that were submitted or claimed together have their moments in common
 
@@ -348,8 +347,10 @@ def _done_sql(self:Store):
         done = update().returning(j.c.id).cte('done')
         return attempts(done.c.id, sa.cast(bind('waits'), JSONB)[done.c.id].astext)
     if not isinstance(self.kind, SQLite): return self.statement(('done', j.name), both), None  # one trip to the server
-    w = self.kind.pairs(bind('waits'))
-    return self.statement(('done', j.name), update), self.statement(('attempts', a.name), lambda: attempts(w.c.key, w.c.value))
+    def each():
+        w = self.kind.pairs(bind('waits'))
+        return attempts(w.c.key, w.c.value)
+    return self.statement(('done', j.name), update), self.statement(('attempts', a.name), each)
 
 def _by_claim(ends):
     "Completed jobs by what they have in common; and the others"
@@ -366,7 +367,8 @@ def finishing_all(self:Store,
     ends:list, # `(row, outcome, note)` of each attempt
 ):
     "The ends of many attempts at once; raises `Stale`, and writes nothing, unless each still owns its job"
-    (done, attempt), (all_done, attempts), (groups, others) = self._finish_sql(), self._done_sql(), _by_claim(ends)
+    groups, others = _by_claim(ends)
+    (done, attempt), (all_done, attempts) = self._finish_sql() if others else (None, None), self._done_sql() if groups else (None, None)
     notes = [n for *_, n in ends if n]
     texts = {k: (json.dumps({j['id']: o.result for j, o in g}), json.dumps({j['id']: _waited(j) for j, _ in g})) for k, g in groups.items()}
     def op(cur, now):
@@ -460,10 +462,12 @@ def rescue(self:Store, n:int=100) -> list[tuple]: # `(row, outcome)` of each
 def release(self:Store, rows:list):
     "An operation for `write`: give back claims of jobs that were never begun, as if they had not been made"
     j = self.t.jobs
-    asked = j.c.cancel_requested_at.is_not(None)
-    stmt = self.statement(('release', j.name), lambda: j.update().where(j.c.id == bind('job'), j.c.claim_token == bind('token'), j.c.status == RUNNING).values(
-        status=sa.case((asked, 'cancelled'), else_='pending'), completed_at=sa.case((asked, bind('at', type_=sa.String))), cancel_requested_at=sa.null(),
-        claim_token=sa.null(), lease_until=sa.null(), worker=sa.null(), started_at=sa.null(), attempt=j.c.attempt - 1))
+    def build():
+        asked = j.c.cancel_requested_at.is_not(None)
+        return j.update().where(j.c.id == bind('job'), j.c.claim_token == bind('token'), j.c.status == RUNNING).values(
+            status=sa.case((asked, 'cancelled'), else_='pending'), completed_at=sa.case((asked, bind('at', type_=sa.String))), cancel_requested_at=sa.null(),
+            claim_token=sa.null(), lease_until=sa.null(), worker=sa.null(), started_at=sa.null(), attempt=j.c.attempt - 1)
+    stmt = self.statement(('release', j.name), build)
     return lambda cur, now: stmt.many(cur, [dict(job=r['id'], token=r['claim_token'], at=timestamp(now)) for r in rows])
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #0764d354

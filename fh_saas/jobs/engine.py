@@ -11,7 +11,7 @@ __all__ = ['log', 'max_open', 'resting', 'Engine', 'run_until_done', 'default_en
            'engine_for_now', 'in_test']
 
 # %% ../../nbs/jobs/14_engine.ipynb #85cd0b58
-import asyncio, atexit, logging, os, socket, threading, time
+import asyncio, atexit, contextvars, logging, os, socket, threading, time
 from collections import OrderedDict
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -248,9 +248,16 @@ async def _handle_async(self:Engine, store, job_id, func):
     try: a = await asyncio.shield(claim)
     except asyncio.CancelledError: claim.add_done_callback(lambda f: f.result() and self.house.submit(self._release, [f.result()])); raise
     if a is None: return
-    running = asyncio.create_task(self._arun(a))
+    running = asyncio.create_task(self._arun_told(a))
     try: await self._until_stop(running)
     except asyncio.CancelledError: running.cancel(); await asyncio.wait({running}, timeout=2); raise
+
+@patch
+async def _arun_told(self:Engine, a):
+    "Run an attempt, and wait until its outcome is written"
+    await self._arun(a, done := asyncio.get_running_loop().create_future())
+    await self._told(done)
+    if asyncio.current_task().cancelling(): raise asyncio.CancelledError
 
 @patch
 async def _until_stop(self:Engine, task):
@@ -263,12 +270,24 @@ async def _until_stop(self:Engine, task):
 
 # %% ../../nbs/jobs/14_engine.ipynb #e13df353
 @patch
-async def _arun(self:Engine, a):
+async def _arun(self:Engine, a, done:asyncio.Future=None):
+    start = time.perf_counter()
     try: o = await a.acall()
-    finally: self._off(a); self._fed()
-    if self._end(a, o, done := a.done or asyncio.get_running_loop().create_future()): self._errand(a.desk)
-    await self._told(done)
-    if asyncio.current_task().cancelling(): raise asyncio.CancelledError
+    finally: self._off(a, time.perf_counter() - start)
+    if self._end(a, o, done): self._errand(a.desk)
+    if self.line.ready(): self._go_on()
+    self._fed()
+
+@patch
+def _go_on(self:Engine):
+    "The next job begins in this very loop, if it is an async one of its own"
+    if asyncio.get_running_loop() is self._loop and (a := self.line.take(only_async=True)): self._begin(a)
+    else: self.crew.call()
+
+@patch
+def _begin(self:Engine, a):
+    if a.outcome is not None or a.ctx.lost: return self._off(a)  # it was released while it waited for its turn
+    asyncio.get_running_loop().create_task(self._arun(a), context=contextvars.Context())  # whoever calls this is no matter of the job's
 
 @patch
 def loop(self:Engine):

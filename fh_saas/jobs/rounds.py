@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..db_connect import FhSaasError, check_url
 from .attempt import Attempt
 from .claims import Room
-from .pool import settle
+from .pool import call_in, settle
 from .recorder import tick
 from .store import Store
 from .tenancy import Held
@@ -173,8 +173,8 @@ def _find(self:Rounds):
 
 @patch
 def _run(self:Rounds, a:Attempt):
+    if a.is_async: return call_in(self.loop(), self._begin, a)
     if a.outcome is not None or a.ctx.lost: return self._off(a)  # it was released while it waited for this thread
-    if a.is_async: return asyncio.run_coroutine_threadsafe(self._arun(a), self.loop())
     self._ran += 1
     # a turn that waits for Python after each of its statements would get it only every `sys.getswitchinterval()`
     if self._ran % 16 == 0 and a.desk.turning: time.sleep(1e-5)

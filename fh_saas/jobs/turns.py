@@ -159,11 +159,14 @@ def put(self:Line, desk, attempts):
         self._ring.join(desk)
 
 @patch
-def take(self:Line): # None if there is none, or no room for it
+def take(self:Line,
+    only_async:bool=False, # Leave a sync one where it is
+): # None if there is none, or no room for it
     "The next job to run"
     with self._lock:
         if not self.waiting or self.running >= self.size or (found := self._startable()) is None: return None
         desk, a = found
+        if only_async and not a.is_async: return None
         self._ring.grant(desk, self.unit(), 1)
         self._ring.took(desk, 1)
         self._jobs[desk].remove(a)
