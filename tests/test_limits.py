@@ -672,21 +672,24 @@ def test_a_desk_that_a_limit_holds_back_is_called_by_whom_it_is_a_matter_of(new_
     e = new_manager(new_sqlite(), handoff=0, concurrency=8).engine
     one, other = (e._desks[e.store(new_sqlite())] for _ in range(2))
     e._bar(one)
-    e._unblock(other)
+    e._unblock(other, 'imports')
     assert one in e._blocked and not one.hungry
-    e._unblock(one)
+    e._unblock(one, 'default')
     assert one not in e._blocked and one.hungry
-    e.line.shares, one.seen, one.hungry = dict(imports=1), (e._ended, one.ended), False  # the place of another's job may be its next
-    e._bar(one)
-    e._unblock(other)
+    e.line.shares, one.seen, one.hungry = dict(imports=1), (e._ended.copy(), one.ended), False  # the place of another's job may be its next
+    e._bar(one, ['imports', 'default'])
+    e._unblock(other, 'default')
+    assert one in e._blocked and not one.hungry
+    e._unblock(other, 'imports')
     assert one not in e._blocked and one.hungry
 
-@pytest.mark.parametrize('shares,whose,heard', [({}, 'own', True), ({}, 'other', False), (dict(imports=1), 'other', True)])
-def test_a_job_that_ends_while_a_turn_finds_no_room_is_not_missed(new_sqlite, new_manager, shares, whose, heard):
+@pytest.mark.parametrize('shares,queues,whose,heard', [({}, None, 'own', True), ({}, None, 'other', False), (dict(imports=1), None, 'other', True),
+    (dict(imports=1), ['imports'], 'other', True), (dict(imports=1), ['default'], 'other', False)])
+def test_a_job_that_ends_while_a_turn_finds_no_room_is_not_missed(new_sqlite, new_manager, shares, queues, whose, heard):
     e = new_manager(new_sqlite(), handoff=0, concurrency=8).engine
     own, other = (e._desks[e.store(new_sqlite())] for _ in range(2))
-    e.line.shares, own.seen = shares, (e._ended, own.ended)
-    e._unblock(dict(own=own, other=other)[whose])
-    assert (e._bar(own) == 0.0, own.hungry, own not in e._blocked) == (heard,)*3
-    own.seen = e._ended, own.ended
-    assert e._bar(own) > 0 and own in e._blocked
+    e.line.shares, own.seen = shares, (e._ended.copy(), own.ended)
+    e._unblock(dict(own=own, other=other)[whose], 'imports')
+    assert (e._bar(own, queues) == 0.0, own.hungry, own not in e._blocked) == (heard,)*3
+    own.seen = e._ended.copy(), own.ended
+    assert e._bar(own, queues) > 0 and own in e._blocked

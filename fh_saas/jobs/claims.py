@@ -35,6 +35,7 @@ class Room:
     off:frozenset = frozenset() # Tasks that are paused
     by_task:dict = field(default_factory=dict) # At most so many of each of these tasks,
     sure_of_task:dict = field(default_factory=dict) # and of those so many in their last attempt
+    sure_of_queue:dict = field(default_factory=dict) # The same for each of these queues
 
     @property
     def free(self) -> bool: # Is there no limit but `n`?
@@ -229,7 +230,7 @@ def _chosen(self:Store, cur, rows, room, n, most, left, picked):
         q, task, key = r['queue'], r['task'], r['concurrency_key']
         if picked.n >= n: break
         last = (r['retry_count'] or 0) + 1 >= (r['max_retries'] or 1)
-        if task in room.off or last and (room.sure is not None and picked.n >= room.sure or starts.get(task, 0) >= room.sure_of_task.get(task, n)): continue
+        if task in room.off or last and (room.sure is not None and picked.n >= room.sure or starts.get(task, 0) >= room.sure_of_task.get(task, n) or counts.get(q, 0) >= room.sure_of_queue.get(q, n)): continue
         if counts.get(q, 0) >= min(room.of(q), most.get(q, n)) or starts.get(task, 0) >= min(left.get(task, n), room.by_task.get(task, n)): continue
         if key is not None and (key in held or key in picked.keys): picked.passed = True; continue
         if key is not None: picked.keys.add(key)

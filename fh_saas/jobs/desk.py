@@ -39,7 +39,7 @@ class Desk:
         self.due, self.asked, self.turning, self.again, self.beating = None, False, False, False, False  # the engine's schedule
         self.ends, self.wanted, self.since, self.called = [], [], 0.0, None  # outcomes and claims by id that wait for the next turn
         self.unwritten, self.retry_at, self.pause = deque(), 0.0, 0.0  # outcomes the database did not take yet
-        self.ended, self.seen = 0, (0, 0)  # marks of its last end, and of the last ends when its turn began
+        self.ended, self.seen = 0, ({}, 0)  # a mark of its last end; as of the begin of its turn, with that of each queue
         self.freed = []  # desks that wait for a slot which turned out not to be needed
         self.quiet, self.hungry, self._beat, self._asked, self.checked, self.checked_place, self.barred = 0.0, False, 0.0, 0.0, 0.0, None, 0.0
         self._lock = threading.Lock()
@@ -205,9 +205,9 @@ def look(self:Desk) -> tuple: # Seconds until something is due, and until a leas
     return self.store.next_due(*self.names, self.limits.closed, self.only)
 
 @patch
-def suspect(self:Desk, slot, room:Room) -> list: # Attempts
+def suspect(self:Desk, slot, room:Room) -> list: # Attempts; None if another one runs here
     "Claim one job that was lost with its process before, if no other of them runs here"
-    if not slot.take(self): return []
+    if not slot.take(self): return None
     rows = []
     try: rows = self.store.write(self.store.claiming(*self.names, gen_id(), self.worker, self.settings.lease, room))
     finally: self.freed = [] if rows else slot.give()
@@ -219,6 +219,7 @@ def suspect(self:Desk, slot, room:Room) -> list: # Attempts
 def rescue(self:Desk):
     "Take back what others have lost"
     self.verify()
+    self.suspected = 0.0
     if self.live: self.renew()  # what runs here is alive, however long the database was out of reach
     for row, o in self.store.rescue():
         if events.subscribers: events.tell(event_of('finished' if o.kind == 'failed' else 'retried', self.store.tenant, row, status=str(o.status), outcome=o.kind, error=o.error))

@@ -53,6 +53,7 @@ class Engine(Recorder, Rounds):
         self.slot, self.stale, self.stopping, self.closed, self.quiet = Slot(), 0, False, False, False
         self.hurry = False  # set while it stops: wait no longer for what runs
         self._stores, self._gates, self._desks, self._open, self._reserved, self._turning = {}, {}, {}, {}, {}, {}
+        self._ended = {}  # queue -> mark of the last end in it, for those with a limit
         self._errands, self._blocked, self._agenda, self._watched = OrderedDict(), OrderedDict(), [], (0.0, False)
         self._waiting, self._claims, self._running, self._loop = set(), set(), False, None
         self._stuck = 0  # threads of attempts that were given up

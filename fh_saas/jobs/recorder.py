@@ -36,7 +36,7 @@ def _record(self:Recorder,
     a.outcome, a.done, a.last_note, desk = o, done or a.done, None, a.desk
     if not a.refused and (note := a.ctx.note()): a.last_note = note[0]
     now = time.monotonic()
-    self._unblock(desk)
+    self._unblock(desk, a.row['queue'])
     if o.recorded: self._written(a, True); return False
     with desk._lock:
         if not desk.ends: desk.since = now
@@ -131,7 +131,7 @@ def _abandon(self:Recorder, a):
     with self._lock:
         self._stuck += 1
         if free := self._stuck <= most_stuck: self.crew.size += 1
-    if free: self._off(a); self._unblock(a.desk); self._errand(a.desk); self._fed()
+    if free: self._off(a); self._unblock(a.desk, a.row['queue']); self._errand(a.desk); self._fed()
     log.error('%s: given up; its thread runs on, the %s. that does%s', a, self._stuck, '' if free else ', and keeps its place, because there are too many of them')
 
 # %% ../../nbs/jobs/12_recorder.ipynb #d738da89

@@ -25,7 +25,7 @@ log = logging.getLogger('fh_saas.jobs')
 # %% ../../nbs/jobs/13_rounds.ipynb #856c7916
 class Rounds:
     "The part of an engine that knows when to look where"
-    _ran, _ended, _count = 0, 0, itertools.count(1)
+    _ran, _count = 0, itertools.count(1)
 
 @patch
 def attend(self:Rounds,
@@ -249,7 +249,7 @@ def _left(self:Rounds, desk) -> tuple: # And until when the rest is reserved
 @patch
 def _room(self:Rounds, desk, n, **kw):
     l, (by_task, sure) = desk.limits, self.line.room_of_tasks(desk)
-    return Room(n, by_queue=self.line.free_of(), closed=l.closed, most=l.most, most_by_queue=l.most_by_queue, rates={**self.registry.rates, **l.rates}, off=l.off, by_task=by_task, sure_of_task=sure,
+    return Room(n, by_queue=self.line.free_of(), closed=l.closed, most=l.most, most_by_queue=l.most_by_queue, rates={**self.registry.rates, **l.rates}, off=l.off, by_task=by_task, sure_of_task=sure, sure_of_queue=self.line.places_of(),
         age=self.settings.age, sure=max(0, self.line.free()), **kw)
 
 @patch
@@ -338,7 +338,7 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
         if lapse is not None and lapse <= 0: desk.rescue(); due = 0
         if due is None or due > 0: return desk.rest(due, lapse)
         desk.hungry = True
-    desk.seen = self._ended, desk.ended
+    desk.seen = self._ended.copy(), desk.ended
     n = self._allot(desk) if claims and (desk.hungry or desk.wanted) else 0
     with desk._lock: wanted[:], desk.wanted[:n] = desk.wanted[:n], []
     room = self._room(desk, n - len(wanted)) if desk.hungry and n > len(wanted) else None
@@ -378,27 +378,31 @@ def _after(self:Rounds, desk, room, found, due, attempts):
     if found: desk.barred = 0.0
     if due is None and found and all(a.row['task'] in room.by_task for a in found): return self._bar(desk)  # its lanes have something to do
     if due is None: desk.hungry = True; return None  # there may be more: it stays in the ring
-    due, lapse, _ = due
+    due, lapse, queues = due
     if lapse is not None and lapse <= 0:
         desk.rescue()
         return 0.0
     if due is None or due > 0: return desk.rest(due, lapse, bool(found))
-    return 0.0 if self._suspects(desk, room, attempts) else self._bar(desk)
+    return 0.0 if self._suspects(desk, attempts) else self._bar(desk, queues)
 
 @patch
-def _suspects(self:Rounds, desk, room, attempts) -> list:
-    # where a task waits for its lane this would be looked for at each end of a job, through all that wait
-    if room.by_task and time.monotonic() < desk.suspected + 5: return []
-    desk.suspected = time.monotonic()
-    attempts += (found := desk.suspect(self.slot, self._room(desk, 1, suspects=True)))
-    return found
+def _suspects(self:Rounds, desk, attempts) -> bool:
+    # whom a limit keeps waiting would look for them at each end of a job, through all that wait
+    if time.monotonic() < desk.suspected + 5: return False
+    found = desk.suspect(self.slot, self._room(desk, 1, suspects=True))
+    if found == []: desk.suspected = time.monotonic()
+    attempts += found or []
+    return bool(found)
 
 @patch
-def _bar(self:Rounds, desk) -> float: # Seconds until the next look
+def _bar(self:Rounds, desk,
+    queues=None, # In which its jobs wait, if known
+) -> float: # Seconds until the next look
     "A limit keeps it out: the end of a job calls it, a rate or another process does not"
-    own, (ended, own_ended) = self.line.free_of() is None, desk.seen  # only a queue's limit is a matter of others' jobs
-    with self._lock: self._blocked.pop(desk, None); self._blocked[desk] = own
-    if desk.ended != own_ended or not own and self._ended != ended:  # while this turn thought that there was no room
+    ended, own = desk.seen
+    limited = frozenset(self.line.places_of()) if queues is None else frozenset(q for q in queues if self.line.limited(q))
+    with self._lock: self._blocked.pop(desk, None); self._blocked[desk] = limited
+    if desk.ended != own or any(self._ended.get(q) != ended.get(q) for q in limited):  # while this turn thought that there was no room
         with self._lock: self._blocked.pop(desk, None)
         desk.hungry = True
         return 0.0
@@ -407,12 +411,13 @@ def _bar(self:Rounds, desk) -> float: # Seconds until the next look
 
 # %% ../../nbs/jobs/13_rounds.ipynb #74aa8d46
 @patch
-def _unblock(self:Rounds, desk):
-    "A job of `desk` has ended: whom a limit has kept from claiming may try again"
-    self._ended = desk.ended = next(self._count)  # before the look: a turn that is about to be barred looks at it afterwards
+def _unblock(self:Rounds, desk, queue):
+    "A job of `desk` has ended, in `queue`: whom a limit has kept from claiming may try again"
+    desk.ended = next(self._count)  # before the look: a turn that is about to be barred looks at it afterwards
+    if self.line.limited(queue): self._ended[queue] = desk.ended
     if not self._blocked: return
     with self._lock:
-        own, first = desk in self._blocked, next((d for d, its_own in self._blocked.items() if not its_own), None)
+        own, first = desk in self._blocked, next((d for d, queues in self._blocked.items() if queue in queues), None)
         for d in {first, desk} if own else {first}:
             if d is not None: self._blocked.pop(d, None); d.hungry = True
         if first is not None and first is not desk: self._errands[first] = None

@@ -142,7 +142,7 @@ class Line:
         self.shares = {}  # of queues whose limit holds for all processes together: what falls to this one
         self.running, self.waiting, self._by_queue, self._running_by_queue = 0, 0, {}, {}
         self._newest, self._last = None, 0.0  # the job that got a thread last, while it holds it, and when it got it
-        self._ring, self._jobs, self._slow, self._pace, self._lock, self.lanes = Ring(), {}, 1.0, 1.0, threading.RLock(), Lanes()
+        self._ring, self._jobs, self._slow, self._slow_of, self._pace, self._lock, self.lanes = Ring(), {}, 1.0, {}, 1.0, threading.RLock(), Lanes()
 
 # %% ../../nbs/jobs/10_turns.ipynb #be16d12a
 @patch
@@ -198,6 +198,11 @@ def _startable(self:Line):
 
 # %% ../../nbs/jobs/10_turns.ipynb #75b9e3bd
 @patch
+def limited(self:Line, queue) -> bool:
+    "Has this queue a limit of its own?"
+    return queue in (self.shares if self.queues is None else self.queues)
+
+@patch
 def limit(self:Line, queue) -> int:
     "Jobs of `queue` that may run here at once"
     own = self.size if self.queues is None else self.queues.get(queue, self.size)
@@ -230,6 +235,7 @@ def done(self:Line, a, took:float=None):
         if a.lane is not None: self.lanes.end(a, took); self.lanes.judge()
         if took is None: return
         self._slow = max(took, self._slow*0.9, 1e-6)
+        if self.limited(q := a.row['queue']): self._slow_of[q] = max(took, self._slow_of.get(q, 1.0)*0.9, 1e-6)
         self._pace = self._pace*0.9 + 0.1*min(took, self._pace*8)  # the mean, which one that had to wait does not change much
 
 @patch
@@ -252,9 +258,10 @@ def look(self:Line) -> set:
 
 # %% ../../nbs/jobs/10_turns.ipynb #e2a60a0e
 @patch
-def ahead(self:Line) -> int:
-    "Jobs that may be claimed beyond those that can start now"
-    return min(512, int(window*self.size/self._slow))
+def ahead(self:Line, queue=None) -> int:
+    "Jobs that may be claimed beyond those that can start now, of all queues or of one with a limit"
+    size, slow = (self.size, self._slow) if queue is None else (self.limit(queue), self._slow_of.get(queue, 1.0))
+    return min(512, int(window*size/slow))
 
 @patch
 def unit(self:Line) -> int:
@@ -273,10 +280,15 @@ def free(self:Line) -> int:
     return self.size - self.running - self.waiting + (self.lanes.parked() if self.lanes.narrow else 0)
 
 @patch
-def free_of(self:Line) -> dict: # As in `Room.by_queue`
-    "Room in each queue that has a limit"
-    if self.queues is None: return None if not self.shares else _Others({q: self.limit(q) - self._by_queue.get(q, 0) for q in self.shares})
-    return {q: self.limit(q) - self._by_queue.get(q, 0) for q in self.queues}
+def places_of(self:Line) -> dict: # As `Room.sure_of_queue`
+    "Jobs that could start now in each queue that has a limit"
+    return {q: self.limit(q) - self._by_queue.get(q, 0) for q in (self.shares if self.queues is None else self.queues)}
+
+@patch
+def free_of(self:Line) -> dict: # As `Room.by_queue`
+    "The same, and what may be claimed ahead"
+    if self.queues is None and not self.shares: return None
+    return (dict if self.queues is not None else _Others)({q: n + self.ahead(q) for q, n in self.places_of().items()})
 
 class _Others(dict):
     "Queues that are not in here have no limit"
@@ -287,9 +299,8 @@ def full(self:Line,
     queues, # In which something is due
 ) -> bool:
     "Is there no room, here or in one of these queues, and none to be expected soon?"
-    if self.ahead(): return False
     left = self.free_of() or {}
-    return self.free() <= 0 or any(left.get(q, 1) <= 0 for q in queues)
+    return self.free() + self.ahead() <= 0 or any(left.get(q, 1) <= 0 for q in queues)
 
 # %% ../../nbs/jobs/10_turns.ipynb #64cc3f45
 @patch
