@@ -21,6 +21,7 @@ def add(store, delay=0, **job): return store.add(dict(id=gen_id(), job_type='t',
 def add_ids(store, *ids, **job): return [add(store, id=i, **job) for i in ids]
 def claim(store, n=10, names=('t',), old=('t',), worker='w', lease=30, token=None, suspects=False): return store.claim(names, old, token or gen_id(), worker, lease, n, suspects)
 def claimed(store, *args, **kw): return [r['id'] for r in claim(store, *args, **kw)]
+def claimed_with(store, **limits): return [r['id'] for r in store.claim(('t',), (), gen_id(), 'w', 30, 10, **limits)]
 def later(s): return timestamp(time.time() + s)
 
 def sql(store, text, **params):
@@ -283,6 +284,12 @@ def test_a_last_attempt_is_claimed_only_if_its_task_can_start(store):
     for n in range(3): add(store, id=f'last{n}', task='a', max_retries=1)
     add(store, id='first', task='a')
     assert sorted(r['id'] for r in store.claim(('a',), (), gen_id(), 'w', 30, 10, by_task=dict(a=10), sure_of_task=dict(a=1))) == ['first', 'last0']
+
+def test_a_last_attempt_is_claimed_only_if_its_queue_has_a_place(store):
+    for n in range(3): add(store, id=f'last{n}', queue='q', max_retries=1)
+    add(store, id='other', queue='q', max_retries=3)
+    add(store, id='free', max_retries=1)
+    assert sorted(claimed_with(store, by_queue=dict(q=10, default=10), sure_of_queue=dict(q=1))) == ['free', 'last0', 'other']
 
 def test_neither_note_nor_finish_is_written_without_the_claim(store):
     row = begun(store) | dict(claim_token='wrong')

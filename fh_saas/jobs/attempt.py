@@ -16,7 +16,7 @@ from .context import JobContext, current
 from .events import event_of, events
 from .isolation import in_child
 from .payload import NotJson, TooLarge, describe, from_json
-from .retries import Cancel, Permanent, RetryAfter, Snooze, TaskSignal, TimedOut, meaning, wait_after
+from .retries import Cancel, Permanent, RetryAfter, Snooze, TaskSignal, TimedOut, last_attempt, meaning, wait_after
 from .states import Outcome
 from .store import Store
 from .tasks import BadPayload, Task, is_async
@@ -138,7 +138,7 @@ def failed(self:Attempt, e:BaseException) -> Outcome:
     try: return self._failed(e)
     except BaseException as worse:  # an attempt has an outcome, whatever its error or its policy is made of
         log.error('%s: what its error means cannot be told: %s', self, self._said(worse)[0])
-        return Outcome('failed' if (self.row['retry_count'] or 0) + 1 >= max(1, self.row['max_retries'] or 1) else 'retry', error=type(e).__name__, delay=2)
+        return Outcome('failed' if last_attempt(self.row) else 'retry', error=type(e).__name__, delay=2)
 
 @patch
 def _failed(self:Attempt, e):
@@ -148,7 +148,7 @@ def _failed(self:Attempt, e):
     if self.ctx.cancelled or isinstance(what, Cancel): return self._cancelled(e)
     if isinstance(what, Snooze): return Outcome('snooze', error=self._said(e)[0], delay=what.seconds)
     failed = (self.row['retry_count'] or 0) + 1
-    if isinstance(what, (Permanent, BadPayload, NotJson)) or failed >= max(1, self.row['max_retries'] or 1): return self._failure('failed', *self._said(e))
+    if isinstance(what, (Permanent, BadPayload, NotJson)) or last_attempt(self.row): return self._failure('failed', *self._said(e))
     try: delay = what.seconds if isinstance(what, RetryAfter) else wait_after(failed, what if isinstance(what, wait_base) else self.task.backoff)
     except Exception as broken: log.error('%s: its backoff policy raised %s; waiting %s s instead', self, self._said(broken)[0], delay := wait_after(failed))
     return self._failure('retry', *self._said(e), delay)

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from sqlalchemy.dialects.postgresql import JSONB
 from ..db_host import seconds, timestamp
 from .commit import SQLite
+from .retries import last_attempt
 from .states import Outcome, Status
 from .store import PENDING, RUNNING, Store, bind, rows_of
 
@@ -229,8 +230,7 @@ def _chosen(self:Store, cur, rows, room, n, most, left, picked):
     for r in ordered:
         q, task, key = r['queue'], r['task'], r['concurrency_key']
         if picked.n >= n: break
-        last = (r['retry_count'] or 0) + 1 >= (r['max_retries'] or 1)
-        if task in room.off or last and (room.sure is not None and picked.n >= room.sure or starts.get(task, 0) >= room.sure_of_task.get(task, n) or counts.get(q, 0) >= room.sure_of_queue.get(q, n)): continue
+        if task in room.off or last_attempt(r) and (room.sure is not None and picked.n >= room.sure or starts.get(task, 0) >= room.sure_of_task.get(task, n) or counts.get(q, 0) >= room.sure_of_queue.get(q, n)): continue
         if counts.get(q, 0) >= min(room.of(q), most.get(q, n)) or starts.get(task, 0) >= min(left.get(task, n), room.by_task.get(task, n)): continue
         if key is not None and (key in held or key in picked.keys): picked.passed = True; continue
         if key is not None: picked.keys.add(key)
@@ -452,8 +452,7 @@ def rescue(self:Store, n:int=100) -> list[tuple]: # `(row, outcome)` of each
                 adopt(cur, job=row['id'], token='rescue')
                 row, o = row | dict(claim_token='rescue', started_at=row['started_at'] or timestamp(now)), Outcome('release')
             else:
-                last = (row['retry_count'] or 0) + 1 >= (row['max_retries'] or 1)
-                o = Outcome('failed' if last else 'lost', error=f"worker_lost: the process that ran attempt {row['attempt']} ({row['worker']}) is gone")
+                o = Outcome('failed' if last_attempt(row) else 'lost', error=f"worker_lost: the process that ran attempt {row['attempt']} ({row['worker']}) is gone")
             if self.finishing(row, o)(cur, now): saved.append((row, o))
         return saved
     return self.write(op)

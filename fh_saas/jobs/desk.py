@@ -18,6 +18,7 @@ from .attempt import Attempt
 from .claims import Room
 from .commit import SQLite
 from .events import event_of, events
+from .retries import last_attempt
 from .rules import Limits
 from .settings import Settings
 from .states import Outcome
@@ -39,6 +40,7 @@ class Desk:
         self.due, self.asked, self.turning, self.again, self.beating = None, False, False, False, False  # the engine's schedule
         self.ends, self.wanted, self.since, self.called = [], [], 0.0, None  # outcomes and claims by id that wait for the next turn
         self.unwritten, self.retry_at, self.pause = deque(), 0.0, 0.0  # outcomes the database did not take yet
+        self.sparing = False  # are its jobs in their last attempt, so that none is claimed ahead?
         self.ended, self.seen = 0, ({}, 0)  # a mark of its last end; as of the begin of its turn, with that of each queue
         self.freed = []  # desks that wait for a slot which turned out not to be needed
         self.quiet, self.hungry, self._beat, self._asked, self.checked, self.checked_place, self.barred = 0.0, False, 0.0, 0.0, 0.0, None, 0.0
@@ -285,6 +287,5 @@ def _disown(self:Desk, job_id, token):
     "A job that is this process's by its row, but that nobody here works on: its outcome was given up, or its claim went wrong"
     row = self.store.get(job_id)
     if row['claim_token'] != token: return
-    last = (row['retry_count'] or 0) + 1 >= (row['max_retries'] or 1)
-    self.store.finish(row, Outcome('failed' if last else 'lost', error=f"worker_lost: attempt {row['attempt']} is not known to its own process any more"))
+    self.store.finish(row, Outcome('failed' if last_attempt(row) else 'lost', error=f"worker_lost: attempt {row['attempt']} is not known to its own process any more"))
     log.warning('tenant=%s job=%s attempt=%s: nobody works on it here; taken back', self.store.tenant, job_id, row['attempt'])

@@ -16,6 +16,7 @@ from .attempt import Attempt
 from .claims import Room
 from .pool import call_in, settle
 from .recorder import tick
+from .retries import last_attempt
 from .store import Store
 from .tenancy import Held
 from .turns import linger
@@ -341,6 +342,7 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
     desk.seen = self._ended.copy(), desk.ended
     n = self._allot(desk) if claims and (desk.hungry or desk.wanted) else 0
     with desk._lock: wanted[:], desk.wanted[:n] = desk.wanted[:n], []
+    if desk.sparing: n = min(n, max(len(wanted) + 1, self.line.free()))  # more would be read than are taken
     room = self._room(desk, n - len(wanted)) if desk.hungry and n > len(wanted) else None
     if not desk.hungry and wanted:
         with self._lock: self._reserved[desk] = len(wanted), time.monotonic() + reserve
@@ -375,7 +377,7 @@ def _given(self:Rounds, desk, got, job_id, func, future, here):
 @patch
 def _after(self:Rounds, desk, room, found, due, attempts):
     "The claim found as many as there was room for, or fewer: when is the next one?"
-    if found: desk.barred = 0.0
+    if found: desk.barred, desk.sparing = 0.0, len(found) >= room.sure and all(last_attempt(a.row) for a in found)
     if due is None and found and all(a.row['task'] in room.by_task for a in found): return self._bar(desk)  # its lanes have something to do
     if due is None: desk.hungry = True; return None  # there may be more: it stays in the ring
     due, lapse, queues = due
