@@ -97,6 +97,16 @@ def test_a_worker_hears_of_a_job_in_milliseconds(shop):
         waits.append(float(shop.said('ping')[-1][0]) - start)
     assert sorted(waits)[5] < 0.4  # milliseconds on a quiet machine: benchmarks/ measures it
 
+def test_nobody_waits_until_a_flood_of_others_is_over(files):
+    "More tenants have a backlog than one process takes on at a time; it would take a minute"
+    for n in range(60): files.manager(f'busy{n}').submit_many('nap', nap, [dict(seconds=0.1)]*20)
+    files.manager('acme')
+    files.worker('--concurrency', '2').says('jobs at once')
+    wait_until(lambda: len(files.said('begin')) > 20)
+    job, start = files.submit('acme'), time.monotonic()
+    wait_until(lambda: files.row('acme', job).status == 'completed', 20)
+    assert len(files.said('begin')) < 600
+
 def test_a_worker_that_is_told_to_stop_gives_back_what_it_cannot_end(files):
     job = files.submit('acme', nap, seconds=60)
     w = files.worker('--grace', '0.5')

@@ -89,6 +89,22 @@ def reconsider(self:Rounds, tenants=None):
         if desk.tenancy and (tenants is None or desk.tenancy.tenant_id in tenants): desk.tenancy.read = 0.0; self.attend(desk.store)
 
 @patch
+def waiting(self:Rounds) -> set: # Tenants
+    "Whose turn comes again here"
+    with self._lock: return {d.tenancy.tenant_id for d in self._ring if d.tenancy}
+
+@patch
+def give_way(self:Rounds,
+    n:int, # Databases that wait to be looked at
+    after:float=0.5, # Seconds for which each may be served meanwhile
+) -> list: # Tenants
+    "Let go of so many for whom the host can ring again, those first that have been served longest"
+    with self._lock:
+        over = [d for d in self._ring.served(after) if d.rung and d.tenancy and not (d.turning or d.wanted or d in self._errands)][:n]
+        for d in over: d.hungry, d.due = False, None; self._ring.leave(d)
+    return [d.tenancy.tenant_id for d in over]
+
+@patch
 def outlook(self:Rounds, store:Store) -> tuple: # As `Store.outlook`
     "When there is something to do: for this process nothing, while an operator has stopped it"
     desk = self._desks[store]

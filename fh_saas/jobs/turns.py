@@ -16,14 +16,18 @@ from fastcore.basics import patch
 # %% ../../nbs/jobs/10_turns.ipynb #a1dea988
 class Ring:
     "Who wants a turn, in the order in which they get it"
-    def __init__(self): self._credit = OrderedDict()
+    def __init__(self): self._credit, self._served = OrderedDict(), {}
 
     def __len__(self): return len(self._credit)
     def __contains__(self, who): return who in self._credit
     def __iter__(self): return iter(self._credit)
 
     def join(self, who): self._credit.setdefault(who, 0)
-    def leave(self, who): self._credit.pop(who, None)
+    def leave(self, who): self._credit.pop(who, None); self._served.pop(who, None)
+
+    def served(self, seconds:float) -> list:
+        "Who has had turns for so long, the longest first"
+        return [who for who, since in self._served.items() if since < time.monotonic() - seconds]
 
     @property
     def first(self): return next(iter(self._credit), None)
@@ -40,6 +44,7 @@ class Ring:
     def took(self, who, n:int):
         "It took `n`: when its turn is used up, it goes to the end of the ring"
         if who not in self._credit: return
+        self._served.setdefault(who, time.monotonic())
         self._credit[who] -= n
         if self._credit[who] < 1: self._credit.move_to_end(who)
 
@@ -130,7 +135,7 @@ def _wider(lane, u): return None if u < 0.25 or lane.most > 2*len(lane.running) 
 # %% ../../nbs/jobs/10_turns.ipynb #1d479095
 window = 0.02 # seconds of work that may be claimed ahead
 short, linger = 0.0002, 0.003 # a job so quick costs less than waking a thread; seconds in which the next of them should have begun
-share, batch = 0.005, 64 # a turn is worth so many seconds of short jobs, and at most so many of them
+share, batch = 0.005, 64 # a turn is worth what the process does in so many seconds, and at most so many jobs
 
 class Line:
     "Claimed jobs waiting for a thread, and room for more"
@@ -266,7 +271,8 @@ def ahead(self:Line, queue=None) -> int:
 @patch
 def unit(self:Line) -> int:
     "Jobs that follow each other in a turn of weight 1"
-    return max(1, min(batch, int(share/self._pace)))
+    at_once = 1 if self.lanes.narrow else self.size  # jobs that compute do not run at once, however many threads there are
+    return max(1, min(batch, int(share*at_once/self._pace)))
 
 @patch
 def flows(self:Line) -> bool:
