@@ -620,7 +620,7 @@ def plan(store, key, last=...):
 
 def test_claim_and_rescue_use_the_partial_indexes(new_sqlite):
     store = Store(new_sqlite())
-    add(store); claim(store); claim(store, suspects=True); store.rescue(); store.heartbeat('w', 5); store.next_due(('t',), ('t',))
+    add(store); claim(store, suspects=True); claim(store); store.rescue(); store.heartbeat('w', 5); store.next_due(('t',), ('t',))
     for suspects in (False, True, None):
         p = plan(store, 'candidates', suspects)
         assert p.count('ix_tenant_jobs_ready (queue=? AND priority=? AND run_at') == 5 and p.count('TEMP B-TREE') <= 1  # the undated are sorted, if there are any
