@@ -16,6 +16,7 @@ test: .venv/test .venv/npm
 bench: .venv/bench  ## measurements side by side with peers; never a part of the tests
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.tenants
+	$(BIN)/python -m benchmarks.mixed
 	$(BIN)/python -m benchmarks.pages
 
 report: .venv/test  ## the page of the benchmarks, made anew from the saved results

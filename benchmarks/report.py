@@ -1,4 +1,4 @@
-"""Tables and plots of what `benchmarks.run` and `benchmarks.tenants` have saved, for the page `nbs/explains/03_benchmarks.ipynb`.
+"""Tables and plots of what the modules beside this one have saved, for the page `nbs/explains/03_benchmarks.ipynb`.
 
 Nothing is measured here and no figure is typed in: what a page shows is what the JSON says. A ratio compares two figures of one
 round, and the median over the rounds is shown."""
@@ -31,7 +31,7 @@ class Plot:
         return '\n'.join(l.strip() for l in text.splitlines() if l.strip()) + '\n'
     def _repr_svg_(self): return self.svg
 
-def saved(name, place=None) -> dict: # `peers` or `tenants`
+def saved(name, place=None) -> dict: # `peers`, `tenants`, `mixed` or `pages`
     "A saved run; without results if there is no file"
     path = Path(place or folder)/f'{name}.json'
     return (json.loads(path.read_text()) if path.exists() else dict(machine={}, options={}, results={})) | dict(name=name)
@@ -321,6 +321,16 @@ def neighbour(run_):
     ax.set_ylabel('the noise')
     scale(ax, [m[q] for m in rows.values() for q in ('p50', 'p99')], 'ms that the quiet tenant waits: the left end is the median, the right one p99')
     return Plot(fig, 'a noisy neighbour')
+
+
+# mixed loads
+
+def mixed(run_):
+    "Short jobs per second beside loads of another kind"
+    if not run_['results']: return nothing(run_)
+    rows = [(n, *(shown(r['median'][k], f) for k, f in (('value', ',.0f'), ('ratio', '.2f'))), '; '.join(r['failed'])) for n, r in run_['results'].items()]
+    heads = ('beside the short jobs', 'jobs/s', 'to alone', '')
+    return Text(grid(heads, rows, heads[1:3]) if any(r[-1] for r in rows) else grid(heads[:-1], [r[:-1] for r in rows], heads[1:3]))
 
 
 # targets

@@ -6,7 +6,8 @@
 result stored; beside it what `sqlite3` alone does, that opens each file, claims and finishes its ten in two transactions and
 closes it, and the same over files that are held open. `idle`: one runner over n tenants that have nothing to do: its CPU time in 20 s, its memory
 and open files, and the latency of the lone jobs that another process submits for one of them. `noise`: one tenant has
-50,000 jobs of 2 ms in its queue; how long a job waits that another tenant submits each second."""
+50,000 jobs of 2 ms in its queue; how long a job waits that another tenant submits each second. The same with sixty tenants that
+have as many among them: more than a process takes on at a time."""
 import argparse, json, os, random, resource, sqlite3, subprocess, sys, time, traceback
 from contextlib import closing
 from pathlib import Path
@@ -128,12 +129,13 @@ def idle(o):
         return dict(value=100*busy, settled=settled, files=files, memory=memory, files_after=r.files(), memory_peak=r.memory('VmHWM'), **spread(waits))
 
 def noise(o):
-    fl = built(10)
-    if o.noise: fl.submit_many(0, o.noise, range(o.jobs))
-    with Runner(10) as r:
+    fl = built(10 + o.many)
+    if o.noise:
+        for n in range(o.many): fl.submit_many(n, o.noise, range(n*o.jobs//o.many, (n + 1)*o.jobs//o.many))
+    with Runner(10 + o.many) as r:
         r.settle(3)
-        waits = lone(fl, 5, o.seconds, (0.95, 1), 0, lambda: not o.noise or left(fl.path(0)))
-        noisy = left(fl.path(0))
+        waits = lone(fl, o.many + 5, o.seconds, (0.95, 1), 0, lambda: not o.noise or left(fl.path(o.many - 1)))
+        noisy = sum(left(fl.path(n)) for n in range(o.many))
     if not waits: raise Wrong('the noise was over before the first job came')
     return dict(spread(waits), value=spread(waits)['p50'], jobs=len(waits), noise_left=noisy)
 
@@ -166,20 +168,22 @@ def plan(a):
             kinds = [s for s in steps if s.startswith('drain') and (n <= a.tenants or 'held' not in s)]  # so many files are not held open
             out += [(s if n == a.tenants else f'{s}; {n:,} tenants', s, dict(tenants=n, each=jobs//n, limit=a.limit - 60)) for s in kinds]
     if 'idle' in a.only: out += [(f'idle, {n:,} tenants', 'idle', dict(n=n, seconds=a.seconds, lone=a.lone)) for n in a.sizes]
-    if 'noise' in a.only: out += [(f'noise: {label}', 'noise', dict(noise=task, jobs=a.noise, seconds=a.seconds))
-        for label, task in (('none', ''), ('jobs that wait 2 ms', 'chew'), ('jobs that compute 2 ms', 'burn'))]
+    if 'noise' in a.only: out += [(f'noise: {label}', 'noise', dict(noise=task, jobs=a.noise, seconds=a.seconds, many=many))
+        for label, task, many in (('none', '', 1), ('jobs that wait 2 ms', 'chew', 1), ('jobs that compute 2 ms', 'burn', 1), ('jobs that wait 2 ms, of 60 tenants', 'chew', 60))]
     return out
 
 columns = dict(drain=[('jobs/s', 'value', ',.0f'), ('ratio', 'ratio', '.2f'), ('MiB', 'memory', '.0f'), ('files', 'files', '.0f')],
     idle=[('% of a core', 'value', '.2f'), ('MiB', 'memory', '.0f'), ('files', 'files', '.0f'), ('seen after s', 'settled', '.0f'), ('p50 ms', 'p50', '.2f'), ('p99 ms', 'p99', '.1f'), ('ratio', 'ratio', '.2f')],
     noise=[('p50 ms', 'p50', '.2f'), ('p99 ms', 'p99', '.1f'), ('jobs', 'jobs', '.0f'), ('noise left', 'noise_left', ',.0f'), ('ratio', 'ratio', '.2f')])
 
+def kind(name): return name.split()[0].strip(',:')
+
 def summarise(results):
     "Medians, and the median of the ratios within a round: to raw with as many tenants, to one tenant, to no noise"
     groups = {}
-    for name, r in results.items(): groups.setdefault(name.split()[0].strip(',:'), []).append(name)
-    for kind, names in groups.items():
-        key = 'p50' if kind == 'idle' else 'value'
+    for name in results: groups.setdefault(kind(name), []).append(name)
+    for k, names in groups.items():
+        key = 'p50' if k == 'idle' else 'value'
         for n in names:
             base = next((b for b in names if 'opened' in b and b.partition(';')[2] == n.partition(';')[2]), names[0])
             figures = [f for f in results[n]['runs'] if f]
@@ -189,8 +193,8 @@ def summarise(results):
     return groups
 
 def show(results, groups):
-    for kind, names in groups.items():
-        cols = columns[kind]
+    for k, names in groups.items():
+        cols = columns[k]
         print(f'\n{"":46}' + ''.join(f'{h:>13}' for h, *_ in cols))
         for n in names:
             m = results[n]['median']
@@ -208,6 +212,7 @@ def main():
     p.add_argument('--limit', type=int, default=420, help='seconds for one measurement')
     p.add_argument('--quick', action='store_true', help='few tenants, few seconds: to see that all works')
     p.add_argument('--save', type=Path, default=here/'results'/'tenants.json')
+    p.add_argument('--add', action='store_true', help='keep the kinds of the saved file that are not taken now')
     a = p.parse_args()
     if a.quick: a.runs, a.sizes, a.tenants, a.seconds, a.lone, a.noise = 1, [1, 100], 100, 5, 20, 5000
     began = time.time()
@@ -219,8 +224,13 @@ def main():
             if got.get('failed'): results[name]['failed'].append(got['failed'])
             print(f'{time.time()-began:6.0f} s  round {n+1}  {name:46}', got.get('failed') or {k: round(v, 3) if v is not None else v for k, v in got['figure'].items()}, flush=True)
     show(results, summarise(results))
+    m = machine()
+    saved = json.loads(a.save.read_text()) if a.add and a.save.exists() else dict(machine={}, results={}, seconds=0)
+    kept = {n: r for n, r in saved['results'].items() if kind(n) not in a.only.split(',')}
+    taken = (saved.get('taken') or dict.fromkeys(map(kind, saved['results']), saved['machine'].get('date'))) | dict.fromkeys(map(kind, results), m['date'])
+    found = {n: r for k in columns for n, r in (kept | results).items() if kind(n) == k}
     a.save.parent.mkdir(parents=True, exist_ok=True)
-    a.save.write_text(json.dumps(dict(machine=machine(), options=vars(a) | dict(save=a.save.name), seconds=round(time.time() - began), results=results), indent=1)+'\n')
+    a.save.write_text(json.dumps(dict(machine=m, options=vars(a) | dict(save=a.save.name), seconds=round(saved['seconds'] + time.time() - began), taken=taken, results=found), indent=1)+'\n')
     print(f'\n{a.save}')
 
 if __name__ == '__main__':

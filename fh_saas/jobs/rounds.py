@@ -245,9 +245,9 @@ def _allot(self:Rounds, desk) -> int:
     "How many jobs a desk may claim now; if none, it waits in the ring"
     with self._lock:
         ahead, (room, _) = self.line.ahead(), self._left(desk)
-        first = next((d for d in self._ring if d is desk or not d.turning), None)
         self._ring.join(desk)
-        if room <= 0 or first not in (None, desk): return 0
+        first = next(d for d in self._ring if d is desk or not d.turning)
+        if room <= 0 or first is not desk: return 0
         n = room
         if len(self._ring) > 1:
             n = self._ring.grant(desk, min(self.line.unit(), max(1, ahead)), room)

@@ -16,37 +16,65 @@ from fastcore.basics import patch
 # %% ../../nbs/jobs/10_turns.ipynb #a1dea988
 class Ring:
     "Who wants a turn, in the order in which they get it"
-    def __init__(self): self._credit, self._served = OrderedDict(), {}
+    # who comes new is served once before the others: https://www.rfc-editor.org/rfc/rfc8290#section-4.2
+    def __init__(self): self._new, self._old, self._served, self._size = OrderedDict(), OrderedDict(), {}, 0
 
-    def __len__(self): return len(self._credit)
-    def __contains__(self, who): return who in self._credit
-    def __iter__(self): return iter(self._credit)
+    def __len__(self): return self._size
+    def __contains__(self, who): return who in self._new or self._old.get(who) is not None
+    def __iter__(self):
+        yield from self._new
+        for who, credit in self._old.items():
+            if credit is not None: yield who
 
-    def join(self, who): self._credit.setdefault(who, 0)
-    def leave(self, who): self._credit.pop(who, None); self._served.pop(who, None)
+    def join(self, who):
+        if who in self: return
+        self._size += 1
+        if who in self._old: self._old[who] = 0  # it left only a moment ago, and has its place still
+        else: self._new[who] = 0
+
+    def leave(self, who):
+        if who not in self: return
+        self._size -= 1
+        self._new.pop(who, None)
+        self._served.pop(who, None)
+        self._old[who] = None  # until the others before it had their turns: else who comes and goes would always be new
+        if self._size: self._pass()
+        else: self._old.clear()
+
+    def _pass(self):
+        while self._old and next(iter(self._old.values())) is None: self._old.popitem(last=False)
+
+    @property
+    def first(self): return next(iter(self), None)
 
     def served(self, seconds:float) -> list:
         "Who has had turns for so long, the longest first"
         return [who for who, since in self._served.items() if since < time.monotonic() - seconds]
 
-    @property
-    def first(self): return next(iter(self._credit), None)
+# %% ../../nbs/jobs/10_turns.ipynb #3bad17bc
+@patch
+def grant(self:Ring,
+    who, # The first
+    unit:int, # What a weight of 1 is worth
+    most:int, # What there is
+) -> int:
+    "How much it may take now"
+    part = self._new if who in self._new else self._old
+    if (part.get(who) or 0) < 1: part[who] = max(1, round(unit*who.weight))
+    return min(most, part[who])
 
-    def grant(self,
-        who, # The first
-        unit:int, # What a weight of 1 is worth
-        most:int, # What there is
-    ) -> int:
-        "How much it may take now"
-        if self._credit.get(who, 0) < 1: self._credit[who] = max(1, round(unit*who.weight))
-        return min(most, self._credit[who])
-
-    def took(self, who, n:int):
-        "It took `n`: when its turn is used up, it goes to the end of the ring"
-        if who not in self._credit: return
-        self._served.setdefault(who, time.monotonic())
-        self._credit[who] -= n
-        if self._credit[who] < 1: self._credit.move_to_end(who)
+@patch
+def took(self:Ring, who, n:int):
+    "It took `n`: when its turn is used up, it goes to the end of the ring"
+    if who not in self: return
+    self._served.setdefault(who, time.monotonic())
+    part = self._new if who in self._new else self._old
+    part[who] -= n
+    if part[who] >= 1: return
+    self._new.pop(who, None)
+    self._old[who] = 0
+    self._old.move_to_end(who)
+    self._pass()
 
 # %% ../../nbs/jobs/10_turns.ipynb #4aea4f01
 judge_every, lane_window = 0.05, 0.1 # seconds between judgements; seconds of a narrow lane's work that may be claimed ahead
