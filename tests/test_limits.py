@@ -8,7 +8,6 @@ from fastsql import Database
 from tenacity import wait_fixed
 from fh_saas.db_host import seconds
 from fh_saas.jobs import recorder, tasks
-from fh_saas.jobs.claims import Room
 from fh_saas.jobs.masking import hide, mask, masked, secret_values
 from fh_saas.jobs.options import InvalidJob
 from fh_saas.jobs.retries import Cancel, Permanent, RetryAfter, Snooze, TaskSignal
