@@ -4,6 +4,7 @@ from datetime import date
 from pathlib import Path
 import pytest
 import sqlalchemy as sa
+from hypothesis import given, strategies as st
 from fastsql import Database
 from tenacity import wait_fixed
 from fh_saas.db_host import seconds
@@ -12,7 +13,7 @@ from fh_saas.jobs.masking import hide, mask, masked, secret_values
 from fh_saas.jobs.options import InvalidJob
 from fh_saas.jobs.retries import Cancel, Permanent, RetryAfter, Snooze, TaskSignal
 from fh_saas.jobs.tasks import Registry, task
-from fh_saas.jobs.turns import Lanes
+from fh_saas.jobs.turns import Lanes, Ring
 from fh_saas.utils_bgtsk import BackgroundTaskManager, JobFailed
 from conftest import wait_until
 
@@ -692,3 +693,28 @@ def test_a_job_that_ends_while_a_turn_finds_no_room_is_not_missed(new_sqlite, ne
     assert (e._bar(own, queues) == 0.0, own.hungry, own not in e._blocked) == (heard,)*3
     own.seen = e._ended.copy(), own.ended
     assert e._bar(own, queues) > 0 and own in e._blocked
+
+class Tenant:
+    def __init__(self, weight): self.weight = weight
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(['join', 'leave', 'turn'])), max_size=80))
+def test_a_ring_holds_who_is_in_it_once(moves):
+    ring, tenants, inside = Ring(), [Tenant(n % 3 + 1) for n in range(6)], set()
+    for n, move in moves:
+        if move == 'join': ring.join(tenants[n]); inside.add(tenants[n])
+        elif move == 'leave': ring.leave(tenants[n]); inside.discard(tenants[n])
+        elif (who := ring.first) is not None: ring.took(who, ring.grant(who, 2, n + 1))
+        assert len(ring) == len(list(ring)) == len(inside) and set(ring) == inside and (ring.first is None) == (not inside)
+        assert all((t in ring) == (t in inside) for t in tenants) and set(ring.served(-1)) <= inside
+
+@given(st.integers(1, 20), st.data())
+def test_nobody_in_a_ring_is_starved_by_those_who_come_and_go(others, data):
+    ring, patient, crowd = Ring(), Tenant(1), [Tenant(1) for _ in range(others)]
+    ring.join(patient)
+    ring.took(patient, ring.grant(patient, 1, 1))
+    for turn in range(2*others + 2):
+        for t in data.draw(st.lists(st.sampled_from(crowd), max_size=others)): ring.join(t)
+        if (who := ring.first) is patient: return
+        ring.took(who, ring.grant(who, 1, 1))
+        ring.leave(who)  # it had a single job, and comes again with the next
+    raise AssertionError('it had no turn')
