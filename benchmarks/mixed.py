@@ -4,10 +4,10 @@
 
 Each load is one engine in a process of its own, with eight threads, on SQLite files at FULL. 20,000 no-op jobs are drained
 while the rest of the load stands beside them; `ratio` is to the same jobs alone, in the same round."""
-import argparse, json, os, sqlite3, sys, time, traceback
+import argparse, json, os, sqlite3, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
-from .run import here, launch, machine, median
+from .run import answer, here, launch, machine, median
 from .tasks import noop
 
 async def anoop(n): return n
@@ -76,14 +76,6 @@ def measure(load, jobs, limit):
     while (n := done()) < each*load.tenants and time.perf_counter() < start + limit: time.sleep(0.05)
     return dict(value=n/(time.perf_counter() - start))
 
-def child(name, options):
-    try: out = dict(figure=measure(loads[name], **json.loads(options)))
-    except Exception as e:
-        traceback.print_exc()
-        out = dict(figure=None, failed=f'{type(e).__name__}: {e}'.splitlines()[0])
-    print(json.dumps(out), flush=True)
-    os._exit(0)
-
 def summarise(results):
     for r in results.values():
         pairs = [(f['value'], b['value']) for f, b in zip(r['runs'], results['alone']['runs']) if f and b]
@@ -114,4 +106,4 @@ def main():
     a.save.write_text(json.dumps(dict(machine=machine(), options=dict(runs=a.runs, jobs=a.jobs, limit=a.limit), seconds=round(time.time() - began), results=results), indent=1)+'\n')
     print(f'\n{a.save}')
 
-if __name__ == '__main__': child(*sys.argv[2:]) if sys.argv[1:2] == ['measure'] else main()
+if __name__ == '__main__': answer(lambda: measure(loads[sys.argv[2]], **json.loads(sys.argv[3]))) if sys.argv[1:2] == ['measure'] else main()

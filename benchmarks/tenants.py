@@ -8,12 +8,12 @@ closes it, and the same over files that are held open. `idle`: one runner over n
 and open files, and the latency of the lone jobs that another process submits for one of them. `noise`: one tenant has
 50,000 jobs of 2 ms in its queue; how long a job waits that another tenant submits each second. The same with sixty tenants that
 have as many among them: more than a process takes on at a time."""
-import argparse, json, os, random, resource, sqlite3, subprocess, sys, time, traceback
+import argparse, json, os, random, resource, sqlite3, subprocess, sys, time
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from .measures import Worker, Wrong, check, spread, wait_for
-from .run import here, launch, machine, median
+from .run import answer, here, launch, machine, median
 from .tasks import said
 
 place = lambda: Path(os.environ['BENCH_PLACE'])
@@ -144,14 +144,6 @@ def left(path):
 
 steps = {'drain ours': drain_ours, 'drain raw, opened for each visit': lambda o: drain_raw(o, False), 'drain raw, held open': lambda o: drain_raw(o, True), 'idle': idle, 'noise': noise}
 
-def child(what, options):
-    try: out = dict(figure=steps[what](SimpleNamespace(**json.loads(options))))
-    except Exception as e:
-        traceback.print_exc()
-        out = dict(figure=None, failed=f'{type(e).__name__}: {e}'.splitlines()[0])
-    print(json.dumps(out), flush=True)
-    os._exit(0)
-
 def work(n):
     fl = fleet(int(n))
     print('ready', flush=True)
@@ -234,7 +226,7 @@ def main():
     print(f'\n{a.save}')
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['measure']: child(*sys.argv[2:])
+    if sys.argv[1:2] == ['measure']: answer(lambda: steps[sys.argv[2]](SimpleNamespace(**json.loads(sys.argv[3]))))
     elif sys.argv[1:2] == ['work']: work(*sys.argv[2:])
     elif sys.argv[1:2] == ['build']: fleet(int(sys.argv[2])).build()
     else: main()

@@ -68,19 +68,6 @@ class BackgroundTaskManager(Asking, Steering):
     def engine(self) -> Engine: return self._engine or default_engine()
 
     @property
-    def here(self) -> tuple: # The engine, and the store of this database
-        # a fork or a stopped engine leaves a store behind that belongs to it
-        e = self.engine
-        if self._opened is None or self._opened[0] is not e or not e.knows(self._opened[1]):
-            tenant = getattr(self.db, 'tenant_id', None)
-            self._opened = e, (store := e.store(self._url, self.db.job_table if self._host else 'tenant_jobs', tenant))
-            if host := getattr(self.db, 'host', None): e.tie(store, host, tenant)
-        return self._opened
-
-    @property
-    def store(self): return self.here[1]
-
-    @property
     def job_class(self): return self.db.job_class if self._host else TenantJob
 
     @cached_property
@@ -88,6 +75,20 @@ class BackgroundTaskManager(Asking, Steering):
         "The jobs as a fastsql table, for queries of your own; it uses `db.conn`"
         if self._host: return self.db.db.create(self.db.job_class, name=self.db.job_table, pk='id')
         return self.db.create(TenantJob, name='tenant_jobs', pk='id')
+
+# %% ../nbs/02_utils_bgtsk.ipynb #9a8f1fa3
+@patch(as_prop=True)
+def here(self:BackgroundTaskManager) -> tuple: # The engine, and the store of this database
+    # a fork or a stopped engine leaves a store behind that belongs to it
+    e = self.engine
+    if self._opened is None or self._opened[0] is not e or not e.knows(self._opened[1]):
+        tenant = getattr(self.db, 'tenant_id', None)
+        self._opened = e, (store := e.store(self._url, self.db.job_table if self._host else 'tenant_jobs', tenant))
+        if host := getattr(self.db, 'host', None): e.tie(store, host, tenant)
+    return self._opened
+
+@patch(as_prop=True)
+def store(self:BackgroundTaskManager): return self.here[1]
 
 # %% ../nbs/02_utils_bgtsk.ipynb #51d1e5a0
 class JobTask(BackgroundTask):

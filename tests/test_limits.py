@@ -694,6 +694,18 @@ def test_a_job_that_ends_while_a_turn_finds_no_room_is_not_missed(new_sqlite, ne
     own.seen = e._ended.copy(), own.ended
     assert e._bar(own, queues) > 0 and own in e._blocked
 
+def test_no_more_is_claimed_than_can_start_where_all_are_in_their_last_attempt(lite):
+    e, desk = lite.engine, lite.engine._desks[lite.store]
+    e.line._slow = 1e-4
+    assert e._allot(desk) > e.line.free() > 1
+    e._reserved.clear()
+    desk.sparing = True
+    assert e._allot(desk) == e.line.free()
+    e._reserved.clear()
+    desk.wanted = [None]*(e.line.free() + 5)  # of responses: they are claimed whatever attempt it is
+    assert e._allot(desk) > len(desk.wanted)
+    desk.wanted = []
+
 class Tenant:
     def __init__(self, weight): self.weight = weight
 

@@ -185,6 +185,7 @@ def claiming(self:Store,
         return got
     return op
 
+# %% ../../nbs/jobs/05_store_claims.ipynb #9478857c
 @patch
 def _due(self:Store, cur, now, room, n, most, which):
     more = reach if room.by_task else 0

@@ -290,6 +290,7 @@ def _begin(self:Engine, a):
     if a.outcome is not None or a.ctx.lost: return self._off(a)  # it was released while it waited for its turn
     asyncio.get_running_loop().create_task(self._arun(a), context=contextvars.Context())  # whoever calls this is no matter of the job's
 
+# %% ../../nbs/jobs/14_engine.ipynb #813ef7f2
 @patch
 def loop(self:Engine):
     "The event loop for async tasks that no response awaits: the app's if it was given, else one in a thread of its own"

@@ -43,6 +43,7 @@ def call_in(
     with _boxes_lock: box = _boxes.get(loop) or _boxes.setdefault(loop, _Mailbox(loop))
     box.put(f, *args)
 
+# %% ../../nbs/jobs/03_pool.ipynb #7497a043
 def _end(future, result, error):
     try: future.set_result(result) if error is None else future.set_exception(error)
     except (InvalidStateError, asyncio.InvalidStateError): return

@@ -89,6 +89,14 @@ def reconsider(self:Rounds, tenants=None):
         if desk.tenancy and (tenants is None or desk.tenancy.tenant_id in tenants): desk.tenancy.read = 0.0; self.attend(desk.store)
 
 @patch
+def outlook(self:Rounds, store:Store) -> tuple: # As `Store.outlook`
+    "When there is something to do: for this process nothing, while an operator has stopped it"
+    desk = self._desks[store]
+    due, *others = store.outlook(*desk.names, desk.limits.closed, desk.only)
+    return None if desk.shut else due, *others
+
+# %% ../../nbs/jobs/13_rounds.ipynb #02c96a75
+@patch
 def waiting(self:Rounds) -> set: # Tenants
     "Whose turn comes again here"
     with self._lock: return {d.tenancy.tenant_id for d in self._ring if d.tenancy}
@@ -103,13 +111,6 @@ def give_way(self:Rounds,
         over = [d for d in self._ring.served(after) if d.rung and d.tenancy and not (d.turning or d.wanted or d in self._errands)][:n]
         for d in over: d.hungry, d.due = False, None; self._ring.leave(d)
     return [d.tenancy.tenant_id for d in over]
-
-@patch
-def outlook(self:Rounds, store:Store) -> tuple: # As `Store.outlook`
-    "When there is something to do: for this process nothing, while an operator has stopped it"
-    desk = self._desks[store]
-    due, *others = store.outlook(*desk.names, desk.limits.closed, desk.only)
-    return None if desk.shut else due, *others
 
 # %% ../../nbs/jobs/13_rounds.ipynb #2bb36a1c
 @patch
@@ -248,6 +249,7 @@ def _allot(self:Rounds, desk) -> int:
         self._ring.join(desk)
         first = next(d for d in self._ring if d is desk or not d.turning)
         if room <= 0 or first is not desk: return 0
+        if desk.sparing: room = min(room, max(len(desk.wanted) + 1, self.line.free()))  # more would be read than are taken
         n = room
         if len(self._ring) > 1:
             n = self._ring.grant(desk, min(self.line.unit(), max(1, ahead)), room)
@@ -358,13 +360,12 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
     desk.seen = self._ended.copy(), desk.ended
     n = self._allot(desk) if claims and (desk.hungry or desk.wanted) else 0
     with desk._lock: wanted[:], desk.wanted[:n] = desk.wanted[:n], []
-    if desk.sparing: n = min(n, max(len(wanted) + 1, self.line.free()))  # more would be read than are taken
     room = self._room(desk, n - len(wanted)) if desk.hungry and n > len(wanted) else None
     if not desk.hungry and wanted:
         with self._lock: self._reserved[desk] = len(wanted), time.monotonic() + reserve
     if not (ends or wanted or room): return self.settings.poll if claims or desk.tenancy and not desk.rung and not self.stopping else None
     if room: desk.hungry = False  # who calls from here on may mean a job that this claim does not see
-    try: got, found, due = desk.turn(ends, [w[0] for w in wanted], room, self._room(desk, 0))
+    try: got, found, due = desk.turn(ends, [w[0] for w in wanted], room, self._room(desk, 0) if wanted and not room else None)
     except Exception as e:
         desk.hungry = desk.hungry or bool(room)
         if isinstance(e, FhSaasError) or not ends: raise
@@ -412,6 +413,7 @@ def _suspects(self:Rounds, desk, attempts) -> bool:
     attempts += found or []
     return bool(found)
 
+# %% ../../nbs/jobs/13_rounds.ipynb #c350bcbd
 @patch
 def _bar(self:Rounds, desk,
     queues=None, # In which its jobs wait, if known

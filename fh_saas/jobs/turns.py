@@ -47,10 +47,6 @@ class Ring:
     @property
     def first(self): return next(iter(self), None)
 
-    def served(self, seconds:float) -> list:
-        "Who has had turns for so long, the longest first"
-        return [who for who, since in self._served.items() if since < time.monotonic() - seconds]
-
 # %% ../../nbs/jobs/10_turns.ipynb #3bad17bc
 @patch
 def grant(self:Ring,
@@ -75,6 +71,11 @@ def took(self:Ring, who, n:int):
     self._old[who] = 0
     self._old.move_to_end(who)
     self._pass()
+
+@patch
+def served(self:Ring, seconds:float) -> list:
+    "Who has had turns for so long, the longest first"
+    return [who for who, since in self._served.items() if since < time.monotonic() - seconds]
 
 # %% ../../nbs/jobs/10_turns.ipynb #4aea4f01
 judge_every, lane_window = 0.05, 0.1 # seconds between judgements; seconds of a narrow lane's work that may be claimed ahead
@@ -191,6 +192,7 @@ def put(self:Line, desk, attempts):
         self.waiting += len(attempts)
         self._ring.join(desk)
 
+# %% ../../nbs/jobs/10_turns.ipynb #280dee5a
 @patch
 def take(self:Line,
     only_async:bool=False, # Leave a sync one where it is
