@@ -605,8 +605,8 @@ def test_short_forms_of_a_secret_hide_nothing_else():
 def narrow(monkeypatch):
     "Each lane has one place, whatever its jobs use; empty it for the judgement as it is"
     judge, forced = Lanes.judge, [1]
-    def all_narrow(lanes):
-        if not forced: return judge(lanes)
+    def all_narrow(lanes, now):
+        if not forced: return judge(lanes, now)
         for tasks_ in lanes._all.values():
             for lane in tasks_.values(): lane.most = 1
         lanes.narrow = [lane for tasks_ in lanes._all.values() for lane in tasks_.values()]

@@ -132,6 +132,23 @@ def test_a_claim_returns_its_rows_in_that_order_too(store):
     for i, p in zip('abcd', (1, 3, 2, 4)): add(store, id=i, priority=p)
     assert claimed(store, 3) == ['d', 'b', 'c'] and claimed(store, 3) == ['a']
 
+values = [v for v in hostile if not {'\x00', '\ud800'} & {*v}] + ['{"n":1}', '{"n":"\\u0000"}', '[', '3.10', "don't", '\t\n\x1f\x7f', 'a"b\\c']
+@pytest.mark.parametrize('text', values, ids=range(len(values)))
+def test_a_claimed_row_is_as_it_was_written(store, text):
+    add(store, id='a', payload=text, timeout=7, triggered_by=None)
+    sql(store, 'UPDATE tenant_jobs SET details = :t', t=text)
+    [row] = claim(store)
+    assert row.items() <= store.get('a').items() and (row['payload'], row['details'], row['timeout'], row['triggered_by']) == (text, text, 7, None)
+
+@pytest.mark.parametrize('damage', ["x'7b7d'", "x'ff00'", '9e999', '1e300', '0.1', "x''"])
+def test_a_damaged_row_is_claimed_like_its_neighbours(new_sqlite, damage):
+    store = Store(new_sqlite())  # the columns of PostgreSQL have types
+    add_ids(store, 'a', 'b', 'c')
+    sql(store, f"UPDATE tenant_jobs SET payload = {damage}, triggered_by = {damage} WHERE id = 'b'")
+    [(was,)] = sql(store, "SELECT payload FROM tenant_jobs WHERE id = 'b'")
+    got = claim(store)
+    assert [r['id'] for r in got] == ['a', 'b', 'c'] and got[1]['payload'] == was == got[1]['triggered_by']
+
 def test_a_claim_moves_to_running(store):
     add(store, id='a', payload='{"x":1}')
     (row,) = claim(store, token='tok', worker='me', lease=20)

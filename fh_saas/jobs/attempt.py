@@ -26,7 +26,7 @@ log = logging.getLogger('fh_saas.jobs')
 # %% ../../nbs/jobs/08_attempt.ipynb #1cdf28bd
 class Attempt:
     "One execution of a job that was claimed"
-    desk = loop = async_task = outcome = done = last_note = lane = clock = None
+    desk = loop = async_task = outcome = done = last_note = lane = None
     counted, since = False, 0.0  # does it hold a slot, and since when does it wait for a thread?
     suspect = False  # holds the slot of a job that was lost with its process before
     _told = 0  # how often the event loop's task was cancelled because the job was, or its time was over
@@ -61,7 +61,7 @@ def _call(self:Attempt):
         self._begins()
         if self.task.isolate is not None: return in_child(self)
         result = self.func(**self.arguments())
-        if inspect.isawaitable(result): result = asyncio.run(_wait_for(result))
+        if type(result) not in _plain and inspect.isawaitable(result): result = asyncio.run(_wait_for(result))
         return self.succeeded(result)
     except BaseException as e: return self.failed(e)  # a thread of ours is no place for SystemExit to travel on
     finally:
@@ -97,6 +97,8 @@ async def acall(self:Attempt) -> Outcome:
     return o
 
 async def _wait_for(awaitable): return await awaitable
+
+_plain = frozenset({type(None), bool, int, float, str, list, tuple, dict})
 
 # %% ../../nbs/jobs/08_attempt.ipynb #5e763c76
 @patch

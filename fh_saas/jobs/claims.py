@@ -8,7 +8,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/store_claims.html.md"""
 __all__ = ['reach', 'max_lease', 'Room', 'Picked', 'Stale']
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #e0bc2ecb
-import json
+import json, sqlite3
 from dataclasses import dataclass, field
 from functools import lru_cache
 import sqlalchemy as sa
@@ -89,12 +89,29 @@ def _first(kind, r, queue, names, old_types, suspects):
     arms = [arm(f'p{p}', j.c.priority == p, when) for p in priorities]
     return sa.union_all(*arms, arm('undated', j.c.priority.in_(priorities), j.c.run_at.is_(None)))  # somebody else's row: long due
 
+# %% ../../nbs/jobs/05_store_claims.ipynb #8ac8b4ca
+def _in_one(j, q):
+    "The rows of `q` as one text"
+    f = q.subquery('f')
+    return sa.select(sa.func.json_group_array(sa.func.json_array(*(sa.literal_column(f'f.{c.name}') for c in _columns(j)))).label('rows')).select_from(f)
+
+@patch
+def _whole(self:Store, key, build):
+    "A statement that finds jobs to claim, called as `f(cur, **params)`: their rows"
+    by_row = self.statement(key, build)
+    if not isinstance(self.kind, SQLite): return lambda cur, **params: rows_of(by_row(cur, **params))
+    at_once, names = self.statement(('whole', *key), lambda: _in_one(self.t.jobs, build())), [c.name for c in _columns(self.t.jobs)]
+    def read(cur, **params):
+        try: return [dict(zip(names, r)) for r in json.loads(at_once(cur, **params).fetchone()[0])]
+        except (sqlite3.OperationalError, ValueError): return rows_of(by_row(cur, **params))
+    return read
+
+
 # %% ../../nbs/jobs/05_store_claims.ipynb #a0c82f3b
 @patch
 def _candidates(self:Store, names, old_types, suspects=None):
     "Jobs of one queue that may be claimed, or only the next one, which need not be due"
-    def build(): return _first(self.kind, self.t.jobs, bind('queue'), names, old_types, suspects)
-    return self.statement(('candidates', self.t.jobs.name, names, old_types, suspects), build)
+    return self._whole(('candidates', self.t.jobs.name, names, old_types, suspects), lambda: _first(self.kind, self.t.jobs, bind('queue'), names, old_types, suspects))
 
 @patch
 def _anywhere(self:Store, names, old_types, suspects):
@@ -143,10 +160,10 @@ def _mine(self:Store, cur, now, rows, token, worker, lease):
 def claiming_these(self:Store, job_ids:list, token:str, worker:str, lease:float, room:Room=None):
     "An operation for `write`: claim these jobs, as far as they are pending and no limit keeps them out, whenever they were due"
     j = self.t.jobs
-    stmt = self.statement(('these', j.name), lambda: sa.select(*_columns(j)).where(self._among(), _is(j, 'pending')).with_for_update(skip_locked=True))
+    stmt = self._whole(('these', j.name), lambda: sa.select(*_columns(j)).where(self._among(), _is(j, 'pending')).with_for_update(skip_locked=True))
     now_due = self.statement(('now due', j.name), lambda: j.update().where(j.c.id == bind('job'), j.c.status == PENDING).values(run_at=bind('now')))
     def op(cur, now):
-        rows = rows_of(stmt(cur, ids=self._list(job_ids)))
+        rows = stmt(cur, ids=self._list(job_ids))
         if any(r['concurrency_key'] is not None for r in rows) or room and not room.free:
             found, take = rows, room or Room(len(rows))
             rows = self._chosen(cur, found, take, *self._limits(cur, now, take), picked := Picked())
@@ -192,7 +209,7 @@ def _due(self:Store, cur, now, room, n, most, which):
     if room.by_queue is None and not (most or room.closed or isinstance(self.kind, SQLite)): return rows_of(self._anywhere(*which)(cur, now=timestamp(now), n=n + more))
     rows = []
     for q in self.queues(cur):
-        if (k := min(n, room.of(q), most.get(q, n))) > 0: rows += rows_of(self._candidates(*which)(cur, queue=q, now=timestamp(now), n=k + more))
+        if (k := min(n, room.of(q), most.get(q, n))) > 0: rows += self._candidates(*which)(cur, queue=q, now=timestamp(now), n=k + more)
     return rows
 
 @patch
@@ -227,6 +244,10 @@ class Picked:
 def _chosen(self:Store, cur, rows, room, n, most, left, picked):
     "The first of `rows` that no limit keeps out, so that `picked` comes to no more than `n`"
     ordered = rows if len({(r['priority'], r['queue']) for r in rows}) < 2 else sorted(rows, key=_rank(room.age))
+    if room.free and not any(r['concurrency_key'] is not None or last_attempt(r) for r in rows):
+        taken, picked.passed = ordered[:n - picked.n], False
+        picked.n += len(taken)
+        return taken
     counts, starts, taken, held, picked.passed = picked.counts, picked.starts, [], self._held(cur, rows), False
     for r in ordered:
         q, task, key = r['queue'], r['task'], r['concurrency_key']
@@ -480,7 +501,7 @@ def _in(t, now):
 def due_in(self:Store, cur, now, names, old_types, closed=(), only=None) -> tuple: # As `next_due`; and the queues in which anything waits
     j = self.t.jobs
     first, queues = self._candidates(names, old_types), self.queues(cur)
-    due = [_in(r['run_at'] or timestamp(0), now) for q in queues if q not in closed and (only is None or q in only) for r in rows_of(first(cur, queue=q, n=1))]
+    due = [_in(r['run_at'] or timestamp(0), now) for q in queues if q not in closed and (only is None or q in only) for r in first(cur, queue=q, n=1)]
     lease = self.statement(('next lease', j.name), lambda: sa.select(sa.func.min(sa.func.coalesce(j.c.lease_until, timestamp(0))), sa.func.max(j.c.lease_until)).where(j.c.status == RUNNING))
     lapse, last = (_in(t, now) for t in lease(cur).fetchone())
     return min(due, default=None), -1.0 if last and last > max_lease else lapse, queues
@@ -501,6 +522,6 @@ def outlook(self:Store, names:tuple, old_types:tuple, closed=(), only=None) -> t
         self.kind.snapshot(cur)
         now = self.kind.now(cur)
         due, lapse, queues = self.due_in(cur, now, names, old_types, closed, only)
-        waiting = {q: min(_in(r['run_at'] or timestamp(0), now) for r in rows) for q in queues if (rows := rows_of(first(cur, queue=q, n=1)))}
+        waiting = {q: min(_in(r['run_at'] or timestamp(0), now) for r in rows) for q in queues if (rows := first(cur, queue=q, n=1))}
         self.kind.commit(cur)
     return due, lapse, waiting

@@ -148,8 +148,8 @@ def track(self:JobContext,
 @patch
 def note(self:JobContext) -> tuple: # The operation for `Store.write`, and what to call once it is committed; None if there is nothing new
     "What has not been written yet"
+    if not self._lines and self._progress == (None, None) and not self.details and self._seen == '{}': return None
     with self._lock: lines, progress = self._lines[:], self._progress
-    if not lines and progress == (None, None) and not self.details and self._seen == '{}': return None
     try: details = to_json(dict(self.details), 'job.details', 64*1024)
     except Exception as e:  # the task may have put anything there, and may be changing it now
         details = self._seen

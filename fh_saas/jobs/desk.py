@@ -91,10 +91,11 @@ def claim(self:Desk, job_id:str, func=None) -> Attempt: # None if the job is not
 
 @patch
 def _take(self:Desk, rows, func=None):
-    attempts, until = [], time.monotonic() + self.settings.lease
+    attempts, tasks, until = [], {}, time.monotonic() + self.settings.lease
     for row in rows:
         known, f = (row['task'], row['job_type']), func or self.functions.get(row['id'])
-        attempts.append(a := Attempt(self.store, row, self.registry.find(*known) or self.local.find(*known) or Task(f, row['task']), f))
+        if known not in tasks: tasks[known] = self.registry.find(*known) or self.local.find(*known)
+        attempts.append(a := Attempt(self.store, row, tasks[known] or Task(f, row['task']), f))
         a.desk, a.lease_until = self, until
     with self._lock: self.live.update((a.key, a) for a in attempts)
     return attempts

@@ -17,18 +17,17 @@ class TooLarge(FhSaasError, ValueError): "The value is larger than its limit."
 
 max_json = 1024 * 1024
 
-def _problem(o, path):
-    "Where `o` stops being JSON, in words; None if it is"
-    if o is None or isinstance(o, (bool, int)): return None
-    if isinstance(o, str): return None
-    if isinstance(o, float): return None if math.isfinite(o) else f'{path} is {o}'
+def _problem(o):
+    "Where `o` stops being JSON, in words that follow its name; None if it is"
+    if o is None or isinstance(o, (str, int)): return None
+    if isinstance(o, float): return None if math.isfinite(o) else f' is {o}'
     if isinstance(o, dict):
         for k, v in o.items():
-            if not isinstance(k, str): return f'{path} has the key {k!r}, which is not text'
-            if p := _problem(v, f'{path}.{k}'): return p
+            if not isinstance(k, str): return f' has the key {k!r}, which is not text'
+            if p := _problem(v): return f'.{k}{p}'
         return None
-    if isinstance(o, (list, tuple)): return next((p for i, v in enumerate(o) if (p := _problem(v, f'{path}[{i}]'))), None)
-    return f'{path} is of type {type(o).__name__}'
+    if isinstance(o, (list, tuple)): return next((f'[{i}]{p}' for i, v in enumerate(o) if (p := _problem(v))), None)
+    return f' is of type {type(o).__name__}'
 
 _encode = json.JSONEncoder(separators=(',', ':')).encode
 
@@ -40,8 +39,8 @@ def to_json(
     "`o` as JSON text"
     text = None
     try:
-        problem = _problem(o, what)
-        if not problem: text = _encode(o)
+        if problem := _problem(o): problem = f'{what}{problem}'
+        else: text = _encode(o)
     except RecursionError: problem = f'{what} is nested too deeply, or contains itself'
     except Exception as e: problem = f'{what} cannot be encoded ({type(e).__name__})'  # a subclass may do anything when it is read
     if problem: raise NotJson(f"{problem}: JSON carries None, bool, int, finite float, str, list, and dict with text keys; convert it first")

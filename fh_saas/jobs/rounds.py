@@ -189,19 +189,32 @@ def _find(self:Rounds):
     if more: self.crew.call(spare)
     return f
 
+# %% ../../nbs/jobs/13_rounds.ipynb #4dde5287
 @patch
 def _run(self:Rounds, a:Attempt):
     if a.is_async: return call_in(self.loop(), self._begin, a)
+    while a is not None: a = self._one(a)
+
+@patch
+def _one(self:Rounds, a) -> Attempt: # The next one, if it is this thread's already
     if a.outcome is not None or a.ctx.lost: return self._off(a)  # it was released while it waited for this thread
     self._ran += 1
     # a turn that waits for Python after each of its statements would get it only every `sys.getswitchinterval()`
     if self._ran % 16 == 0 and a.desk.turning: time.sleep(1e-5)
     start = time.perf_counter()
     o = a.call()
-    self._off(a, time.perf_counter() - start)
+    took = time.perf_counter() - start
+    following = None if self._errands else self.line.follow(a, took)
+    try: self._after_one(a, o, took, following)
+    except Exception: log.exception('%s: a thread goes on after an error', a)  # with the next one, which nobody else knows
+    return following
+
+@patch
+def _after_one(self:Rounds, a, o, took, following):
+    if following is None: self._off(a, took)
     if self._end(a, o):
         if self.line.ready(): self.crew.call()
-        if self._crowded(): self._errand(a.desk)
+        if following is not None or self._crowded(): self._errand(a.desk)
         else: self._turn(a.desk, True)
     self._fed(a.desk)
 
@@ -225,7 +238,7 @@ def _fed(self:Rounds, but=None):
     "There may be room: the first that waits for it has a turn"
     # most jobs end while there is no such room: they do not wait for the lock
     # nor do they ask for more turns while one waits for a thread: its end calls the next
-    if not self._ring or self._errands or self.stopping or self.line.free() + self.line.ahead() <= 0: return
+    if not self._ring or self._ring.alone(but) or self._errands or self.stopping or self.line.free() + self.line.ahead() <= 0: return
     with self._lock:
         first = next((d for d in self._ring if not d.turning), None)
         if first is None or first is but: return
@@ -319,7 +332,7 @@ def _turned(self:Rounds, desk, crew, attempts, again):
     if more or desk.wanted and room > 0: self._errand(desk)
     if again is not None: self._at(desk, time.monotonic() + again)
     self._fed(desk if desk.hungry and self.line.ready() else None)
-    if attempts and (not crew or len(attempts) > 1): self.crew.call()
+    if attempts and (not crew or len(attempts) > 1): self.crew.call(self.line.flows())
 
 # %% ../../nbs/jobs/13_rounds.ipynb #32a50e86
 @patch

@@ -74,6 +74,7 @@ class Task:
 @patch
 def arguments(self:Task, payload:dict, job:JobContext=None) -> dict:
     "The keyword arguments of a call, from a row, with the context where the task wants it"
+    if self.job_param is None and self.signature.takes(payload): return payload
     return self._checked(payload, job, self.signature.unpack)
 
 @patch

@@ -45,7 +45,9 @@ class Ring:
         while self._old and next(iter(self._old.values())) is None: self._old.popitem(last=False)
 
     @property
-    def first(self): return next(iter(self), None)
+    def first(self): return next(iter(self._new)) if self._new else next((who for who, credit in self._old.items() if credit is not None), None)
+
+    def alone(self, who) -> bool: return self._size == 1 and who in self
 
 # %% ../../nbs/jobs/10_turns.ipynb #3bad17bc
 @patch
@@ -85,7 +87,7 @@ _clock = getattr(time, 'pthread_getcpuclockid', None)  # where a system has none
 
 class Lane:
     "The sync jobs of one task of one database, as far as they are here"
-    __slots__ = ('running', 'waiting', 'cpu', 'most', 'slow')
+    __slots__ = 'running', 'waiting', 'cpu', 'most', 'slow'
     def __init__(self): self.running, self.waiting, self.cpu, self.most, self.slow = set(), 0, 0.0, None, 1.0
 
     def open(self): return self.most is None or len(self.running) < self.most
@@ -96,27 +98,43 @@ class Lane:
 
     def places(self) -> int: return max(0, self.most - len(self.running) - self.waiting)
 
-    def measure(self, a):
-        "Add the CPU time that the thread of `a` has used since the last look"
-        try: now = time.clock_gettime(a.clock)
-        except OSError: return  # that thread is gone
-        self.cpu, a.cpu = self.cpu + now - a.cpu, now
+# %% ../../nbs/jobs/10_turns.ipynb #7fa29181
+class _Seat:
+    "What one thread has done since the last judgement: lane -> seconds"
+    __slots__ = 'clock', 'cpu', 'spent'
+    def __init__(self): self.clock, self.spent = _clock and _clock(threading.get_ident()), {}; self.cpu = self.now()
+
+    def now(self) -> float: return time.clock_gettime(self.clock) if self.clock else 0.0
+
+    def add(self, lane, seconds): self.spent[lane] = self.spent.get(lane, 0.0) + seconds
+
+    def share(self):
+        "Give each lane its part of the CPU time that the thread has used; what it used beyond their time was none of theirs"
+        before, self.cpu = self.cpu, self.now()
+        part = min(1.0, (self.cpu - before)/max(1e-9, sum(self.spent.values())))
+        for lane, seconds in self.spent.items(): lane.cpu += part*seconds
+        self.spent.clear()
 
 # %% ../../nbs/jobs/10_turns.ipynb #87cb243c
 class Lanes:
     "Which of them are narrow"
-    def __init__(self): self._all, self._since, self._cpu, self.narrow, self.wider = {}, time.monotonic(), time.process_time(), [], set()
+    def __init__(self):
+        self._all, self._since, self._cpu, self.narrow, self.wider = {}, time.monotonic(), time.process_time(), [], set()
+        self._seats, self._here = [], threading.local()
 
     def of(self, desk, task) -> Lane: return (tasks := self._all.setdefault(desk, {})).get(task) or tasks.setdefault(task, Lane())
 
-    def begin(self, a):
-        a.lane.running.add(a)
-        if _clock: a.clock = _clock(threading.get_ident()); a.cpu = time.clock_gettime(a.clock)
+    def seat(self) -> _Seat:
+        "That of this thread"
+        try: return self._here.seat
+        except AttributeError: self._seats.append(seat := _Seat()); self._here.seat = seat; return seat
 
-    def end(self, a, took):
+    def begin(self, a, now): a.lane.running.add(a); a.seat, a.mark = self.seat(), now
+
+    def end(self, a, took, now):
         a.lane.running.discard(a)
         if took is not None: a.lane.slow = max(took, 0.9*a.lane.slow, 1e-3)
-        if a.clock is not None: a.lane.measure(a); a.clock = None
+        a.seat.add(a.lane, now - a.mark if took is None else min(took, now - a.mark))  # what a thread does between two jobs is none of theirs
 
     def parked(self) -> int:
         "Waiting jobs that stand in no other's way, because their lane is full; asked without a lock, while lanes become wider"
@@ -128,10 +146,10 @@ class Lanes:
 
 # %% ../../nbs/jobs/10_turns.ipynb #1e575430
 @patch
-def judge(self:Lanes):
+def judge(self:Lanes, now:float):
     "Every `judge_every` seconds: make those narrower that keep the interpreter busy, and wider what is in nobody's way any more"
-    if (span := (now := time.monotonic()) - self._since) < judge_every: return
-    used, process, self._since = self._used(span), self._process(span), now
+    if (span := now - self._since) < judge_every: return
+    used, process, self._since = self._used(span, now), self._process(span), now
     jobs, some = sum(used.values()), [u for u in used.values() if u > 0.02]
     much = 0.8*jobs/max(1, len(some))
     least = 2 if sum(u >= much for u in some) == 1 else 1
@@ -141,6 +159,7 @@ def judge(self:Lanes):
         elif lane.most and (free or u < much/2): lane.most = _wider(lane, u); self.wider.add(desk)
     self.narrow = [lane for _, lane in used if lane.most]
 
+# %% ../../nbs/jobs/10_turns.ipynb #dc177382
 @patch
 def _process(self:Lanes, span) -> float: # Cores
     "What the whole process has used"
@@ -148,11 +167,16 @@ def _process(self:Lanes, span) -> float: # Cores
     return (self._cpu - before)/span
 
 @patch
-def _used(self:Lanes, span) -> dict: # Desk and lane -> cores that it has used
+def _used(self:Lanes, span, now) -> dict: # Desk and lane -> cores that it has used
     used = {}
+    for tasks in self._all.values():
+        for lane in tasks.values():
+            for a in lane.running: a.seat.add(lane, now - a.mark); a.mark = now
+    for seat in list(self._seats):
+        try: seat.share()
+        except OSError: self._seats.remove(seat)  # that thread is gone
     for desk, tasks in list(self._all.items()):
         for task, lane in list(tasks.items()):
-            for a in lane.running: a.clock is None or lane.measure(a)
             if not (lane.running or lane.waiting or lane.cpu): del tasks[task]
             used[desk, lane], lane.cpu = lane.cpu/span, 0.0
         if not tasks: del self._all[desk]
@@ -215,7 +239,7 @@ def take(self:Line,
 def _calls(self:Line, a):
     self._newest, self._last = a, time.monotonic()
     a.lane.waiting -= 1
-    self.lanes.begin(a)
+    self.lanes.begin(a, self._last)
 
 # %% ../../nbs/jobs/10_turns.ipynb #b888f840
 @patch
@@ -265,14 +289,37 @@ def done(self:Line, a, took:float=None):
     with self._lock:
         self.running -= 1
         self._running_by_queue[a.row['queue']] -= 1
-        self._count(a, -1)
         if a is self._newest: self._newest = None
-        if a.lane is not None: self.lanes.end(a, took); self.lanes.judge()
-        if took is None: return
-        self._slow = max(took, self._slow*0.9, 1e-6)
-        if self.limited(q := a.row['queue']): self._slow_of[q] = max(took, self._slow_of.get(q, 1.0)*0.9, 1e-6)
-        self._pace = self._pace*0.9 + 0.1*min(took, self._pace*8)  # the mean, which one that had to wait does not change much
+        self._over(a, took, time.monotonic())
 
+@patch
+def _over(self:Line, a, took, now):
+    self._count(a, -1)
+    if a.lane is not None: self.lanes.end(a, took, now); self.lanes.judge(now)
+    if took is None: return
+    self._slow = max(took, self._slow*0.9, 1e-6)
+    if self.limited(q := a.row['queue']): self._slow_of[q] = max(took, self._slow_of.get(q, 1.0)*0.9, 1e-6)
+    self._pace = self._pace*0.9 + 0.1*min(took, self._pace*8)  # the mean, which one that had to wait does not change much
+
+# %% ../../nbs/jobs/10_turns.ipynb #bd99c737
+@patch
+def follow(self:Line, a, took:float): # None if another has the turn: `done` is still to be told
+    "`a` has ended, and the next of the same task of the same database takes its place"
+    with self._lock:
+        if not a.counted or self._newest is not a or self.lanes.narrow or self.running > self.size or self._ring.first is not a.desk: return None
+        b = (jobs := self._jobs[a.desk])[0]
+        if b.lane is not a.lane or b.row['queue'] != a.row['queue']: return None
+        if len(self._ring) > 1: self._ring.grant(a.desk, self.unit(), 1); self._ring.took(a.desk, 1)
+        jobs.popleft()
+        if not jobs: self._out(a.desk)
+        self.waiting -= 1
+        a.counted, self._last = False, time.monotonic()
+        self._over(a, took, self._last)
+        self._newest, b.lane.waiting = b, b.lane.waiting - 1
+        self.lanes.begin(b, self._last)
+        return b
+
+# %% ../../nbs/jobs/10_turns.ipynb #f47255e9
 @patch
 def of(self:Line, desk) -> int:
     "Jobs of `desk` in line"
@@ -287,7 +334,7 @@ def room_of_tasks(self:Line, desk) -> tuple: # As `Room.by_task` and `Room.sure_
 def look(self:Line) -> set:
     "Judge the lanes; the desks of which one has become wider"
     with self._lock:
-        self.lanes.judge()
+        self.lanes.judge(time.monotonic())
         wider, self.lanes.wider = self.lanes.wider, set()
         return wider
 

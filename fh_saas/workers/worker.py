@@ -77,7 +77,7 @@ def run(self:Worker, once:bool=False):
         for sig in (signal.SIGTERM, signal.SIGINT): signal.signal(sig, self._signalled)
         keep_heap()
     before = sys.getswitchinterval()
-    sys.setswitchinterval(brisk)
+    sys.setswitchinterval(turn)
     try: self._run(once)
     finally: sys.setswitchinterval(before)
     if self.health: self.health.unlink(missing_ok=True)
