@@ -97,7 +97,7 @@ class JobTask(BackgroundTask):
         is_new:bool=True, # False: a `unique` job that was there before
         later:bool=False, # Is it to run at a moment of its own, and not with this response?
     ):
-        super().__init__(manager.run_job, job_id, task_func)
+        self.func, self.args, self.kwargs, self.is_async = manager.run_job, (job_id, task_func), {}, False  # as Starlette's own sets them, which looks at `func` for longer than the insert takes
         self.manager, self.is_new, self.later = manager, is_new, later
 
     async def __call__(self):
@@ -126,6 +126,7 @@ def _attempts(t, v) -> dict:
 @patch
 def _meant(self:BackgroundTaskManager, job_type, task_func) -> tuple: # Job type and function
     "A task may be given by its function or its registered name alone: its jobs are filed under its name"
+    if isinstance(job_type, str) and callable(task_func): return job_type, task_func
     if odd := next((x for x in (job_type, task_func) if inspect.isawaitable(x)), None): getattr(odd, 'close', int)(); raise InvalidJob("a coroutine is a call that was made already: give submit the function itself, and its arguments by keyword")
     if task_func is None and callable(job_type):
         if stands_for_itself(job_type): raise InvalidJob(f"{job_type!r} has no name to file its jobs under: submit('a_job_type', …)")
