@@ -31,6 +31,7 @@ def _record(self:Recorder,
     a:Attempt,
     o:Outcome, # What it came to
     done:Future=None, # Settled with the outcome, or with None if the claim was lost
+    more:bool=False, # Is this thread about to run another job of the same database?
 ) -> bool: # Should its desk have a turn at once?
     "Leave an outcome for the desk's next turn"
     a.outcome, a.done, a.last_note, desk = o, done or a.done, None, a.desk
@@ -42,16 +43,16 @@ def _record(self:Recorder,
         if not desk.ends: desk.since = now
         desk.ends.append(a)
         first, waits = len(desk.ends) == 1, len(desk.ends) < 200 and now < desk.since + patience
-    if not waits or not self.line.of(desk): return True
+    if not waits or not (more or self.line.of(desk)): return True
     if first: self._remind(now + patience, desk, only_ends=True)
     return False
 
 # %% ../../nbs/jobs/12_recorder.ipynb #8c621a87
 @patch
-def _end(self:Recorder, a:Attempt, o:Outcome, done:Future=None) -> bool:
+def _end(self:Recorder, a:Attempt, o:Outcome, done:Future=None, more:bool=False) -> bool:
     "As `_record`, for an attempt that has come to its end by itself; unless it was given up before"
     if a.gate is not None and not a.gate.acquire(blocking=False): return self._too_late(a, done)
-    return self._record(a, o, done)
+    return self._record(a, o, done, more)
 
 @patch
 def _written(self:Recorder, a, written):

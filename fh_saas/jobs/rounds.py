@@ -8,7 +8,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/rounds.html.md"""
 __all__ = ['log', 'most_turns', 'reserve', 'Rounds', 'supervising']
 
 # %% ../../nbs/jobs/13_rounds.ipynb #f65618cd
-import asyncio, heapq, itertools, logging, os, signal, threading, time
+import asyncio, heapq, itertools, logging, signal, threading, time
 from functools import partial
 from fastcore.basics import patch
 from ..db_connect import FhSaasError, check_url
@@ -199,8 +199,9 @@ def _run(self:Rounds, a:Attempt):
 def _one(self:Rounds, a) -> Attempt: # The next one, if it is this thread's already
     if a.outcome is not None or a.ctx.lost: return self._off(a)  # it was released while it waited for this thread
     self._ran += 1
-    # a turn that waits for Python after each of its statements would get it only every `sys.getswitchinterval()`
-    if self._ran % 16 == 0 and a.desk.turning: time.sleep(1e-5)
+    # a turn that waits for Python after each of its statements would get it only every `sys.getswitchinterval()`;
+    # beside jobs that compute it is they who would get it
+    if self._ran % 16 == 0 and self._turning and not self.line.lanes.narrow: time.sleep(1e-5)
     start = time.perf_counter()
     o = a.call()
     took = time.perf_counter() - start
@@ -212,14 +213,14 @@ def _one(self:Rounds, a) -> Attempt: # The next one, if it is this thread's alre
 @patch
 def _after_one(self:Rounds, a, o, took, following):
     if following is None: self._off(a, took)
-    if self._end(a, o):
+    if self._end(a, o, more=following is not None):
         if self.line.ready(): self.crew.call()
         if following is not None or self._crowded(): self._errand(a.desk)
         else: self._turn(a.desk, True)
     self._fed(a.desk)
 
 # %% ../../nbs/jobs/13_rounds.ipynb #feac76a9
-most_turns = 2*(os.cpu_count() or 1)  # at once: more of them are in each other's way, and in that of the jobs
+most_turns = 3  # at once: more of them wait for the interpreter, and so do the jobs
 
 @patch
 def _crowded(self:Rounds) -> bool:

@@ -306,7 +306,7 @@ def _over(self:Line, a, took, now):
 def follow(self:Line, a, took:float): # None if another has the turn: `done` is still to be told
     "`a` has ended, and the next of the same task of the same database takes its place"
     with self._lock:
-        if not a.counted or self._newest is not a or self.lanes.narrow or self.running > self.size or self._ring.first is not a.desk: return None
+        if not a.counted or self._newest is not a or a.lane.most or self.running > self.size or self._ring.first is not a.desk: return None
         b = (jobs := self._jobs[a.desk])[0]
         if b.lane is not a.lane or b.row['queue'] != a.row['queue']: return None
         if len(self._ring) > 1: self._ring.grant(a.desk, self.unit(), 1); self._ring.took(a.desk, 1)
@@ -354,7 +354,8 @@ def unit(self:Line) -> int:
 @patch
 def flows(self:Line) -> bool:
     "Is a thread running short jobs one after the other, so that a second one would only be in its way?"
-    return self._newest is not None and self._pace < short and time.monotonic() < self._last + linger
+    # beside jobs that compute it gets the interpreter late: that is no reason for a crowd of others to ask for it, too
+    return self._newest is not None and self._pace < short and time.monotonic() < self._last + (10*linger if self.lanes.narrow else linger)
 
 # %% ../../nbs/jobs/10_turns.ipynb #7d8152f0
 @patch
