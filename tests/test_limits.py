@@ -696,7 +696,7 @@ def test_a_job_that_ends_while_a_turn_finds_no_room_is_not_missed(new_sqlite, ne
 
 def test_no_more_is_claimed_than_can_start_where_all_are_in_their_last_attempt(lite):
     e, desk = lite.engine, lite.engine._desks[lite.store]
-    e.line._slow = 1e-4
+    e.line._slow, e.line._timed = 1e-4, 1000
     assert e._allot(desk) > e.line.free() > 1
     e._reserved.clear()
     desk.sparing = True

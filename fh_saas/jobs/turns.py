@@ -200,7 +200,8 @@ class Line:
         self.shares = {}  # of queues whose limit holds for all processes together: what falls to this one
         self.running, self.waiting, self._by_queue, self._running_by_queue = 0, 0, {}, {}
         self._newest, self._last = None, 0.0  # the job that got a thread last, while it holds it, and when it got it
-        self._ring, self._jobs, self._slow, self._slow_of, self._pace, self._lock, self.lanes = Ring(), {}, 1.0, {}, 1.0, threading.RLock(), Lanes()
+        self._timed, self._slow, self._slow_of, self._pace = 0, 0.0, {}, 1.0  # jobs that were timed, the slowest of the last, of those in a queue with a limit, and their mean
+        self._ring, self._jobs, self._lock, self.lanes = Ring(), {}, threading.RLock(), Lanes()
 
 # %% ../../nbs/jobs/10_turns.ipynb #be16d12a
 @patch
@@ -297,9 +298,9 @@ def _over(self:Line, a, took, now):
     self._count(a, -1)
     if a.lane is not None: self.lanes.end(a, took, now); self.lanes.judge(now)
     if took is None: return
-    self._slow = max(took, self._slow*0.9, 1e-6)
+    self._timed, self._slow = self._timed + 1, max(took, self._slow*0.9, 1e-6)
     if self.limited(q := a.row['queue']): self._slow_of[q] = max(took, self._slow_of.get(q, 1.0)*0.9, 1e-6)
-    self._pace = self._pace*0.9 + 0.1*min(took, self._pace*8)  # the mean, which one that had to wait does not change much
+    self._pace = took if self._timed == 1 else self._pace*0.9 + 0.1*min(took, self._pace*8)  # the mean, which one that had to wait does not change much
 
 # %% ../../nbs/jobs/10_turns.ipynb #bd99c737
 @patch
@@ -342,8 +343,8 @@ def look(self:Line) -> set:
 @patch
 def ahead(self:Line, queue=None) -> int:
     "Jobs that may be claimed beyond those that can start now, of all queues or of one with a limit"
-    size, slow = (self.size, self._slow) if queue is None else (self.limit(queue), self._slow_of.get(queue, 1.0))
-    return min(512, int(window*size/slow))
+    size, slow = (self.size, self._slow or 1.0) if queue is None else (self.limit(queue), self._slow_of.get(queue, 1.0))
+    return min(512, 4*self._timed, int(window*size/slow))  # the first few are no proof of those that follow
 
 @patch
 def unit(self:Line) -> int:
