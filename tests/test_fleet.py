@@ -136,13 +136,15 @@ def test_two_workers_share_the_limit_of_a_queue(shop):
     assert shop.running() == 3
     assert len({pid for _, pid, *_ in shop.said('begin')}) == 2
 
-def test_what_one_has_no_room_for_the_other_begins_at_once(shop):
+@pytest.mark.parametrize('short', [1, 100])
+def test_what_one_has_no_room_for_the_other_begins_at_once(shop, short):
+    "Or after a second, where many short ones made it believe that it would have"
     for _ in range(2): shop.worker('--concurrency', '1').says('jobs at once')
     wait_until(lambda: len([w for w in Fleet(shop.host).workers() if w.state == 'running']) == 2)
-    shop.submit('acme', nap, seconds=0.01)
-    wait_until(lambda: shop.said('end'))
+    shop.manager('acme').submit_many('nap', nap, [dict(seconds=0.001)]*short)
+    wait_until(lambda: len(shop.said('end')) == short)
     for _ in range(2): shop.submit('acme', nap, seconds=20)
-    wait_until(lambda: len(shop.said('begin')) == 3, 10)
+    wait_until(lambda: len(shop.said('begin')) == short + 2, 10)
     assert shop.running() == 2
 
 def test_limits_of_a_tenant_hold_over_all_processes_and_change_while_they_run(shop):

@@ -493,4 +493,5 @@ def _not_begun(self:Rounds, desk, late):
         if a.done: settle(a.done)
         if a.suspect: self._visit_soon(self.slot.give())
     desk.hungry = True
+    self._pass_on(desk)  # another process may have a thread for them
     self._errand(desk)

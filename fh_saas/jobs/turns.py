@@ -344,7 +344,7 @@ def look(self:Line) -> set:
 def ahead(self:Line, queue=None) -> int:
     "Jobs that may be claimed beyond those that can start now, of all queues or of one with a limit"
     size, slow = (self.size, self._slow or 1.0) if queue is None else (self.limit(queue), self._slow_of.get(queue, 1.0))
-    return min(512, 4*self._timed, int(window*size/slow))  # the first few are no proof of those that follow
+    return min(512, max(0, 4*self._timed - 32), int(window*size/slow))  # the first few are no proof of those that follow
 
 @patch
 def unit(self:Line) -> int:
@@ -389,6 +389,12 @@ def full(self:Line,
 
 # %% ../../nbs/jobs/10_turns.ipynb #64cc3f45
 @patch
+def _doubt(self:Line, seconds, queues):
+    "Jobs were claimed too far ahead: what runs in their way has not ended, and is not among those that were timed"
+    self._timed, self._slow = 0, max(self._slow, seconds)
+    for q in queues & self._slow_of.keys(): self._slow_of[q] = max(self._slow_of[q], seconds)
+
+@patch
 def pull(self:Line, older:float=None, desk=None) -> list:
     "Take those out of the line that wait longer than `older` seconds, or that are `desk`'s"
     with self._lock:
@@ -396,6 +402,7 @@ def pull(self:Line, older:float=None, desk=None) -> list:
         for d in list(self._jobs) if desk is None else [desk] if desk in self._jobs else []:
             jobs = self._jobs[d]
             out += (gone := [a for a in jobs if a.since <= limit])
+            if gone and older: self._doubt(older, {a.row['queue'] for a in gone})
             for a in gone:
                 jobs.remove(a)
                 self._count(a, -1)
