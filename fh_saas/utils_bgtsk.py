@@ -97,7 +97,7 @@ class JobTask(BackgroundTask):
         is_new:bool=True, # False: a `unique` job that was there before
         later:bool=False, # Is it to run at a moment of its own, and not with this response?
     ):
-        self.func, self.args, self.kwargs, self.is_async = manager.run_job, (job_id, task_func), {}, False  # as Starlette's own sets them, which looks at `func` for longer than the insert takes
+        super().__init__(manager.run_job, job_id, task_func)
         self.manager, self.is_new, self.later = manager, is_new, later
 
     async def __call__(self):

@@ -13,7 +13,7 @@ from fh_saas.jobs.masking import hide, mask, masked, secret_values
 from fh_saas.jobs.options import InvalidJob
 from fh_saas.jobs.retries import Cancel, Permanent, RetryAfter, Snooze, TaskSignal
 from fh_saas.jobs.tasks import Registry, task
-from fh_saas.jobs.turns import Lanes, Ring
+from fh_saas.jobs.turns import Lanes, Line, Ring
 from fh_saas.utils_bgtsk import BackgroundTaskManager, JobFailed
 from conftest import wait_until
 
@@ -667,6 +667,17 @@ def test_room_is_asked_for_while_lanes_become_wider(new_sqlite, new_manager):
     line = new_manager(new_sqlite(), concurrency=4).engine.line
     line.lanes.narrow = [lane := line.lanes.of('desk', 'task')]
     assert (lane.most, line.free()) == (None, 4)
+
+def test_one_that_never_began_can_give_its_place_back(new_sqlite, new_manager):
+    m = new_manager(new_sqlite(), handoff=0, concurrency=0)
+    def letter(): return 1
+    m.submit('t', letter)
+    [a] = (desk := m.engine._desks[m.store])._take(m.store.claim(*desk.names, 'token', 'w', 30, 1))
+    line = Line(4)
+    line.put(desk, [a])
+    line.started(a)
+    line.done(a)
+    assert (line.running, line.lanes._seats) == (0, [])
 
 def test_a_desk_that_a_limit_holds_back_is_called_by_whom_it_is_a_matter_of(new_sqlite, new_manager):
     e = new_manager(new_sqlite(), handoff=0, concurrency=8).engine

@@ -26,7 +26,7 @@ log = logging.getLogger('fh_saas.jobs')
 # %% ../../nbs/jobs/08_attempt.ipynb #1cdf28bd
 class Attempt:
     "One execution of a job that was claimed"
-    desk = loop = async_task = outcome = done = last_note = lane = None
+    desk = loop = async_task = outcome = done = last_note = lane = seat = None
     counted, since = False, 0.0  # does it hold a slot, and since when does it wait for a thread?
     suspect = False  # holds the slot of a job that was lost with its process before
     _told = 0  # how often the event loop's task was cancelled because the job was, or its time was over

@@ -134,7 +134,8 @@ class Lanes:
     def end(self, a, took, now):
         a.lane.running.discard(a)
         if took is not None: a.lane.slow = max(took, 0.9*a.lane.slow, 1e-3)
-        a.seat.add(a.lane, now - a.mark if took is None else min(took, now - a.mark))  # what a thread does between two jobs is none of theirs
+        # what a thread does between two jobs is none of theirs; and one that never began has had none
+        if a.seat is not None: a.seat.add(a.lane, now - a.mark if took is None else min(took, now - a.mark))
 
     def parked(self) -> int:
         "Waiting jobs that stand in no other's way, because their lane is full; asked without a lock, while lanes become wider"
