@@ -4,7 +4,7 @@ from datetime import date
 from pathlib import Path
 import pytest
 import sqlalchemy as sa
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from fastsql import Database
 from tenacity import wait_fixed
 from fh_saas.db_host import seconds
@@ -668,6 +668,45 @@ def test_room_is_asked_for_while_lanes_become_wider(new_sqlite, new_manager):
     line.lanes.narrow = [lane := line.lanes.of('desk', 'task')]
     assert (lane.most, line.free()) == (None, 4)
 
+class Tenant:
+    def __init__(self, weight): self.weight = weight
+
+class Claimed:
+    "As much of an attempt as a line looks at"
+    lane = seat = None
+    def __init__(self, desk, task, queue, is_async): self.desk, self.row, self.is_async, self.counted = desk, dict(task=task, queue=queue), is_async, True
+
+some_job = st.tuples(st.integers(0, 2), st.sampled_from('tu'), st.sampled_from('pq'), st.sampled_from([False, False, False, True]))
+moves = st.one_of(st.tuples(st.just('put'), st.lists(some_job, min_size=1, max_size=6)), st.tuples(st.sampled_from(['take', 'follow', 'done', 'pull']), st.integers(0, 9)))
+
+@given(st.lists(moves, max_size=60), st.sampled_from([None, dict(p=1, q=3)]))
+@settings(max_examples=200, deadline=None)
+def test_a_line_knows_what_is_in_it(plan, queues):
+    line, desks, waiting, running = Line(4, queues), [Tenant(w) for w in (1, 1, 3)], [], []
+    for what, arg in plan:
+        if what == 'put':
+            for d in desks:
+                if new := [Claimed(d, *job[1:]) for job in arg if desks[job[0]] is d]: line.put(d, new); waiting += new
+        elif what == 'take':
+            if (a := line.take()) is not None: waiting.remove(a); running.append(a)
+        elif what == 'pull':
+            out = line.pull(desk=desks[arg % 3])
+            assert out == [a for a in waiting if a.desk is desks[arg % 3]]
+            waiting = [a for a in waiting if a not in out]
+        elif running:
+            a = running.pop(arg % len(running))
+            b = line.follow(a, 1e-5) if what == 'follow' and not a.is_async else None
+            if b is None: line.done(a, 1e-5)
+            else:
+                assert b is next(x for x in waiting if x.desk is a.desk) and (b.lane, b.row) == (a.lane, a.row)
+                waiting.remove(b); running.append(b)
+        lanes = {a.lane for a in waiting + running if a.lane}
+        assert (line.waiting, line.running, len(running) <= 4) == (len(waiting), len(running), True)
+        assert all(line._by_queue.get(q, 0) == sum(a.row['queue'] == q for a in waiting + running) for q in 'pq')
+        assert all(line._running_by_queue.get(q, 0) == sum(a.row['queue'] == q for a in running) <= line.limit(q) for q in 'pq')
+        assert all(lane.running == {a for a in running if a.lane is lane} and lane.waiting == sum(a.lane is lane for a in waiting) for lane in lanes)
+        assert [*line._ring] == [*dict.fromkeys(line._ring)] and {*line._ring} == {a.desk for a in waiting}
+
 def test_one_that_never_began_can_give_its_place_back(new_sqlite, new_manager):
     m = new_manager(new_sqlite(), handoff=0, concurrency=0)
     def letter(): return 1
@@ -716,9 +755,6 @@ def test_no_more_is_claimed_than_can_start_where_all_are_in_their_last_attempt(l
     desk.wanted = [None]*(e.line.free() + 5)  # of responses: they are claimed whatever attempt it is
     assert e._allot(desk) > len(desk.wanted)
     desk.wanted = []
-
-class Tenant:
-    def __init__(self, weight): self.weight = weight
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(['join', 'leave', 'turn'])), max_size=80))
 def test_a_ring_holds_who_is_in_it_once(moves):
