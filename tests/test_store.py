@@ -149,6 +149,12 @@ def test_a_damaged_row_is_claimed_like_its_neighbours(new_sqlite, damage):
     got = claim(store)
     assert [r['id'] for r in got] == ['a', 'b', 'c'] and got[1]['payload'] == was == got[1]['triggered_by']
 
+def test_rows_that_are_too_long_for_one_text_are_claimed(new_sqlite):
+    store = Store(new_sqlite())
+    add_ids(store, 'a', 'b', 'c', payload='x'*50_000)
+    store._writer.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 100_000)
+    assert [(r['id'], len(r['payload'])) for r in claim(store)] == [(i, 50_000) for i in 'abc']
+
 def test_a_claim_moves_to_running(store):
     add(store, id='a', payload='{"x":1}')
     (row,) = claim(store, token='tok', worker='me', lease=20)

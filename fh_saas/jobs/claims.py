@@ -103,7 +103,7 @@ def _whole(self:Store, key, build):
     at_once, names = self.statement(('whole', *key), lambda: _in_one(self.t.jobs, build())), [c.name for c in _columns(self.t.jobs)]
     def read(cur, **params):
         try: return [dict(zip(names, r)) for r in json.loads(at_once(cur, **params).fetchone()[0])]
-        except (sqlite3.OperationalError, ValueError): return rows_of(by_row(cur, **params))
+        except (sqlite3.Error, ValueError, MemoryError): return rows_of(by_row(cur, **params))
     return read
 
 
