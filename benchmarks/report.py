@@ -128,15 +128,19 @@ def absent(by_peer, there) -> str:
         if k not in there: reasons.setdefault('; '.join(why(r)) or 'no reason was given', []).append((k, bool(r.get('failed'))))
     return '\n'.join(f"- Not there{' (failed)' if any(f for _, f in ks) else ''}: {' · '.join(name(k) for k, _ in ks)}. {reason[:1].upper()}{reason[1:]}." for reason, ks in reasons.items())
 
+def moment(at) -> str: return at.replace('T', ' ').replace('+00:00', ' UTC')
+
 def about(run_) -> Text:
     "When and on what a run was made"
     if not run_['results']: return nothing(run_)
     m, o = run_['machine'], run_['options']
-    facts = dict(date=m.get('date', '').replace('T', ' ').replace('+00:00', ' UTC'), machine=f"{m.get('cpus')} cores, {m.get('processor')}, {m.get('system')}",
+    facts = dict(date=moment(m.get('date', '')), machine=f"{m.get('cpus')} cores, {m.get('processor')}, {m.get('system')}",
         **{k.replace('_', ' '): v for k, v in m.items() if k not in ('date', 'cpus', 'processor', 'system') and not str(v).startswith('not there')}, rounds=o.get('runs'), took=f"{run_.get('seconds', 0)/60:.0f} minutes")
     warning = 'This is a trial (`--quick`): few jobs and a single round. It shows that all works; its figures say little.' if o.get('quick') else '' if (o.get('runs') or 0) >= 3 else 'Fewer than three rounds: the figures say little.'
-    earlier = {k: at for k, at in run_.get('taken', {}).items() if at != m.get('date')}
-    since = earlier and f"Taken on {min(earlier.values()).replace('T', ' ').replace('+00:00', ' UTC')}, from the code of that time: {', '.join(f'`{k}`' for k in earlier)}; the other measures as above."
+    earlier = {}
+    for k, at in run_.get('taken', {}).items():
+        if at != m.get('date'): earlier.setdefault(at, []).append(f'`{k}`')
+    since = earlier and f"Kept from earlier runs, of the code of that time: {'; '.join(f'{moment(at)}: ' + ', '.join(ks) for at, ks in sorted(earlier.items()))}. The other measures as above."
     return Text('\n\n'.join(filter(None, [grid(list(facts), [facts.values()]), since, warning])))
 
 def peers_of(run_) -> Text:

@@ -123,14 +123,17 @@ class Signature:
 
 # %% ../../nbs/jobs/06_arguments.ipynb #ae37de66
 @patch
+def _named(self:Signature, names) -> bool: return self._names is not None and self._needs <= names.keys() <= self._names
+
+@patch
 def takes(self:Signature, payload:dict) -> bool:
     "Is there nothing to do to this payload: no types to convert to, and all arguments that are needed?"
-    return self._names is not None and not self.ways and self._needs <= payload.keys() <= self._names
+    return not self.ways and self._named(payload)
 
 @patch
 def fits(self:Signature, names):
     "Raise TypeError if a call with these arguments would"
-    if self.params is None or self._names is not None and self._needs <= names.keys() <= self._names: return
+    if self.params is None or self._named(names): return
     inspect.Signature(list(self.params.values())).bind(**names)
 
 @patch

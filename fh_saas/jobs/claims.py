@@ -10,7 +10,7 @@ __all__ = ['reach', 'max_lease', 'Room', 'Picked', 'Stale']
 # %% ../../nbs/jobs/05_store_claims.ipynb #e0bc2ecb
 import json, sqlite3
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 import sqlalchemy as sa
 from fastcore.basics import patch
 from sqlalchemy.dialects.postgresql import JSONB
@@ -51,7 +51,11 @@ class Room:
 _heavy = ('error_log', 'result', 'error_message', 'completed_at', 'progress_percent', 'progress_message', 'batch_id', 'rerun_of', 'celery_task_id', 'unique_key', 'cancel_requested_at', 'tags')  # no attempt needs them
 _claimed = ('status', 'claim_token', 'lease_until', 'worker', 'started_at')  # the claim writes them
 
+@cache
 def _columns(j): return [c for c in j.c if c.name not in _heavy + _claimed]
+
+@cache
+def _names(j): return [c.name for c in _columns(j)]
 
 def _steps(j):
     # one step in the index for each queue, however many jobs stand in it: https://sqlite.org/lang_with.html, https://wiki.postgresql.org/wiki/Loose_indexscan
@@ -93,14 +97,14 @@ def _first(kind, r, queue, names, old_types, suspects):
 def _in_one(j, q):
     "The rows of `q` as one text"
     f = q.subquery('f')
-    return sa.select(sa.func.json_group_array(sa.func.json_array(*(sa.literal_column(f'f.{c.name}') for c in _columns(j)))).label('rows')).select_from(f)
+    return sa.select(sa.func.json_group_array(sa.func.json_array(*(sa.literal_column(f'f.{n}') for n in _names(j)))).label('rows')).select_from(f)
 
 @patch
 def _whole(self:Store, key, build):
     "A statement that finds jobs to claim, called as `f(cur, **params)`: their rows"
     by_row = self.statement(key, build)
     if not isinstance(self.kind, SQLite): return lambda cur, **params: rows_of(by_row(cur, **params))
-    at_once, names = self.statement(('whole', *key), lambda: _in_one(self.t.jobs, build())), [c.name for c in _columns(self.t.jobs)]
+    at_once, names = self.statement(('whole', *key), lambda: _in_one(self.t.jobs, build())), _names(self.t.jobs)
     def read(cur, **params):
         try: return [dict(zip(names, r)) for r in json.loads(at_once(cur, **params).fetchone()[0])]
         except (sqlite3.Error, ValueError, MemoryError): return rows_of(by_row(cur, **params))
@@ -119,7 +123,7 @@ def _anywhere(self:Store, names, old_types, suspects):
     def build():
         steps = _steps(self.t.jobs)
         return sa.select(sa.literal_column('f.*')).select_from(steps.join(_first(self.kind, self.t.jobs, sa.literal_column('steps.q'), names, old_types, suspects).lateral('f'), sa.true()))
-    return self.statement(('anywhere', self.t.jobs.name, names, old_types, suspects), build)
+    return self._whole(('anywhere', self.t.jobs.name, names, old_types, suspects), build)
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #aaa58d85
 def _rank(age):
@@ -206,7 +210,7 @@ def claiming(self:Store,
 @patch
 def _due(self:Store, cur, now, room, n, most, which):
     more = reach if room.by_task else 0
-    if room.by_queue is None and not (most or room.closed or isinstance(self.kind, SQLite)): return rows_of(self._anywhere(*which)(cur, now=timestamp(now), n=n + more))
+    if room.by_queue is None and not (most or room.closed or isinstance(self.kind, SQLite)): return self._anywhere(*which)(cur, now=timestamp(now), n=n + more)
     rows = []
     for q in self.queues(cur):
         if (k := min(n, room.of(q), most.get(q, n))) > 0: rows += self._candidates(*which)(cur, queue=q, now=timestamp(now), n=k + more)

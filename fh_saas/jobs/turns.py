@@ -315,10 +315,9 @@ def follow(self:Line, a, took:float): # None if another has the turn: `done` is 
         jobs.popleft()
         if not jobs: self._out(a.desk)
         self.waiting -= 1
-        a.counted, self._last = False, time.monotonic()
-        self._over(a, took, self._last)
-        self._newest, b.lane.waiting = b, b.lane.waiting - 1
-        self.lanes.begin(b, self._last)
+        a.counted = False
+        self._over(a, took, time.monotonic())
+        self._calls(b)
         return b
 
 # %% ../../nbs/jobs/10_turns.ipynb #f47255e9
