@@ -12,6 +12,7 @@ from fh_saas.jobs import recorder, tasks
 from fh_saas.jobs.masking import hide, mask, masked, secret_values
 from fh_saas.jobs.options import InvalidJob
 from fh_saas.jobs.retries import Cancel, Permanent, RetryAfter, Snooze, TaskSignal
+from fh_saas.jobs.rounds import brisk
 from fh_saas.jobs.tasks import Registry, task
 from fh_saas.jobs.turns import Lanes, Line, Ring
 from fh_saas.utils_bgtsk import BackgroundTaskManager, JobFailed
@@ -641,6 +642,16 @@ def test_what_becomes_wider_takes_what_is_due(new_url, new_manager, narrow):
     narrow.clear()
     wait_until(lambda: len(begun) == 6, 10)
     go.set()
+
+def test_threads_let_go_of_the_interpreter_sooner_while_jobs_compute(new_sqlite, new_manager, narrow):
+    m, go, usual = new_manager(new_sqlite(), handoff=0, concurrency=8), threading.Event(), sys.getswitchinterval()
+    def computes(): go.wait(30)
+    id, _ = m.submit('t', computes)
+    wait_until(lambda: sys.getswitchinterval() == pytest.approx(brisk))
+    narrow.clear()
+    go.set()
+    assert m.wait(id, 20).status == 'completed'
+    wait_until(lambda: sys.getswitchinterval() == pytest.approx(usual))
 
 def test_jobs_that_wait_have_all_threads(new_sqlite, new_manager):
     m, together = new_manager(new_sqlite(), handoff=0, concurrency=8), threading.Barrier(8)
