@@ -89,6 +89,15 @@ def new_pg(pg_server):
 
 
 @pytest.fixture
+def statements(monkeypatch):
+    "What is sent to PostgreSQL from here on, in this process"
+    import psycopg
+    sent, execute = [], psycopg.Cursor.execute
+    monkeypatch.setattr(psycopg.Cursor, 'execute', lambda self, query, *args, **kw: sent.append(str(query)) or execute(self, query, *args, **kw))
+    return sent
+
+
+@pytest.fixture
 def new_sqlite(tmp_path):
     "Call it for the URL of a new, empty SQLite file"
     def make():

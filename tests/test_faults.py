@@ -325,7 +325,7 @@ def test_memory_is_refused_with_the_reason(url, open_manager):
 def server(pg_server):
     with psycopg.connect(pg_server, autocommit=True) as conn: yield conn
 
-def terminate(server, url): return server.execute('SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = %s', [sa.make_url(url).database]).fetchone()[0]
+def terminate(server, url): return server.execute('SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity WHERE datname = %s', [sa.make_url(url).database]).fetchone()[0]
 
 def test_backends_killed_while_idle(new_pg, server, open_manager):
     m = open_manager(url := new_pg(), handoff=0)

@@ -112,6 +112,13 @@ def test_jobs_that_share_a_commit_share_a_ring(elsewhere):
     due = m.engine.tenancy(m.store).wakes.due()[0]
     assert acme in due
 
+def test_a_lone_submit_asks_a_server_twice(elsewhere, statements):
+    m, *_ = elsewhere
+    m.submit('t', print)  # with a hint for the next seconds
+    statements.clear()
+    m.submit('t', print)
+    assert len(statements) == (0 if m.engine.tenancy(m.store).wakes.bell else 2)  # the job, and the ring in the host
+
 def test_each_queue_and_each_moment_is_rung_for(elsewhere):
     m, rings, _ = elsewhere
     async def some():

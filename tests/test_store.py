@@ -1,8 +1,12 @@
 "One contract, two databases: every statement of the store does the same on SQLite and on PostgreSQL."
 import sqlite3, threading, time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from unittest.mock import patch
+import psycopg
 import pytest
 import sqlalchemy as sa
+from hypothesis import given, strategies as st
 from fastsql.core import NotFoundError
 from fh_saas.db_connect import (DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, InvalidDatabaseURL,
     NewerDatabase, UnsupportedDatabase, open_engine, write_meta, writing)
@@ -12,7 +16,7 @@ from fh_saas.jobs.model import ensure_tables
 from fh_saas.jobs.payload import describe
 from fh_saas.jobs.states import Outcome
 from fh_saas.jobs.claims import max_lease
-from fh_saas.jobs.commit import SQLite, _compiled
+from fh_saas.jobs.commit import Clock, SQLite, _compiled, single
 from fh_saas.jobs.store import JobNotFound, Store
 from conftest import wait_until
 
@@ -535,11 +539,54 @@ def test_a_connection_that_died_is_replaced(new_pg):
     add(store, id='a')
     pid = sql(store, 'SELECT pg_backend_pid()')[0][0]
     killer = open_engine(store.url)
-    with writing(killer) as conn: conn.execute(sa.text('SELECT pg_terminate_backend(:p)'), dict(p=pid))
+    with writing(killer) as conn: conn.execute(sa.text('SELECT pg_terminate_backend(:p, 5000)'), dict(p=pid))
     killer.dispose()
     add(store, id='b')
     assert len(store.list()) == 2
     store.close()
+
+def test_one_statement_is_one_trip_to_a_server(new_pg, statements):
+    store = Store(new_pg())
+    add(store, id='a')
+    statements.clear()
+    add(store, id='b')
+    with pytest.raises(psycopg.errors.UniqueViolation): add(store, id='b')
+    add(store, id='c')
+    assert [s.split()[0] for s in statements] == ['INSERT']*3
+    assert [j['id'] for j in store.list()] == ['c', 'b', 'a']
+    store.close()
+
+def test_a_connection_that_ends_in_the_middle_is_an_error_for_its_caller(new_pg):
+    store = Store(new_pg())
+    add(store, id='a')
+    with pytest.raises(DatabaseUnavailable, match='terminating'): store.write(single(lambda cur, now: cur.execute('SELECT pg_terminate_backend(pg_backend_pid())')))
+    add(store, id='b')
+    assert len(store.list()) == 2
+    store.close()
+
+@given(drift=st.floats(-3e-4, 3e-4), steps=st.lists(st.tuples(st.floats(0, 3), st.none() | st.floats(0, 0.5)), max_size=60))
+def test_a_server_clock_is_never_ahead_and_never_goes_back(drift, steps):
+    clock, here, last = Clock(), [500.0], 0.0
+    server = lambda: 1e6 + here[0]*(1 + drift)
+    with patch.object(commit, 'time', SimpleNamespace(monotonic=lambda: here[0], time=lambda: here[0])):
+        for wait, way in steps:
+            here[0] += wait
+            if way is not None:  # asked: the answer is on its way for so long
+                said, asked = server(), here[0]
+                here[0] += way
+                clock.hear(said, asked)
+            if (at := clock.read()) is not None:
+                assert last - 1e-6 <= at <= server() + 1e-6
+                last = at
+    if steps and (steps[-1][1] or 1) < 0.1: assert last >= server() - 0.1
+
+def test_a_server_clock_is_not_believed_after_a_sleep():
+    clock, slept = Clock(), [0.0]
+    with patch.object(commit, 'time', SimpleNamespace(monotonic=time.monotonic, time=lambda: time.time() + slept[0])):
+        clock.hear(1000.0, time.monotonic())
+        assert 1000.0 <= clock.read() < 1001
+        slept[0] = 3600.0  # the machine slept for an hour that its monotonic clock has not counted
+        assert clock.read() is None
 
 # --- The database as a whole
 

@@ -408,6 +408,7 @@ def finishing_all(self:Store,
         rows = [_end(now, at, job, o) for job, o in others]
         if rows and done.many(cur, [u for u, _ in rows]) != len(rows): raise Stale
         if rows: attempt.many(cur, [a for _, a in rows])
+    op.single = len(ends) == 1 and not (others or notes)  # it is written or not
     return op
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #7ba457a1
@@ -504,10 +505,12 @@ def _in(t, now):
 @patch
 def due_in(self:Store, cur, now, names, old_types, closed=(), only=None) -> tuple: # As `next_due`; and the queues in which anything waits
     j = self.t.jobs
-    first, queues = self._candidates(names, old_types), self.queues(cur)
+    def build():
+        waits = sa.select((s := _steps(j)).c.q, sa.null(), sa.null()).where(s.c.q.is_not(None))
+        return waits.union_all(sa.select(sa.null(), sa.func.min(sa.func.coalesce(j.c.lease_until, timestamp(0))), sa.func.max(j.c.lease_until)).where(j.c.status == RUNNING))
+    *waits, (_, *leases) = sorted(self.statement(('outlook', j.name), build)(cur).fetchall(), key=lambda r: r[0] is None)
+    first, queues, (lapse, last) = self._candidates(names, old_types), [q for q, *_ in waits], (_in(t, now) for t in leases)
     due = [_in(r['run_at'] or timestamp(0), now) for q in queues if q not in closed and (only is None or q in only) for r in first(cur, queue=q, n=1)]
-    lease = self.statement(('next lease', j.name), lambda: sa.select(sa.func.min(sa.func.coalesce(j.c.lease_until, timestamp(0))), sa.func.max(j.c.lease_until)).where(j.c.status == RUNNING))
-    lapse, last = (_in(t, now) for t in lease(cur).fetchone())
     return min(due, default=None), -1.0 if last and last > max_lease else lapse, queues
 
 @patch

@@ -163,6 +163,7 @@ def turn(self:Desk,
         if claim and len(rows) < room.n: due = self.store.due_in(cur, now, *names, room.closed, self.only)
         if stepped := notes and (got or rows or ends): self.store.step(cur, notes)  # who has nothing to say writes nothing
         return got, rows, due, notes if stepped else None
+    op.single = done is not None and done.single and not (these or claim or check)
     got, rows, due, notes = self.store.write(op)
     if notes: self._checked(notes)
     return {r['id']: r for r in got}, self._take(rows), due
@@ -173,12 +174,11 @@ def _checking(self:Desk, judge:bool=True):
     "Called with a cursor: is this the database that the host knows?"
     if self.tenancy is None: return None
     # on PostgreSQL each step of the mark would keep other claimers waiting for its row: once a second there
-    old = isinstance(self.store.kind, SQLite) or time.monotonic() > self.checked + 1
-    if old: self.tenancy.refresh(1.0)
+    server = not isinstance(self.store.kind, SQLite)
+    if server and time.monotonic() < self.checked + 1: return None
+    self.tenancy.refresh(1.0)
     def check(cur):
-        new = self.store.place != self.checked_place
-        if not (old or new): return None
-        if new: self.tenancy.refresh()  # what the host said a moment before may be older than the file
+        if self.store.place != self.checked_place: self.tenancy.refresh()  # what the host said a moment before may be older than the file
         notes = self.store.noting(cur)
         if judge: self.tenancy.check(notes)  # an outcome is guarded by its token
         return notes

@@ -106,6 +106,9 @@ class Adding:
         after=None, # Called once after a commit, with all operations of it that have the same and what they came to
     ): self.store, self.jobs, self.delay, self.quota, self.after = store, jobs, delay, quota, after
 
+    @property
+    def single(self) -> bool: return self.quota is None and len(self.jobs) == 1
+
     def __call__(self, cur, now):
         s, quota, jobs = self.store, self.quota, self.jobs
         # somebody's transaction may hold the lock for long, and this one may carry the work of others: who does not get it comes again

@@ -15,7 +15,7 @@ from ..db_connect import add_columns, db_errors, lock_schema, writing
 from ..db_host import HostDatabase, catalog_table, seconds, timestamp
 from .bell import Bell, channel
 from .claims import max_lease
-from .commit import Committer, SQLite
+from .commit import Clock, Committer, SQLite, single
 from .store import bind
 
 # %% ../../nbs/jobs/15_wake.ipynb #1ba15d95
@@ -77,7 +77,7 @@ def hint(self:Wakes, tenant_id:str):
         new = self.kind.insert(w).values(tenant_id=bind('tenant'), hint_at=bind('at'), seq=1)
         return new.on_conflict_do_update(index_elements=[w.c.tenant_id], set_=dict(hint_at=_later(w.c.hint_at, new.excluded.hint_at), seq=w.c.seq + 1))
     stmt = self.statement(('wake hint',), build)
-    self.write(lambda cur, t: stmt(cur, tenant=tenant_id, at=timestamp(t + 2*self.bound)) and None)
+    self.write(single(lambda cur, t: stmt(cur, tenant=tenant_id, at=timestamp(t + 2*self.bound + Clock.step)) and None))  # what is known of a server's clock may be late
     with self._lock:
         if len(self._hinted) > 10_000: self._hinted.clear()
         self._hinted[tenant_id] = now + 2*self.bound
@@ -90,22 +90,12 @@ def ring(self:Wakes,
     queue:str=None, # In which queue; any if left out
 ):
     "After the commit: something is due"
-    w = wakes_table
-    def build():
-        new = self.kind.insert(w).values(tenant_id=bind('tenant'), wake_at=bind('at'), queues=bind('queue', type_=sa.String), seq=1)
-        have, its = w.c.queues, new.excluded.queues
-        sooner = sa.case((sa.or_(w.c.wake_at.is_(None), w.c.wake_at > new.excluded.wake_at), new.excluded.wake_at), else_=w.c.wake_at)
-        more = sa.case((w.c.wake_at.is_(None), its), (sa.or_(have.is_(None), its.is_(None)), sa.null()), (self._has(its), have), else_=have + its)
-        return new.on_conflict_do_update(index_elements=[w.c.tenant_id], set_=dict(wake_at=sooner, queues=more, seq=w.c.seq + 1, passed=0), where=sa.not_(self._stands(new.excluded.wake_at, its)))
     its = queue and _between(queue)
     if at is None and self.bell: self.bell.call(tenant_id)
-    if at is None and self._known(tenant_id, its): return
-    stmt, tell = self.statement(('wake ring',), build), self._telling()
-    def op(cur, now):
-        rung = stmt(cur, tenant=tenant_id, at=at or timestamp(now), queue=its).rowcount
-        if tell and rung: tell(cur, channel=channel, tenant=tenant_id)
-        return rung
-    if self.write(op) and self.bell: self.bell.ring(tenant_id)
+    if at is None and self.bell and self._known(tenant_id, its): return
+    stmt = self.statement(('wake ring',), self._ring if self.bell else self._ring_and_tell)
+    rung = self.write(single(lambda cur, now: stmt(cur, tenant=tenant_id, at=at or timestamp(now), queue=its, channel=channel).rowcount))
+    if rung and self.bell: self.bell.ring(tenant_id)
 
 # %% ../../nbs/jobs/15_wake.ipynb #86033c9d
 @patch
@@ -115,15 +105,38 @@ def _stands(self:Wakes, at, queue):
     return sa.and_(w.c.wake_at.is_not(None), w.c.wake_at <= at, w.c.visitor.is_(None), w.c.passed == 0, self._has(sa.func.coalesce(queue, '-')))
 
 @patch
-def _known(self:Wakes, tenant_id, queue) -> bool:
-    "Asked without a lock, after the commit: a visit that is leased from here on sees what was committed"
+def _rung(self:Wakes): # Does the row say so already?
+    "To be asked without a lock, after the commit: a visit that is leased from here on sees what was committed"
     w = wakes_table
-    stmt = self.statement(('wake known',), lambda: sa.select(w.c.seq).where(w.c.tenant_id == bind('tenant'), self._stands(bind('now'), bind('queue', type_=sa.String))))
-    with self.cursor() as cur: return stmt(cur, tenant=tenant_id, now=timestamp(self.kind.now(cur)), queue=queue).fetchone() is not None
+    return sa.select(w.c.seq).where(w.c.tenant_id == bind('tenant'), self._stands(bind('at'), bind('queue', type_=sa.String)))
 
 @patch
-def _telling(self:Wakes): # On PostgreSQL the ring is part of the transaction
+def _known(self:Wakes, tenant_id, queue) -> bool:
+    stmt = self.statement(('wake known',), self._rung)
+    with self.cursor() as cur: return stmt(cur, tenant=tenant_id, at=timestamp(self.kind.now(cur)), queue=queue).fetchone() is not None
+
+@patch
+def _telling(self:Wakes): # On PostgreSQL the notice is part of the transaction
     if self.bell is None: return self.statement(('wake notify',), lambda: sa.select(sa.func.pg_notify(bind('channel', type_=sa.String), bind('tenant', type_=sa.String))))
+
+# %% ../../nbs/jobs/15_wake.ipynb #0acbb64b
+@patch
+def _ring(self:Wakes,
+    where=None, # On which condition
+):
+    w, row = wakes_table, dict(tenant_id=bind('tenant', type_=sa.String), wake_at=bind('at', type_=sa.String), queues=bind('queue', type_=sa.String), seq=sa.literal_column('1'))
+    new = self.kind.insert(w)
+    new = new.values(row) if where is None else new.from_select([*row], sa.select(*row.values()).where(where))
+    have, its = w.c.queues, new.excluded.queues
+    sooner = sa.case((sa.or_(w.c.wake_at.is_(None), w.c.wake_at > new.excluded.wake_at), new.excluded.wake_at), else_=w.c.wake_at)
+    more = sa.case((w.c.wake_at.is_(None), its), (sa.or_(have.is_(None), its.is_(None)), sa.null()), (self._has(its), have), else_=have + its)
+    return new.on_conflict_do_update(index_elements=[w.c.tenant_id], set_=dict(wake_at=sooner, queues=more, seq=w.c.seq + 1, passed=0), where=sa.not_(self._stands(new.excluded.wake_at, its)))
+
+@patch
+def _ring_and_tell(self:Wakes):
+    "On PostgreSQL: whether it is known, the ring, and the notice to all who listen, in one trip"
+    rung = self._ring(~self._rung().exists()).returning(wakes_table.c.tenant_id).cte('rung')
+    return sa.select(sa.func.pg_notify(bind('channel', type_=sa.String), rung.c.tenant_id))
 
 # %% ../../nbs/jobs/15_wake.ipynb #3064bf4c
 def _due(w): return sa.and_(sa.or_(w.c.wake_at <= bind('now'), w.c.hint_at <= bind('now')),
@@ -140,15 +153,14 @@ def due(self:Wakes,
     def build():
         shut = sa.exists().where(c.id == w.c.tenant_id, sa.or_(c.state != 'active', c.held.is_not(None)))
         ours = [] if queues is None else [sa.or_(w.c.hint_at <= bind('now'), *(self._has(_between(q)) for q in queues))]
-        return sa.select(w.c.tenant_id, w.c.seq).where(_due(w), *ours, ~shut).order_by(w.c.wake_at).limit(bind('n', type_=sa.Integer))
-    some = self.statement(('wakes due', queues), build)
-    soon = self.statement(('wakes next',), lambda: sa.select(sa.select(sa.func.min(w.c.wake_at)).where(w.c.wake_at > bind('now')).scalar_subquery(),
-        sa.select(sa.func.min(w.c.hint_at)).where(w.c.hint_at > bind('now')).scalar_subquery()))
+        due = sa.select(w.c.tenant_id, w.c.seq, w.c.wake_at).where(_due(w), *ours, ~shut).order_by(w.c.wake_at).limit(bind('n', type_=sa.Integer)).subquery('due')
+        soon = sa.select(*(sa.select(sa.func.min(col)).where(col > bind('now')).scalar_subquery().label(f'next_{col.name}') for col in (w.c.wake_at, w.c.hint_at))).subquery('soon')
+        return sa.select(*soon.c, due.c.tenant_id, due.c.seq).select_from(soon.outerjoin(due, sa.true())).order_by(due.c.wake_at)
     with self.cursor() as cur:
         now = self.kind.now(cur)
-        found = {t: seq for t, seq in some(cur, now=timestamp(now), ahead=timestamp(now+max_lease), n=n+len(but)).fetchall() if not but or but.get(t) != seq}
-        moments = [seconds(t) - now for t in soon(cur, now=timestamp(now)).fetchone() if t]
-    return found, min(moments, default=None)
+        rows = self.statement(('wakes due', queues), build)(cur, now=timestamp(now), ahead=timestamp(now+max_lease), n=n+len(but)).fetchall()
+    found = {t: seq for *_, t, seq in rows if t is not None and (not but or but.get(t) != seq)}
+    return found, min((seconds(t) - now for t in rows[0][:2] if t), default=None)
 
 # %% ../../nbs/jobs/15_wake.ipynb #b5c6f79e
 @patch
@@ -159,7 +171,7 @@ def lease(self:Wakes, tenant_id:str, visitor:str, span:float=30) -> tuple: # `se
     def op(cur, now):
         row = stmt(cur, tenant=tenant_id, me=visitor, until=timestamp(now+span), now=timestamp(now), ahead=timestamp(now+max_lease)).fetchone()
         return row and (row[0], timestamp(now))
-    return self.write(op)
+    return self.write(single(op))
 
 # %% ../../nbs/jobs/15_wake.ipynb #a372a671
 @patch
@@ -176,16 +188,15 @@ def settle(self:Wakes, tenant_id:str, visitor:str,
     quiet = self.statement(('wake settle',), lambda: w.update().where(*mine(), w.c.seq == bind('noted')).values(wake_at=bind('at'), queues=bind('queues', type_=sa.String), passed=bind('passed', type_=sa.Integer), fails=0, error=sa.null(),
         hint_at=sa.case((w.c.hint_at <= bind('begun'), sa.null()), else_=w.c.hint_at), **back))
     leave = self.statement(('wake leave',), lambda: w.update().where(*mine()).values(**back))
-    known, tell = self.statement(('wake passed',), lambda: sa.select(w.c.passed).where(*mine())), passed and self._telling()
-    def op(cur, now):
-        anew = tell and known(cur, tenant=tenant_id, me=visitor).fetchone() == (0,)
-        if quiet(cur, tenant=tenant_id, me=visitor, noted=seq, begun=begun, at=None if after is None else timestamp(now+after),
-            queues=None if queues is None else ''.join(map(_between, queues)), passed=int(passed)).rowcount:
-            if anew: tell(cur, channel=channel, tenant=tenant_id)
-            return True
-        leave(cur, tenant=tenant_id, me=visitor)
-        return False
-    return self.write(op)
+    known, tell, who = self.statement(('wake passed',), lambda: sa.select(w.c.passed).where(*mine())), passed and self._telling(), dict(tenant=tenant_id, me=visitor)
+    def over(cur, now): return quiet(cur, **who, noted=seq, begun=begun, at=None if after is None else timestamp(now+after), queues=None if queues is None else ''.join(map(_between, queues)), passed=int(passed)).rowcount > 0
+    def over_and_tell(cur, now):
+        anew = known(cur, **who).fetchone() == (0,)
+        if (done := over(cur, now)) and anew: tell(cur, channel=channel, tenant=tenant_id)
+        return done
+    if self.write(over_and_tell if tell else single(over)): return True
+    self.write(single(lambda cur, now: leave(cur, **who) and None))
+    return False
 
 # %% ../../nbs/jobs/15_wake.ipynb #b59e62ab
 @patch
