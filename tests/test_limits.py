@@ -767,6 +767,32 @@ def test_no_more_is_claimed_than_can_start_where_all_are_in_their_last_attempt(l
     assert e._allot(desk) > len(desk.wanted)
     desk.wanted = []
 
+def three_turns(e, new_sqlite, seconds):
+    "What three desks may claim whose turns begin at the same moment, and how many of it in their last attempt"
+    e.line._slow, e.line._pace, e.line._timed = seconds, seconds, 1000
+    found = []
+    for desk in [e._desks[e.store(new_sqlite())] for _ in range(3)]:
+        found.append((n := e._allot(desk), e._room(desk, n).sure if n else 0))
+        desk.turning = True
+    return found
+
+def test_turns_at_once_leave_each_other_their_share_and_none_claims_what_another_may_start(new_sqlite, new_manager):
+    short, long = (new_manager(new_sqlite(), handoff=0, concurrency=8).engine for _ in range(2))
+    assert three_turns(short, new_sqlite, 1e-5) == [(8 + short.line.ahead(), 8), (64, 0), (64, 0)] and short.line.ahead() == 512
+    assert three_turns(long, new_sqlite, 10) == [(8, 8), (0, 0), (0, 0)]
+
+def test_a_desk_that_has_a_turn_leaves_room_for_those_before_it(new_sqlite, new_manager):
+    e = new_manager(new_sqlite(), handoff=0, concurrency=8).engine
+    first, second, third = (e._desks[e.store(new_sqlite())] for _ in range(3))
+    e.line._slow, e.line._pace, e.line._timed = 1e-3, 1e-3, 1000  # 160 ahead, 40 in a turn
+    for d in (first, second): e._ring.join(d)
+    assert e._allot(third) == 40 and e._left(third)[0] == 168
+    e._reserved.clear()
+    e._ring.leave(third)
+    e.line.waiting = 80  # room for 88: two turns
+    assert e._allot(third) == 8 and e._allot(first) == 40
+    e.line.waiting = 0
+
 @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(['join', 'leave', 'turn'])), max_size=80))
 def test_a_ring_holds_who_is_in_it_once(moves):
     ring, tenants, inside = Ring(), [Tenant(n % 3 + 1) for n in range(6)], set()

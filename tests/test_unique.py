@@ -31,6 +31,16 @@ def test_the_same_job_is_not_submitted_twice(manager):
     assert len({a, *(manager.submit('t', f, unique=True, **kw)[0] for f, kw in ((sync, dict(account=2)), (sync, dict(account=1, full=True)), (other, dict(account=1))))}) == 4
     assert manager.submit('t', sync, account=1, **far)[0] != a  # who does not ask for it gets a job of its own
 
+def test_the_same_job_is_not_submitted_twice_by_processes_that_know_nothing_of_each_other(url, new_engine):
+    managers, start = [BackgroundTaskManager(Database(url), new_engine(concurrency=0)) for _ in range(3)], threading.Barrier(3)
+    for m in managers: m.submit('t', other, account=0, **far)
+    def submit(m, n):
+        start.wait()
+        return m.submit('t', sync, account=n, unique=True, **far)[0]
+    with ThreadPoolExecutor(3) as pool:
+        for n in range(60): assert len(set(pool.map(submit, managers, [n]*3))) == 1
+    assert managers[0].store.by_status()['pending'] == 63
+
 def test_the_handle_of_one_that_was_there_runs_nothing(manager):
     a, _ = manager.submit('t', sync, account=1, unique=True, **far)
     _, again = manager.submit('t', sync, account=1, unique=True)

@@ -511,7 +511,7 @@ def due_in(self:Store, cur, now, names, old_types, closed=(), only=None) -> tupl
     *waits, (_, *leases) = sorted(self.statement(('outlook', j.name), build)(cur).fetchall(), key=lambda r: r[0] is None)
     first, queues, (lapse, last) = self._candidates(names, old_types), [q for q, *_ in waits], (_in(t, now) for t in leases)
     due = [_in(r['run_at'] or timestamp(0), now) for q in queues if q not in closed and (only is None or q in only) for r in first(cur, queue=q, n=1)]
-    return min(due, default=None), -1.0 if last and last > max_lease else lapse, queues
+    return min(due, default=None), -1.0 if last and last > max_lease + 1 else lapse, queues
 
 @patch
 def next_due(self:Store, names:tuple, old_types:tuple,

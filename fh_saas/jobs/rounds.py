@@ -259,31 +259,43 @@ reserve = 0.1  # seconds for which a turn has its room to itself; one that is st
 def _allot(self:Rounds, desk) -> int:
     "How many jobs a desk may claim now; if none, it waits in the ring"
     with self._lock:
-        ahead, (room, _) = self.line.ahead(), self._left(desk)
+        unit, (room, _) = self._unit(), self._left(desk)
         self._ring.join(desk)
-        first = next(d for d in self._ring if d is desk or not d.turning)
-        if room <= 0 or first is not desk: return 0
+        for d in itertools.takewhile(lambda d: d is not desk and room > 0, self._ring): room -= 0 if d.turning else max(1, round(unit*d.weight))
+        if room <= 0: return 0
         if desk.sparing: room = min(room, max(len(desk.wanted) + 1, self.line.free()))  # more would be read than are taken
         n = room
         if len(self._ring) > 1:
-            n = self._ring.grant(desk, min(self.line.unit(), max(1, ahead)), room)
+            n = self._ring.grant(desk, unit, room)
             self._ring.took(desk, n)
-        self._reserved[desk] = n, time.monotonic() + reserve
+        self._reserved[desk] = n, min(n, self._sure(desk)), time.monotonic() + reserve
         return n
+
+@patch
+def _unit(self:Rounds): return min(self.line.unit(), max(1, self.line.ahead()))
 
 @patch
 def _left(self:Rounds, desk) -> tuple: # And until when the rest is reserved
     "The room that no other turn has to itself"
+    # of what may be claimed ahead no turn keeps more than its share from others: it may find nothing to claim
+    free, others, most = self.line.free(), self._others(desk), max(self._unit(), self.line.free())
+    return free + self.line.ahead() - sum(min(n, most) for n, *_ in others), min((until for *_, until in others), default=time.monotonic())
+
+@patch
+def _others(self:Rounds, desk) -> list: # Jobs, those of them that may be in their last attempt, and until when
+    "What other turns have reserved"
     now = time.monotonic()
-    others = [(n, until) for d, (n, until) in self._reserved.items() if until > now and d is not desk]
-    return self.line.free() + self.line.ahead() - sum(n for n, _ in others), min((until for _, until in others), default=now)
+    with self._lock: return [r for d, r in self._reserved.items() if r[2] > now and d is not desk]
+
+@patch
+def _sure(self:Rounds, desk) -> int: return max(0, self.line.free() - sum(sure for _, sure, _ in self._others(desk)))
 
 # %% ../../nbs/jobs/13_rounds.ipynb #136e4ff8
 @patch
 def _room(self:Rounds, desk, n, **kw):
     l, (by_task, sure) = desk.limits, self.line.room_of_tasks(desk)
     return Room(n, by_queue=self.line.free_of(), closed=l.closed, most=l.most, most_by_queue=l.most_by_queue, rates={**self.registry.rates, **l.rates}, off=l.off, by_task=by_task, sure_of_task=sure, sure_of_queue=self.line.places_of(),
-        age=self.settings.age, sure=max(0, self.line.free()), **kw)
+        age=self.settings.age, sure=self._sure(desk), **kw)
 
 @patch
 def _may_claim(self:Rounds, desk) -> bool:
@@ -376,7 +388,7 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
     with desk._lock: wanted[:], desk.wanted[:n] = desk.wanted[:n], []
     room = self._room(desk, n - len(wanted)) if desk.hungry and n > len(wanted) else None
     if not desk.hungry and wanted:
-        with self._lock: self._reserved[desk] = len(wanted), time.monotonic() + reserve
+        with self._lock: self._reserved[desk] = (n := len(wanted)), n, time.monotonic() + reserve
     if not (ends or wanted or room): return self.settings.poll if claims or desk.tenancy and not desk.rung and not self.stopping else None
     if room: desk.hungry = False  # who calls from here on may mean a job that this claim does not see
     try: got, found, due = desk.turn(ends, [w[0] for w in wanted], room, self._room(desk, 0) if wanted and not room else None)

@@ -40,6 +40,7 @@ def unique_key(
 class Once(Adding):
     "A new pending job, unless the same one is there; what `Adding` says, with `found`, its id, if it is"
     __slots__ = ('unique',)
+    single = False  # what it finds holds until its transaction ends
     def __init__(self, store:Store, job:dict, unique:Unique, **kw):
         super().__init__(store, [job], **kw)
         self.unique = unique

@@ -77,7 +77,7 @@ def hint(self:Wakes, tenant_id:str):
         new = self.kind.insert(w).values(tenant_id=bind('tenant'), hint_at=bind('at'), seq=1)
         return new.on_conflict_do_update(index_elements=[w.c.tenant_id], set_=dict(hint_at=_later(w.c.hint_at, new.excluded.hint_at), seq=w.c.seq + 1))
     stmt = self.statement(('wake hint',), build)
-    self.write(single(lambda cur, t: stmt(cur, tenant=tenant_id, at=timestamp(t + 2*self.bound + Clock.step)) and None))  # what is known of a server's clock may be late
+    self.write(single(lambda cur, t: stmt(cur, tenant=tenant_id, at=timestamp(t + 2*self.bound + Clock.slow)) and None))  # what is known of a server's clock may be late
     with self._lock:
         if len(self._hinted) > 10_000: self._hinted.clear()
         self._hinted[tenant_id] = now + 2*self.bound
