@@ -770,10 +770,11 @@ def test_no_more_is_claimed_than_can_start_where_all_are_in_their_last_attempt(l
 def three_turns(e, new_sqlite, seconds):
     "What three desks may claim whose turns begin at the same moment, and how many of it in their last attempt"
     e.line._slow, e.line._pace, e.line._timed = seconds, seconds, 1000
-    found = []
-    for desk in [e._desks[e.store(new_sqlite())] for _ in range(3)]:
+    found, desks = [], [e._desks[e.store(new_sqlite())] for _ in range(3)]
+    for desk in desks:
         found.append((n := e._allot(desk), e._room(desk, n).sure if n else 0))
         desk.turning = True
+    for desk in desks: desk.turning = False
     return found
 
 def test_turns_at_once_leave_each_other_their_share_and_none_claims_what_another_may_start(new_sqlite, new_manager):

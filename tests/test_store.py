@@ -752,7 +752,7 @@ def test_claim_and_rescue_use_the_partial_indexes(new_sqlite):
         p = plan(store, 'candidates', suspects)
         assert p.count('ix_tenant_jobs_ready (queue=? AND priority=? AND run_at') == 5 and p.count('TEMP B-TREE') <= 1  # the undated are sorted, if there are any
     assert 'SCAN tenant_jobs' not in plan(store, 'queues')
-    for key in ('lapsed', 'next lease', 'heartbeat'): assert 'ix_tenant_jobs_lease' in plan(store, key), key
+    for key in ('lapsed', 'outlook', 'heartbeat'): assert 'ix_tenant_jobs_lease' in plan(store, key), key
     store.list()
     assert 'TEMP B-TREE' not in plan(store, 'list')  # the newest are the last rows
     store.close()
