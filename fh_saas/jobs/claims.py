@@ -76,22 +76,27 @@ def _known(kind, j, names, old_types):
     def among(c, k, v): return c.in_(sa.bindparam(k, [*v], expanding=True)) if isinstance(kind, SQLite) else c == sa.any_(sa.bindparam(k, [*v], sa.ARRAY(sa.String)))
     return sa.or_(among(j.c.task, 'names', names), sa.and_(j.c.task.is_(None), among(j.c.job_type, 'types', old_types)))
 
-def _first(kind, r, queue, names, old_types, suspects):
-    "Jobs of `queue` that are due: the first of each priority"
+_priorities = [sa.literal_column(str(p)) for p in (4, 3, 2, 1)]
+
+def _arms(kind, r, queue, names, old_types, suspects):
+    "Jobs of `queue` that may be claimed, the first of them: as `f(where)`; and those of a priority that are due, and of all that name no moment"
     j = r.alias('j')
     held = sa.select(r.c.concurrency_key).where(r.c.status == RUNNING, r.c.concurrency_key.is_not(None)).cte('held')
     free = sa.or_(j.c.concurrency_key.is_(None), j.c.concurrency_key.not_in(sa.select(held.c.concurrency_key)))
     which = [] if suspects is None else [j.c.lost > sa.literal_column('0') if suspects else j.c.lost == sa.literal_column('0')]
     when, known = j.c.run_at <= bind('now') if suspects is not None else j.c.run_at.is_not(None), _known(kind, j, names, old_types)
-    def arm(name, *where):
-        of = sa.select(*(sa.literal_column(f'j.{c.name}') for c in _columns(j))).select_from(j).where(j.c.status == PENDING, j.c.queue == queue, *where, *which, known, free).order_by(j.c.run_at, j.c.id)
-        # the star, and no second name for a column, keep the statement below 4,096 characters, above which psycopg parses it anew each time
-        of = of.limit(bind('n', type_=sa.Integer))
+    def arm(where): return sa.select(*(sa.literal_column(f'j.{c.name}') for c in _columns(j))).select_from(j).where(j.c.status == PENDING, j.c.queue == queue, where, *which, known, free).order_by(j.c.run_at, j.c.id).limit(bind('n', type_=sa.Integer))
+    return arm, lambda p: sa.and_(j.c.priority == p, when), sa.and_(j.c.priority.in_(_priorities), j.c.run_at.is_(None))  # somebody else's row: long due
+
+def _first(kind, r, queue, names, old_types, suspects):
+    "The first of each priority, in one statement"
+    arm, due, undated = _arms(kind, r, queue, names, old_types, suspects)
+    def part(name, where):
+        of = arm(where)
+        # the star, and no second name for a column, keep the statement below 4,096 characters, above which psycopg parses it anew each time;
         # who only looks must lock nothing: a claim at the same moment would skip it
         return sa.select(sa.literal_column(f'{name}.*')).select_from((of if suspects is None else of.with_for_update(skip_locked=True)).subquery(name))
-    priorities = [sa.literal_column(str(p)) for p in (4, 3, 2, 1)]
-    arms = [arm(f'p{p}', j.c.priority == p, when) for p in priorities]
-    return sa.union_all(*arms, arm('undated', j.c.priority.in_(priorities), j.c.run_at.is_(None)))  # somebody else's row: long due
+    return sa.union_all(*(part(f'p{p}', due(p)) for p in _priorities), part('undated', undated))
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #8ac8b4ca
 def _in_one(j, q):
@@ -114,8 +119,31 @@ def _whole(self:Store, key, build):
 # %% ../../nbs/jobs/05_store_claims.ipynb #a0c82f3b
 @patch
 def _candidates(self:Store, names, old_types, suspects=None):
-    "Jobs of one queue that may be claimed, or only the next one, which need not be due"
-    return self._whole(('candidates', self.t.jobs.name, names, old_types, suspects), lambda: _first(self.kind, self.t.jobs, bind('queue'), names, old_types, suspects))
+    "Jobs of one queue that may be claimed, or only the next one, which need not be due: as `f(cur, queue=, n=, now=)`"
+    j, which = self.t.jobs, (names, old_types, suspects)
+    if not isinstance(self.kind, SQLite): return self._whole(('candidates', j.name, *which), lambda: _first(self.kind, j, bind('queue'), *which))
+    levels, dated = self.statement(('levels', j.name), lambda: _levels(j)), self._whole(('candidates', j.name, *which), lambda: _level(self.kind, j, *which))
+    def read(cur, queue, **params):
+        low, high, strays = levels(cur, queue=queue).fetchone()
+        rows = self._whole(('undated', j.name, *which), lambda: _strays(self.kind, j, *which))(cur, queue=queue, **params) if strays else []
+        for p in (4, 3, 2, 1):
+            if low is not None and low <= p <= high: rows += dated(cur, queue=queue, priority=p, **params)
+        return rows
+    return read
+
+def _level(kind, j, *which):
+    arm, due, _ = _arms(kind, j, bind('queue'), *which)
+    return arm(due(bind('priority', type_=sa.Integer)))
+
+def _strays(kind, j, *which):
+    arm, _, undated = _arms(kind, j, bind('queue'), *which)
+    return arm(undated)
+
+def _levels(j):
+    "The least and the greatest priority of what waits in a queue, and whether any of it names no moment"
+    waits, known = (j.c.status == PENDING, j.c.queue == bind('queue')), (j.c.priority >= sa.literal_column('1'), j.c.priority <= sa.literal_column('4'))
+    ends = (sa.select(f(j.c.priority)).where(*waits, *known).scalar_subquery() for f in (sa.func.min, sa.func.max))
+    return sa.select(*ends, sa.exists().where(*waits, j.c.priority.in_(_priorities), j.c.run_at.is_(None)))
 
 @patch
 def _anywhere(self:Store, names, old_types, suspects):
