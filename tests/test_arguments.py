@@ -3,14 +3,14 @@ import json, uuid
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
-from enum import Enum
+from enum import Enum, IntEnum
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple, Optional, TypedDict
 import msgspec, pydantic, pytest
 from hypothesis import given, strategies as st
 from fh_saas.jobs.arguments import Signature
-from fh_saas.jobs.payload import NotJson
+from fh_saas.jobs.payload import NotJson, loads, to_json
 from fh_saas.jobs.tasks import BadPayload, Task, task
 
 
@@ -184,3 +184,18 @@ def test_a_field_with_an_empty_name_is_unknown():
     def f(shelf:Shelf, more:list[Shelf]=()): pass
     for bad in (dict(shelf={'n': 1, '': 2}), dict(shelf={'n': 1}, more=[{'n': 1, '': 2}])):
         with pytest.raises(BadPayload, match="unknown field `''`"): Signature(f).pack(bad)
+
+texts = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None)), lambda o: st.lists(o) | st.dictionaries(st.text(), o), max_leaves=20).map(json.dumps)
+
+def read(f, text):
+    try: return repr(f(text))
+    except Exception as e: return type(e)
+
+@given(texts | st.text() | st.sampled_from(['NaN', '-Infinity', '1e400', '1'*5000, '['*100_000, '"\\ud800"', '"\ud800"', '{"a":1,"a":2}', '-0', '9007199254740993.0', '', ' 1 ', '1 2']))
+def test_json_is_read_as_python_reads_it(text): assert read(loads, text) == read(json.loads, text)
+
+@pytest.mark.parametrize('v', [0, -1, 10**30, True, False, 1.5, [1], {'a': True}, 'é', IntEnum('E', 'a').a])
+def test_json_is_written_as_python_writes_it(v): assert to_json(v, 'v') == json.dumps(v, separators=(',', ':'))
+
+def test_a_number_that_python_does_not_write_is_no_json():
+    with pytest.raises(NotJson, match='result cannot be encoded'): to_json(10**5000, 'result')

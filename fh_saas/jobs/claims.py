@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from sqlalchemy.dialects.postgresql import JSONB
 from ..db_host import seconds, timestamp
 from .commit import SQLite
+from .payload import loads
 from .retries import last_attempt
 from .states import Outcome, Status
 from .store import PENDING, RUNNING, Store, bind, rows_of
@@ -111,7 +112,7 @@ def _whole(self:Store, key, build):
     if not isinstance(self.kind, SQLite): return lambda cur, **params: rows_of(by_row(cur, **params))
     at_once, names = self.statement(('whole', *key), lambda: _in_one(self.t.jobs, build())), _names(self.t.jobs)
     def read(cur, **params):
-        try: return [dict(zip(names, r)) for r in json.loads(at_once(cur, **params).fetchone()[0])]
+        try: return [dict(zip(names, r)) for r in loads(at_once(cur, **params).fetchone()[0])]
         except (sqlite3.Error, ValueError, MemoryError): return rows_of(by_row(cur, **params))
     return read
 
