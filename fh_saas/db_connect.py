@@ -154,20 +154,21 @@ def _psycopg():
 
 stalled = 5.0  # seconds between the statements of a short transaction after which PostgreSQL ends it
 
-def _pg_args(u, busy, brief):
+def _pg_args(u, busy, brief, lazy):
     limits = dict(lock_timeout=busy) | (dict(idle_in_transaction_session_timeout=stalled) if brief else {})
-    args = dict(connect_timeout=max(2, round(busy)), options=' '.join(f'-c {k}={round(v*1000)}' for k, v in limits.items()) + ' -c timezone=UTC', application_name='fh_saas')
+    options = [f'-c {k}={round(v*1000)}' for k, v in limits.items()] + ['-c timezone=UTC'] + ['-c synchronous_commit=off']*lazy
+    args = dict(connect_timeout=max(2, round(busy)), options=' '.join(options), application_name='fh_saas')
     return {k: v for k, v in args.items() if k not in u.query}
 
 def _pg_engine(u, busy, **kw):
     _psycopg()
     return sa.create_engine(u, creator=lambda: _pg_connect(u, busy, autocommit=False), pool_pre_ping=True, **kw)
 
-def _pg_connect(u, busy, autocommit=True):
+def _pg_connect(u, busy, autocommit=True, lazy=False):
     "A connection; while the server has none to spare, wait for others to give theirs back"
     own, until = u.translate_connect_args(username='user', database='dbname'), time.monotonic() + busy
     while True:
-        try: return _psycopg().connect(autocommit=autocommit, **own, **u.query, **_pg_args(u, busy, brief=autocommit))
+        try: return _psycopg().connect(autocommit=autocommit, **own, **u.query, **_pg_args(u, busy, autocommit, lazy))
         except _psycopg().OperationalError as e:  # which has no code before there is a connection
             if time.monotonic() > until or not any(t in str(e) for t in ('too many clients', 'remaining connection slots')): raise
         time.sleep(0.05)
@@ -177,10 +178,11 @@ def connect(
     url, # URL of a SQLite file or PostgreSQL database that exists
     synchronous:str='FULL', # SQLite's level, as for `open_engine`
     busy:float=5.0, # Seconds to wait for another's write lock
+    lazy:bool=False, # PostgreSQL: commits do not wait for the disk; a crash of the server may take those of its last second
 ): # The driver's connection; it begins no transaction by itself
     "One connection of a driver, set up like those of `open_engine`, for the hot path"
     u = check_url(url)
-    return _sqlite_connect(u, synchronous, busy) if u.get_backend_name() == 'sqlite' else _pg_connect(u, busy)
+    return _sqlite_connect(u, synchronous, busy) if u.get_backend_name() == 'sqlite' else _pg_connect(u, busy, lazy=lazy)
 
 # %% ../nbs/00_db_connect.ipynb #65fb7b66
 def open_engine(

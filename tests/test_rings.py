@@ -9,6 +9,10 @@ from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.store import Store
 from fh_saas.jobs.tasks import Registry, task
 from fh_saas.utils_bgtsk import BackgroundTaskManager
+from fh_saas.jobs.tenancy import rules_of
+from fh_saas.jobs.wake import wakes_of
+from fh_saas.workers import runner
+from fh_saas.workers.fleet import Fleet
 from fh_saas.workers.runner import Runner
 
 submitter = '''
@@ -65,6 +69,32 @@ def test_a_ring_is_heard_at_once(host, serve):
     assert serve[0] - start < 2  # it is milliseconds; a poll of this runner would be an hour
     wait_until(lambda: len(serve) == 3, 5)
     p.wait(10)
+
+def test_who_is_called_does_not_ask_the_host_first(host, serve, monkeypatch):
+    monkeypatch.setattr(runner, 'headstart', 60)
+    p = child(host, 'rings')
+    time.sleep(2)
+    p.stdin.write('\n'); p.stdin.flush()
+    wait_until(lambda: serve, 3)
+    p.wait(10)
+
+def test_each_tenant_is_one_process_to_call(host, new_engine):
+    fleet, engines = Fleet(host), [new_engine() for _ in range(3)]
+    assert fleet.place('me') == (0, 1)
+    for e in engines: fleet.beat(e)
+    assert sorted(fleet.place(e.worker) for e in engines) == [(0, 3), (1, 3), (2, 3)]
+
+def test_notes_do_not_wait_for_the_disk_and_what_an_operator_says_does(new_pg, statements):
+    h = HostDatabase(new_pg())
+    wakes = wakes_of(h)
+    assert [setting(c) for c in (wakes, Store(new_pg()), Store(h.url, 'sys_jobs'))] == ['off', 'on', 'on']
+    rules_of(h).set(queue='imports', concurrency=2)
+    begun = next(n for n, s in enumerate(statements) if 'SET LOCAL synchronous_commit TO on' in s)
+    assert 'INSERT INTO fh_saas_rules' in ''.join(statements[begun:])
+    wakes.close(); h.close()
+
+def setting(committer):
+    with committer.cursor() as cur: return cur.execute('SHOW synchronous_commit').fetchone()[0]
 
 def test_one_that_dies_before_it_rings_has_left_a_hint(host, serve):
     p = child(host, 'dies')

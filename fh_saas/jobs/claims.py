@@ -146,6 +146,7 @@ def _levels(j):
     ends = (sa.select(f(j.c.priority)).where(*waits, *known).scalar_subquery() for f in (sa.func.min, sa.func.max))
     return sa.select(*ends, sa.exists().where(*waits, j.c.priority.in_(_priorities), j.c.run_at.is_(None)))
 
+# %% ../../nbs/jobs/05_store_claims.ipynb #ea1ee165
 @patch
 def _anywhere(self:Store, names, old_types, suspects):
     "The same for all queues at once"

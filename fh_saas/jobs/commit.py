@@ -102,6 +102,7 @@ class SQLite:
     def alone(self, cur): return  # a writer is alone anyway
     def try_alone(self, cur, what, key): return True
     def commit(self, cur): cur.execute('COMMIT')
+    def durable(self, cur): return  # as its level says
     def pairs(self, o): return sa.func.json_each(o).table_valued('key', 'value')
 
 # %% ../../nbs/jobs/04_commit.ipynb #2851dcf5
@@ -131,6 +132,7 @@ class PostgreSQL:
     def alone(self, cur): cur.execute('SELECT pg_advisory_xact_lock(7307)')  # arbitrary, the same in every version
     def try_alone(self, cur, what, key): return cur.execute('SELECT pg_try_advisory_xact_lock(%s, hashtext(%s))', [what, key]).fetchone()[0]
     def commit(self, cur): cur.execute('COMMIT')
+    def durable(self, cur): cur.execute('SET LOCAL synchronous_commit TO on')
     def pairs(self, o): return sa.func.json_each_text(sa.cast(o, sa.JSON)).table_valued('key', 'value')
 
 # %% ../../nbs/jobs/04_commit.ipynb #e725642e
@@ -154,7 +156,7 @@ os.register_at_fork(before=_hold_still, after_in_parent=_go_on, after_in_child=_
 # %% ../../nbs/jobs/04_commit.ipynb #a08ddd33
 class Committer:
     "One database, written to in short transactions on a connection of our own"
-    sight = 0.0 # seconds for which a look at the file is believed
+    sight, lazy = 0.0, False # seconds for which a look at the file is believed; see `connect`
     def __init__(self,
         url, # URL of a database that exists
         synchronous:str='FULL', # SQLite's level: see `fh_saas.db_connect`
@@ -215,7 +217,7 @@ def _drop_spare(self:Committer):
 def _open(self:Committer):
     "A connection that nobody uses, or a new one"
     while (conn := self._unused()) is not None and not self.kind.alive(conn): conn.close()
-    return conn or connect(self.url, self.synchronous, self.busy)
+    return conn or connect(self.url, self.synchronous, self.busy, self.lazy)
 
 # %% ../../nbs/jobs/04_commit.ipynb #35c7a84a
 @patch
@@ -446,7 +448,7 @@ def _transact(self:Committer, batch, again=True):
         if not alone: self.kind.commit(cur)
     except BaseException as e:
         self._undo()
-        if again and getattr(e, 'sqlstate', None) in (deadlock, ended if alone else deadlock): return self._transact(batch, again=False)
+        if again and getattr(e, 'sqlstate', None) in ((deadlock, ended) if alone else (deadlock,)): return self._transact(batch, again=False)
         if (known := self._error(e)) is e: raise
         raise known from e
     for w, r in zip(batch, results): w.result, w.error, w.written = r, None, True

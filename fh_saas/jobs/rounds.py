@@ -274,6 +274,7 @@ def _allot(self:Rounds, desk) -> int:
 @patch
 def _unit(self:Rounds): return min(self.line.unit(), max(1, self.line.ahead()))
 
+# %% ../../nbs/jobs/13_rounds.ipynb #be45380e
 @patch
 def _left(self:Rounds, desk) -> tuple: # And until when the rest is reserved
     "The room that no other turn has to itself"

@@ -167,6 +167,7 @@ def set(self:Rules,
     gone = self.db.statement(('rule gone',), lambda: r.delete().where(*key))
     new = self.db.statement(('rule new',), lambda: r.insert().values({c.name: bind(c.name, type_=c.type) for c in r.c}))
     def op(cur, now):
+        self.db.kind.durable(cur)
         was = next(iter(rows_of(old(cur, **t))), {})
         rule = check_rule(Rule(**{**was, **t, **values}))
         gone(cur, **t)

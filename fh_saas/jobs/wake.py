@@ -28,12 +28,11 @@ for _c in ('wake_at', 'hint_at', 'swept_at'):
 
 class Wakes(Committer):
     "The wake rows of a host"
-    sight = 0.1
+    sight, lazy = 0.1, True  # a note that was lost is found by the sweep; the jobs themselves are in the tenants' databases
     def __init__(self,
         host:HostDatabase,
         busy:float=5.0, # Seconds to wait for another's write lock
     ):
-        # a note lost in a power cut is found by the sweep; the jobs themselves are in the tenants' databases
         super().__init__(host.url, 'NORMAL', busy)
         self.host, self.bound, self._hinted, self._lock = host, 5.0, {}, threading.Lock()  # who needs longer for a commit rings after it
         self.bell = Bell(host.id) if isinstance(self.kind, SQLite) else None

@@ -122,6 +122,12 @@ def share(
     return each + (sorted(ids).index(me) < rest)
 
 @patch
+def place(self:Fleet, worker:str) -> tuple: # Its number, from 0, and how many there are
+    "Where a process stands among those that run jobs"
+    ids = sorted({worker, *(w.id for w in self.workers() if w.state == 'running')})
+    return ids.index(worker), len(ids)
+
+@patch
 def shares(self:Fleet, e:Engine, limits:dict) -> dict:
     "This process's share of each queue that has a limit for all together"
     if not limits: return {}

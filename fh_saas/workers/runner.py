@@ -11,7 +11,7 @@ __all__ = ['log', 'known', 'headstart', 'visitors', 'stuck', 'most_waiting', 'af
            'keep_heap']
 
 # %% ../../nbs/workers/00_runner.ipynb #f5c47b81
-import asyncio, gc, logging, os, signal, threading, time
+import asyncio, gc, logging, os, signal, threading, time, zlib
 from collections import deque
 from contextlib import asynccontextmanager
 from fastcore.basics import patch
@@ -55,7 +55,7 @@ def start(self:Runner):
     if self.host and self.engine.settings.concurrency:
         self.fleet, self.rules, self.wakes = Fleet(self.host), rules_of(self.host), wakes_of(self.host)
         self._stores, self._visiting, self._passed, self._shut, self._known, self._beaten, self._adopted, self._swept, self._news = {}, set(), {}, set(), None, -60.0, -1e9, 0.0, True
-        self._names = None
+        self._names, self._place = None, (0, 1)
         self._looking, self._todo, self._more, self._began, self._pool = threading.Lock(), deque(), False, {}, Pool(32, 'fh_saas-visit')
         self._watching = threading.Thread(target=self._watch, name='fh_saas-watch', daemon=True)
         self._watching.start()
@@ -74,7 +74,7 @@ def stop(self:Runner, grace:float=None):
 
 # %% ../../nbs/workers/00_runner.ipynb #f0152a8c
 known = 256 # databases whose state is kept while they have nothing to do
-headstart = 0.01 # seconds before the host is asked about a tenant that a call has named: the job begins sooner if nothing else is done meanwhile
+headstart = 0.01 # seconds before the host is asked about a tenant that was called for: the job begins sooner if nothing else is done meanwhile
 visitors, stuck = max(2, min(8, os.cpu_count() or 2)), 0.2 # visits at a time, as more would be in each other's way; one that takes so many seconds waits for a database, and counts no more
 most_waiting = 48 # tenants that wait for their turn in this process, or twice as many as jobs run at once; fewer than connections are kept open
 after_others = 0.25 # seconds for which a tenant that gave way waits: who has just become due comes first
@@ -91,8 +91,9 @@ def _watch(self:Runner):
             if ear is None: ear = Ear(self.host.url, self.host.id, self.engine.worker)
             said, now = ear.wait(min(glance if self.wakes.bell else 0.5, max(0.0, again - time.monotonic()))), time.monotonic()
             for id in said:
-                if id[:1] == '!' and self._hurry(id[1:]): called, until = id[1:], now + headstart
-                elif id[:1] != '!': again = min(again, until if id == called else now)
+                call, id = id[:1] == '!', id.lstrip('!')
+                if (call or self._at_home(id)) and self._hurry(id): called, until = id, now + headstart
+                if not call: again = min(again, until if id == called else now)
             if self.wakes.bell:
                 if conn is not None and place != self.wakes.place: conn.close(); conn = None
                 if conn is None: conn, place, seen = connect(self.host.url), self.wakes.place, None
@@ -163,6 +164,12 @@ def _hurry(self:Runner, id) -> bool:
     return True
 
 @patch
+def _at_home(self:Runner, id) -> bool:
+    "Is a ring for this tenant a call for this process? A server tells all who listen at once"
+    me, n = self._place
+    return not self.wakes.bell and zlib.crc32(id.encode()) % n == me
+
+@patch
 def _meet(self:Runner, id):
     if store := self._store_of(id): self.engine.attend(store)
 
@@ -231,6 +238,7 @@ def _each_second(self:Runner):
         self._beaten = time.monotonic()
         self._obey(**self.fleet.beat(e, self.kind, 'stopping' if e.stopping else 'quiet' if e.quiet else 'running'))
         e.line.shares = self.fleet.shares(e, self.rules.queues())
+        if not self.wakes.bell: self._place = self.fleet.place(e.worker)
 
 @patch
 def _heed(self:Runner):
