@@ -92,7 +92,7 @@ def _watch(self:Runner):
             said, now = ear.wait(min(glance if self.wakes.bell else 0.5, max(0.0, again - time.monotonic()))), time.monotonic()
             for id in said:
                 call, id = id[:1] == '!', id.lstrip('!')
-                if (call or self._at_home(id)) and self._hurry(id): called, until = id, now + headstart
+                if (call or self._at_home(id)) and self._hurry(id): called, until = id, now + (headstart if self.wakes.bell else headstart/4)  # a server says nothing of the next job until then
                 if not call: again = min(again, until if id == called else now)
             if self.wakes.bell:
                 if conn is not None and place != self.wakes.place: conn.close(); conn = None
