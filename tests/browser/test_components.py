@@ -254,9 +254,11 @@ def test_the_bar_is_seen_in_forced_colours(app, new_page):
     page.goto(f'{app.url}/three?job={id}')
     bar = page.locator('.fs-job progress')
     expect(bar).to_have_attribute('value', '50')
-    shot = Image.open(io.BytesIO(page.screenshot(clip=bar.bounding_box(), animations='disabled'))).convert('RGB')  # the element may be put in anew meanwhile
-    left, right = (shot.getpixel((shot.width*at//4, shot.height//2)) for at in (1, 3))
-    assert left != right  # what is done, and what is not
+    def seen():
+        shot = Image.open(io.BytesIO(page.screenshot(clip=bar.bounding_box(), animations='disabled'))).convert('RGB')
+        left, right = (shot.getpixel((shot.width*at//4, shot.height//2)) for at in (1, 3))
+        return left != right  # what is done, and what is not
+    wait_until(seen, 5)  # the page may move between the look for its place and the picture
 
 @one_look
 def test_a_button_says_why_it_was_refused(app, new_page, monkeypatch):
