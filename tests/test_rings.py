@@ -1,5 +1,6 @@
 "A job that one process submits is started by another, without anybody polling the tenants."
 import asyncio, subprocess, sys, time, uuid
+from types import SimpleNamespace
 import pytest
 from conftest import wait_until
 from fh_saas.db_host import HostDatabase
@@ -82,15 +83,24 @@ def test_each_tenant_is_one_process_to_call(host, new_engine):
     fleet, engines = Fleet(host), [new_engine() for _ in range(3)]
     assert fleet.place('me') == (0, 1)
     for e in engines: fleet.beat(e)
-    assert sorted(fleet.place(e.worker) for e in engines) == [(0, 3), (1, 3), (2, 3)]
+    places = sorted(fleet.place(e.worker) for e in engines)
+    assert places == [(0, 3), (1, 3), (2, 3)]
+    def home(place, bell, id): return Runner._at_home(SimpleNamespace(_place=place, wakes=SimpleNamespace(bell=bell)), id)
+    called = {id: [n for n, place in enumerate(places) if home(place, None, id)] for id in map(str, range(100))}
+    assert all(len(who) == 1 for who in called.values()) and {n for n, in called.values()} == {0, 1, 2}
+    assert not any(home(place, 'a bell calls by name', '7') for place in places)
 
-def test_notes_do_not_wait_for_the_disk_and_what_an_operator_says_does(new_pg, statements):
+def test_notes_do_not_wait_for_the_disk_and_what_an_operator_says_does(new_pg, new_engine, statements):
     h = HostDatabase(new_pg())
     wakes = wakes_of(h)
     assert [setting(c) for c in (wakes, Store(new_pg()), Store(h.url, 'sys_jobs'))] == ['off', 'on', 'on']
     rules_of(h).set(queue='imports', concurrency=2)
     begun = next(n for n, s in enumerate(statements) if 'SET LOCAL synchronous_commit TO on' in s)
     assert 'INSERT INTO fh_saas_rules' in ''.join(statements[begun:])
+    Fleet(h).beat(e := new_engine())
+    statements.clear()
+    Fleet(h).ask(e.worker, 'quiet')
+    assert [s.split()[0] for s in statements][-3:] == ['SET', 'UPDATE', 'COMMIT']
     wakes.close(); h.close()
 
 def setting(committer):

@@ -87,7 +87,9 @@ def _arms(kind, r, queue, names, old_types, suspects):
     which = [] if suspects is None else [j.c.lost > sa.literal_column('0') if suspects else j.c.lost == sa.literal_column('0')]
     when, known = j.c.run_at <= bind('now') if suspects is not None else j.c.run_at.is_not(None), _known(kind, j, names, old_types)
     def arm(where): return sa.select(*(sa.literal_column(f'j.{c.name}') for c in _columns(j))).select_from(j).where(j.c.status == PENDING, j.c.queue == queue, where, *which, known, free).order_by(j.c.run_at, j.c.id).limit(bind('n', type_=sa.Integer))
-    return arm, lambda p: sa.and_(j.c.priority == p, when), sa.and_(j.c.priority.in_(_priorities), j.c.run_at.is_(None))  # somebody else's row: long due
+    return arm, lambda p: sa.and_(j.c.priority == p, when), _undated(j)
+
+def _undated(j): return sa.and_(j.c.priority.in_(_priorities), j.c.run_at.is_(None))  # somebody else's row: long due
 
 def _first(kind, r, queue, names, old_types, suspects):
     "The first of each priority, in one statement"
@@ -123,28 +125,24 @@ def _candidates(self:Store, names, old_types, suspects=None):
     "Jobs of one queue that may be claimed, or only the next one, which need not be due: as `f(cur, queue=, n=, now=)`"
     j, which = self.t.jobs, (names, old_types, suspects)
     if not isinstance(self.kind, SQLite): return self._whole(('candidates', j.name, *which), lambda: _first(self.kind, j, bind('queue'), *which))
-    levels, dated = self.statement(('levels', j.name), lambda: _levels(j)), self._whole(('candidates', j.name, *which), lambda: _level(self.kind, j, *which))
+    levels, dated = self.statement(('levels', j.name), lambda: _levels(j)), self._whole(('candidates', j.name, *which), lambda: _of_file(self.kind, j, which))
     def read(cur, queue, **params):
         low, high, strays = levels(cur, queue=queue).fetchone()
-        rows = self._whole(('undated', j.name, *which), lambda: _strays(self.kind, j, *which))(cur, queue=queue, **params) if strays else []
+        rows = self._whole(('undated', j.name, *which), lambda: _of_file(self.kind, j, which, strays=True))(cur, queue=queue, **params) if strays else []
         for p in (4, 3, 2, 1):
             if low is not None and low <= p <= high: rows += dated(cur, queue=queue, priority=p, **params)
         return rows
     return read
 
-def _level(kind, j, *which):
-    arm, due, _ = _arms(kind, j, bind('queue'), *which)
-    return arm(due(bind('priority', type_=sa.Integer)))
-
-def _strays(kind, j, *which):
-    arm, _, undated = _arms(kind, j, bind('queue'), *which)
-    return arm(undated)
+def _of_file(kind, j, which, strays=False):
+    arm, due, undated = _arms(kind, j, bind('queue'), *which)
+    return arm(undated if strays else due(bind('priority', type_=sa.Integer)))
 
 def _levels(j):
     "The least and the greatest priority of what waits in a queue, and whether any of it names no moment"
     waits, known = (j.c.status == PENDING, j.c.queue == bind('queue')), (j.c.priority >= sa.literal_column('1'), j.c.priority <= sa.literal_column('4'))
     ends = (sa.select(f(j.c.priority)).where(*waits, *known).scalar_subquery() for f in (sa.func.min, sa.func.max))
-    return sa.select(*ends, sa.exists().where(*waits, j.c.priority.in_(_priorities), j.c.run_at.is_(None)))
+    return sa.select(*ends, sa.exists().where(*waits, _undated(j)))
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #ea1ee165
 @patch

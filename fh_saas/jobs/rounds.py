@@ -279,7 +279,8 @@ def _unit(self:Rounds): return min(self.line.unit(), max(1, self.line.ahead()))
 def _left(self:Rounds, desk) -> tuple: # And until when the rest is reserved
     "The room that no other turn has to itself"
     # of what may be claimed ahead no turn keeps more than its share from others: it may find nothing to claim
-    free, others, most = self.line.free(), self._others(desk), max(self._unit(), self.line.free())
+    free, others = self.line.free(), self._others(desk)
+    most = max(free, self._unit())
     return free + self.line.ahead() - sum(min(n, most) for n, *_ in others), min((until for *_, until in others), default=time.monotonic())
 
 @patch

@@ -104,19 +104,21 @@ def _stands(self:Wakes, at, queue):
     return sa.and_(w.c.wake_at.is_not(None), w.c.wake_at <= at, w.c.visitor.is_(None), w.c.passed == 0, self._has(sa.func.coalesce(queue, '-')))
 
 @patch
-def _rung(self:Wakes): # Does the row say so already?
+def _standing(self:Wakes): # Does the row say so already?
     "To be asked without a lock, after the commit: a visit that is leased from here on sees what was committed"
     w = wakes_table
     return sa.select(w.c.seq).where(w.c.tenant_id == bind('tenant'), self._stands(bind('at'), bind('queue', type_=sa.String)))
 
 @patch
 def _known(self:Wakes, tenant_id, queue) -> bool:
-    stmt = self.statement(('wake known',), self._rung)
+    stmt = self.statement(('wake known',), self._standing)
     with self.cursor() as cur: return stmt(cur, tenant=tenant_id, at=timestamp(self.kind.now(cur)), queue=queue).fetchone() is not None
 
 @patch
 def _telling(self:Wakes): # On PostgreSQL the notice is part of the transaction
-    if self.bell is None: return self.statement(('wake notify',), lambda: sa.select(sa.func.pg_notify(bind('channel', type_=sa.String), bind('tenant', type_=sa.String))))
+    if self.bell is None: return self.statement(('wake notify',), lambda: sa.select(_notice(bind('tenant', type_=sa.String))))
+
+def _notice(tenant): return sa.func.pg_notify(bind('channel', type_=sa.String), tenant)
 
 # %% ../../nbs/jobs/15_wake.ipynb #0acbb64b
 @patch
@@ -134,8 +136,8 @@ def _ring(self:Wakes,
 @patch
 def _ring_and_tell(self:Wakes):
     "On PostgreSQL: whether it is known, the ring, and the notice to all who listen, in one trip"
-    rung = self._ring(~self._rung().exists()).returning(wakes_table.c.tenant_id).cte('rung')
-    return sa.select(sa.func.pg_notify(bind('channel', type_=sa.String), rung.c.tenant_id))
+    rung = self._ring(~self._standing().exists()).returning(wakes_table.c.tenant_id).cte('rung')
+    return sa.select(_notice(rung.c.tenant_id))
 
 # %% ../../nbs/jobs/15_wake.ipynb #3064bf4c
 def _due(w): return sa.and_(sa.or_(w.c.wake_at <= bind('now'), w.c.hint_at <= bind('now')),

@@ -107,7 +107,10 @@ def ask(self:Fleet,
     w = workers_table
     stmt = self.db.statement(('worker ask',), lambda: w.update().where(w.c.id == bind('it')).values(asked=sa.func.coalesce(bind('what', type_=sa.String), w.c.asked),
         asked_concurrency=sa.func.coalesce(bind('n', type_=sa.Integer), w.c.asked_concurrency)))
-    self.db.write(lambda cur, now: stmt(cur, it=ids[0], what=what, n=concurrency) and None)
+    def op(cur, now):
+        self.db.kind.durable(cur)
+        stmt(cur, it=ids[0], what=what, n=concurrency)
+    self.db.write(op)
     return ids[0]
 
 # %% ../../nbs/workers/00_fleet.ipynb #df19d64e
