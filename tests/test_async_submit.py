@@ -15,7 +15,7 @@ def double(n): return 2*n
 async def adouble(n): return 2*n
 def commits(store):
     made, begin = [], store.kind.begin
-    store.kind.begin = lambda cur: made.append(1) or begin(cur)
+    store.kind.begin = lambda cur, busy: made.append(1) or begin(cur, busy)
     return made
 
 

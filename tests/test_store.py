@@ -1,6 +1,7 @@
 "One contract, two databases: every statement of the store does the same on SQLite and on PostgreSQL."
 import os, socket, sqlite3, struct, threading, time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
 import psycopg
@@ -9,7 +10,7 @@ import sqlalchemy as sa
 from hypothesis import given, strategies as st
 from fastsql.core import NotFoundError
 from fh_saas.db_connect import (DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, InvalidDatabaseURL,
-    NewerDatabase, UnsupportedDatabase, connect, open_engine, write_meta, writing)
+    NewerDatabase, UnsupportedDatabase, connect, open_engine, reading, write_meta, writing)
 from fh_saas.db_host import gen_id, seconds, timestamp
 from fh_saas.jobs import commit
 from fh_saas.jobs.model import ensure_tables
@@ -666,6 +667,35 @@ def test_many_writers_of_a_locked_database_all_end(new_sqlite):
         assert {type(g) for g in got} == {DatabaseBusy} and time.monotonic() - start < 8
     assert store.list() == []
     store.close(); other.dispose()
+
+@contextmanager
+def _lent(path):
+    "The lock is free for 45 of each 100 ms, and never when somebody comes who asks as SQLite does: after 328 ms, and each 100 from there on"
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute('BEGIN IMMEDIATE')
+        def lend(start=time.monotonic()):
+            for n in range(4):
+                time.sleep(max(0, start + 0.355 + n*0.1 - time.monotonic()))
+                other.execute('ROLLBACK')
+                time.sleep(0.045)
+                other.execute('BEGIN IMMEDIATE')
+            time.sleep(0.8)
+        (t := threading.Thread(target=lend)).start()
+        try: yield
+        finally: t.join()
+
+@pytest.mark.parametrize('way', ['a commit of ours', 'a short transaction'])
+def test_who_waits_for_the_lock_asks_as_often_as_who_comes_new(new_sqlite, way):
+    "Among many who write it was the oldest who waited on, until it was too late"
+    store, eng = Store(url := new_sqlite(), busy=1), open_engine(url, busy=1)
+    store.write(lambda cur, now: None)
+    with reading(eng): pass
+    with _lent(sa.make_url(url).database):
+        if way == 'a commit of ours': add(store, id='a')
+        else:
+            with writing(eng) as conn: conn.exec_driver_sql("INSERT INTO tenant_jobs (id, job_type, status) VALUES ('a', 'x', 'pending')")
+    assert store.get('a')['status'] == 'pending'
+    store.close(); eng.dispose()
 
 def test_a_full_database_says_so_and_writes_nothing(new_sqlite):
     store = Store(new_sqlite())

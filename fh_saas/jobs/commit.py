@@ -16,7 +16,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import psycopg
 from fastcore.basics import patch
 from operator import itemgetter
-from ..db_connect import DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, NewerDatabase, check_url, connect, open_engine, show_url, typed
+from ..db_connect import DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, NewerDatabase, check_url, connect, open_engine, patience, set_timeout, show_url, take_lock, typed
 from .pool import settle
 
 log = logging.getLogger('fh_saas.jobs')
@@ -94,8 +94,9 @@ class SQLite:
         except OSError: return None
         return st.st_dev, st.st_ino
     def alive(self, conn): return True
-    def begin(self, cur):
-        cur.execute('BEGIN IMMEDIATE')
+    def writer(self, conn): set_timeout(conn, patience)
+    def begin(self, cur, busy):
+        take_lock(cur, busy)
         return time.time() + self.ahead
     def snapshot(self, cur): cur.execute('BEGIN')
     def now(self, cur): return time.time() + self.ahead
@@ -117,7 +118,8 @@ class PostgreSQL:
         # a server that ends a connection says so; what is between may have forgotten one that was silent
         try: return now < last + self.clock.believed and not _came(conn.fileno()) or self._ask(conn) > 0
         except Exception: return False  # whatever it says: another one is opened
-    def begin(self, cur):
+    def writer(self, conn): return  # its locks have a line of those who wait
+    def begin(self, cur, busy):
         self._used[cur.connection] = asked = time.monotonic()
         cur.execute('BEGIN; SELECT extract(epoch FROM clock_timestamp())')  # one trip to the server
         cur.nextset()
@@ -268,7 +270,9 @@ def _writing(self:Committer, file,
     begins:bool=False, # Is a transaction begun with it? That shows whether the connection is alive
 ): # A cursor
     if self._written != file or self._writer is not None and not begins and not self.kind.alive(self._writer): self._drop()
-    if self._writer is None: self._writer, self._written = self._open(), file
+    if self._writer is None:
+        self._writer, self._written = self._open(), file
+        self.kind.writer(self._writer)
     return self._writer.cursor()
 
 @patch
@@ -437,7 +441,7 @@ def _transact(self:Committer, batch, again=True):
     alone = len(batch) == 1 and isinstance(self.kind, PostgreSQL) and getattr(batch[0].op, 'single', False)
     try:
         cur = self._writing(self._look(), not alone)
-        now = self.kind.now(cur) if alone else self.kind.begin(cur)
+        now = self.kind.now(cur) if alone else self.kind.begin(cur, self.busy)
     except Exception as e:
         self._drop()
         # nothing was written yet: a connection that died since its last use may be replaced
