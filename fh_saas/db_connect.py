@@ -38,7 +38,7 @@ def show_url(url) -> str:
 _checked = set()  # what came out of `check_url`: the hot path brings it back for each connection
 
 def _keep(u):
-    if len(_checked) > 20_000: _checked.clear()
+    if len(_checked) > 5000: _checked.clear()
     _checked.add(u)
     return u
 

@@ -158,3 +158,10 @@ def test_a_thread_that_is_called_as_it_finds_work_lets_others_be_woken():
     wait_until(lambda: ran, 15)
     crew.close()
     assert ran == [True]
+
+
+def test_an_engine_keeps_nothing_by_the_name_of_a_database_that_was_forgotten(new_engine, new_sqlite):
+    "A process may meet ten thousand, one after the other"
+    e = new_engine()
+    for _ in range(5): e.forget(e.store(new_sqlite()))
+    assert not e._stores and not e._desks and not e._gates

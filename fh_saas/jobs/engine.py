@@ -11,7 +11,7 @@ __all__ = ['log', 'max_open', 'resting', 'Engine', 'run_until_done', 'default_en
            'engine_for_now', 'in_test']
 
 # %% ../../nbs/jobs/14_engine.ipynb #85cd0b58
-import asyncio, atexit, contextvars, logging, os, socket, threading, time
+import asyncio, atexit, contextvars, logging, os, socket, threading, time, weakref
 from collections import OrderedDict
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -52,7 +52,8 @@ class Engine(Recorder, Rounds):
         self.crew, self.house, self.writers = Crew(self.settings.concurrency + 32, 'fh_saas-job', self._find), Pool(32, 'fh_saas-house'), Pool(64, 'fh_saas-write')
         self.slot, self.stale, self.stopping, self.closed, self.quiet = Slot(), 0, False, False, False
         self.hurry = False  # set while it stops: wait no longer for what runs
-        self._stores, self._gates, self._desks, self._open, self._reserved, self._turning = {}, {}, {}, {}, {}, {}
+        self._stores, self._desks, self._open, self._reserved, self._turning = {}, {}, {}, {}, {}
+        self._gates = weakref.WeakValueDictionary()  # there as long as somebody is at one
         self._ended = {}  # queue -> mark of the last end in it, for those with a limit
         self._errands, self._blocked, self._agenda, self._watched = OrderedDict(), OrderedDict(), [], (0.0, False)
         self._waiting, self._claims, self._running, self._loop = set(), set(), False, None

@@ -102,7 +102,7 @@ class Rules:
         db:Committer, # On the host
         fresh:float=1.0, # Seconds for which what was read is believed
     ):
-        self.db, self.fresh, self._read, self._rules, self._limits, self._lock = db, fresh, None, [], {}, threading.Lock()
+        self.db, self.fresh, self._read, self._rules, self._named, self._limits, self._lock = db, fresh, None, [], set(), {}, threading.Lock()
         with db_errors(db.url), writing(db.engine) as conn:
             lock_schema(conn)
             add_columns(conn, rules_table)
@@ -128,7 +128,7 @@ def ask(self:Rules) -> list[Rule]:
     "The rules as they are now; those from before, if the host does not answer"
     try: rules = self.all()
     except Exception as e: log.warning('the rules of the host cannot be read, those from before hold: %s', e); rules = self._rules
-    if rules != self._rules: self._rules, self._limits = rules, {}
+    if rules != self._rules: self._rules, self._named, self._limits = rules, {r.tenant for r in rules}, {}
     self._read = time.monotonic()
     return self._rules
 
@@ -141,11 +141,10 @@ def stale(self:Rules) -> bool: # Is the host asked at the next look?
 def of(self:Rules, tenant:str) -> Limits:
     "What they come to for one tenant"
     self.now()
-    limits = self._limits
-    if tenant not in limits:
-        if len(limits) > 20_000: limits.clear()
-        limits[tenant] = limits_of(self._rules, tenant)
-    return limits[tenant]
+    limits = self._limits  # first: what a change of the rules finds here is thrown away
+    who = tenant if tenant in self._named else '*'  # ten thousand tenants without rules of their own have one and the same
+    if who not in limits: limits[who] = limits_of(self._rules, who)
+    return limits[who]
 
 @patch
 def queues(self:Rules) -> dict:
