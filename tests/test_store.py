@@ -9,6 +9,7 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import given, strategies as st
 from fastsql.core import NotFoundError
+from fh_saas import db_connect
 from fh_saas.db_connect import (DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, InvalidDatabaseURL,
     NewerDatabase, UnsupportedDatabase, connect, open_engine, reading, write_meta, writing)
 from fh_saas.db_host import gen_id, seconds, timestamp
@@ -696,6 +697,20 @@ def test_who_waits_for_the_lock_asks_as_often_as_who_comes_new(new_sqlite, way):
             with writing(eng) as conn: conn.exec_driver_sql("INSERT INTO tenant_jobs (id, job_type, status) VALUES ('a', 'x', 'pending')")
     assert store.get('a')['status'] == 'pending'
     store.close(); eng.dispose()
+
+def test_where_there_is_no_shared_memory_a_commit_waits_for_readers(new_sqlite, monkeypatch):
+    "On such a file system SQLite keeps its rollback journal"
+    monkeypatch.setattr(db_connect, '_wal', lambda conn, busy: None)
+    store = Store(url := new_sqlite(), busy=5)
+    with closing(sqlite3.connect(sa.make_url(url).database, isolation_level=None, check_same_thread=False)) as reader:
+        assert reader.execute('PRAGMA journal_mode').fetchone() == ('delete',)
+        reader.execute('BEGIN')
+        reader.execute('SELECT * FROM tenant_jobs').fetchall()
+        (t := threading.Timer(0.5, reader.execute, ['COMMIT'])).start()
+        add(store, id='a')
+        t.join()
+    assert store.get('a')['status'] == 'pending'
+    store.close()
 
 def test_a_full_database_says_so_and_writes_nothing(new_sqlite):
     store = Store(new_sqlite())

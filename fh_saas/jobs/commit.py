@@ -94,7 +94,9 @@ class SQLite:
         except OSError: return None
         return st.st_dev, st.st_ino
     def alive(self, conn): return True
-    def writer(self, conn): set_timeout(conn, patience)
+    def writer(self, conn):
+        # with a rollback journal a commit waits for those who read, as long as SQLite itself waits
+        if conn.execute('PRAGMA journal_mode').fetchone()[0] == 'wal': set_timeout(conn, patience)
     def begin(self, cur, busy):
         take_lock(cur, busy)
         return time.time() + self.ahead
