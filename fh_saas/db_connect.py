@@ -116,15 +116,15 @@ patience = 0.06 # seconds for which SQLite waits by itself: it asks for the lock
 def set_timeout(conn, seconds:float): conn.execute(f'PRAGMA busy_timeout={round(seconds*1000)}')
 
 def take_lock(
-    cur, # Cursor or connection of `sqlite3` whose busy timeout is `patience`
+    execute, # Runs a statement on a connection whose busy timeout is `patience`
     busy:float, # Seconds to wait
 ):
     "Begin a transaction that has the write lock"
     until = time.monotonic() + busy
     while True:
-        try: return cur.execute('BEGIN IMMEDIATE')
-        except sqlite3.OperationalError as e:
-            if _kind(e) is not DatabaseBusy or time.monotonic() > until: raise
+        try: return execute('BEGIN IMMEDIATE')
+        except (sqlite3.OperationalError, DBAPIError) as e:
+            if _kind(getattr(e, 'orig', e)) is not DatabaseBusy or time.monotonic() > until: raise
         time.sleep(0.001)
 
 # %% ../nbs/00_db_connect.ipynb #1d15817f
@@ -160,13 +160,14 @@ def _sqlite_engine(u, synchronous, busy, create, explicit, **kw):
     eng = sa.create_engine(u, creator=lambda: _sqlite_connect(u, synchronous, busy, create, explicit), **kw)
     _engines.add(eng)
     # the driver's own transactions are off: a SQLAlchemy transaction takes the write lock when it begins, so it never fails half-way
-    if explicit: sa.event.listen(eng, 'begin', lambda conn: conn.exec_driver_sql('BEGIN') if conn.get_execution_options().get('reading') else _begin(conn.connection.driver_connection, busy))
+    if explicit: sa.event.listen(eng, 'begin', lambda conn: conn.exec_driver_sql('BEGIN') if conn.get_execution_options().get('reading') else _begin(conn, busy))
     return eng
 
 def _begin(conn, busy):
-    set_timeout(conn, patience)
-    try: take_lock(conn, busy)
-    finally: set_timeout(conn, busy)
+    own = conn.connection.driver_connection
+    set_timeout(own, patience)
+    try: take_lock(conn.exec_driver_sql, busy)
+    finally: set_timeout(own, busy)
 
 # %% ../nbs/00_db_connect.ipynb #924f836a
 def _psycopg():

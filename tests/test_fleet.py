@@ -2,17 +2,21 @@
 import gc, json, os, shutil, signal, sqlite3, time, uuid
 from pathlib import Path
 import pytest
+import sqlalchemy as sa
 from conftest import wait_until
 from children.launch import Child
-from fh_saas.db_host import HostDatabase
-from fh_saas.db_tenant import delete_tenant, get_or_create_tenant_db, list_tenants, suspend_tenant, resume_tenant
+from fh_saas.db_connect import DatabaseBusy, FhSaasError, open_engine, reading
+from fh_saas.db_host import HostDatabase, NotAHost
+from fh_saas.db_tenant import TenantMismatch, delete_tenant, get_or_create_tenant_db, list_tenants, suspend_tenant, resume_tenant
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.settings import Settings
-from fh_saas.jobs.store import QuotaExceeded
+from fh_saas.jobs.store import JobNotFound, QuotaExceeded
 from fh_saas.jobs.tasks import Registry
 from fh_saas.jobs.tenancy import Held, rules_of, settle_held
 from fh_saas.jobs.wake import wakes_of
 from fh_saas.utils_bgtsk import BackgroundTaskManager, QueueClosed
+from fh_saas.ops.tenants import export_tenant, restore_tenant
+from fh_saas.ops.terminal import the_host
 from fh_saas.workers.fleet import Fleet
 
 command = 'import sys; from fh_saas.ops.cli import main; sys.exit(main())'
@@ -310,6 +314,76 @@ def test_a_copy_of_yesterday_runs_nothing_until_an_operator_says_so(files, tmp_p
     wait_until(lambda: files.row('acme', new).status == 'completed', 15)
     if discard: assert len(files.said('ping')) == 4 and {files.row('acme', j).status for j in jobs} == {'cancelled'}
     else: wait_until(lambda: len(files.said('ping')) == 7, 10)
+
+@pytest.mark.parametrize('discard', [True, False])
+def test_a_copy_is_put_back_while_everybody_has_the_database_open(shop, tmp_path, discard):
+    old = [shop.submit('acme', n=n) for n in range(3)]
+    web = shop.manager('acme')
+    copy = export_tenant(shop.host, shop.name('acme'), tmp_path/'copy')
+    w = shop.worker()
+    wait_until(lambda: len(shop.said('ping')) == 3)
+    wait_until(lambda: {shop.row('acme', j).status for j in old} == {'completed'})
+    running = shop.submit('acme', nap, seconds=5)
+    wait_until(lambda: shop.said('begin'))
+    restore_tenant(shop.host, shop.name('acme'), copy)
+    assert {web.get_job(j).status for j in old} == {'pending'} and shop.row('acme', old[0]).status == 'pending'
+    with pytest.raises(JobNotFound): web.get_job(running)
+    new = web.submit('ping', ping, n=7)[0]  # pages go on
+    wait_until(lambda: shop.host.find(shop.name('acme')).held, 15)
+    w.says('was dropped: the job is not its own')
+    assert len(shop.said('ping')) == 3
+    assert settle_held(shop.host, shop.name('acme'), discard) == (3 if discard else 0)
+    wait_until(lambda: web.get_job(new).status == 'completed', 15)
+    wait_until(lambda: {web.get_job(j).status for j in old} == {'cancelled' if discard else 'completed'}, 15)
+    assert len(shop.said('ping')) == (4 if discard else 7)
+
+def test_what_cannot_be_put_back_changes_nothing(files, tmp_path):
+    job = files.submit('acme')
+    files.manager('globex')
+    copy, other, odd = (tmp_path/n for n in ('copy', 'other', 'odd'))
+    export_tenant(files.host, 'acme', copy)
+    export_tenant(files.host, 'globex', other)
+    odd.write_bytes(copy.read_bytes()[:5000])
+    late = files.submit('acme')
+    for path, error, why in ((other, TenantMismatch, "copy of tenant 'globex'"), (odd, FhSaasError, 'damaged|not sound'), (tmp_path/'none', FileNotFoundError, 'no file')):
+        with pytest.raises(error, match=why): restore_tenant(files.host, 'acme', path)
+    with sqlite3.connect(files.host.url_of(files.host.find('acme')).database, isolation_level=None) as writer:
+        writer.execute('BEGIN IMMEDIATE')
+        with pytest.raises(DatabaseBusy, match='nothing was put back'): restore_tenant(files.host, 'acme', copy, busy=0.3)
+        writer.execute('ROLLBACK')
+    writer.close()
+    assert {files.row('acme', j).status for j in (job, late)} == {'pending'}
+
+def test_an_empty_database_is_not_taken_for_that_of_a_tenant_with_a_history(files, tmp_path):
+    files.submit('acme')
+    files.worker('--once').ends(20)
+    (empty := tmp_path/'empty.db').touch()
+    put_back(files, 'acme', empty)
+    files.submit('acme')
+    files.worker('--once').ends(20)
+    assert 'is it empty?' in files.host.find('acme').held and len(files.said('ping')) == 1
+
+def test_a_tenants_database_is_made_no_host_by_a_wrong_address(shop):
+    shop.manager('acme')
+    url = shop.host.url_of(shop.host.find(shop.name('acme')))
+    shop.forget()
+    for make in (the_host, HostDatabase):
+        with pytest.raises(NotAHost, match=f"database of tenant '{shop.name('acme')}'"): make(url)
+    assert shop.row('acme', shop.submit('acme')).status == 'pending'
+
+def test_a_mistyped_host_makes_none(new_url):
+    with pytest.raises(NotAHost, match='no host database'): the_host(url := new_url())
+    with reading(eng := open_engine(url)) as conn: assert 'core_tenants' not in sa.inspect(conn).get_table_names()
+    eng.dispose()
+
+def test_a_worker_that_ends_says_so(shop):
+    w = shop.worker('--grace', '20')
+    shop.submit('acme', nap, seconds=4)
+    wait_until(lambda: shop.said('begin'))
+    w.send(signal.SIGTERM)
+    wait_until(lambda: [x.state for x in Fleet(shop.host).workers()] == ['stopping'], 3)
+    w.ends(20)
+    assert Fleet(shop.host).workers() == []
 
 def test_a_copy_put_back_a_moment_after_the_host_was_asked(files, tmp_path):
     "One process has learnt from the host what another has told it meanwhile more of"

@@ -10,7 +10,7 @@ columns = [c.name for c in wakes_table.c]
 class Clock(SQLite):
     "SQLite with a clock that only the search moves"
     t = 1_000_000_000.0
-    def begin(self, cur): super().begin(cur); return self.t
+    def begin(self, cur, busy): super().begin(cur, busy); return self.t
     def now(self, cur): return self.t
 
 

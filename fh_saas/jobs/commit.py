@@ -98,7 +98,7 @@ class SQLite:
         # with a rollback journal a commit waits for those who read, as long as SQLite itself waits
         if conn.execute('PRAGMA journal_mode').fetchone()[0] == 'wal': set_timeout(conn, patience)
     def begin(self, cur, busy):
-        take_lock(cur, busy)
+        take_lock(cur.execute, busy)
         return time.time() + self.ahead
     def snapshot(self, cur): cur.execute('BEGIN')
     def now(self, cur): return time.time() + self.ahead
@@ -300,7 +300,7 @@ def _look(self:Committer): # The file
     # the writer is left to who has the turn: closed while another thread is at work on it, it would take the process along
     self._drop_spare()
     if self._engine is not None: self._engine.dispose()
-    if file is None: raise DatabaseUnavailable(f"{show_url(self.url)}: the file is gone; put it back, or delete the tenant")
+    if file is None: raise DatabaseUnavailable(f"{show_url(self.url)}: the file is gone: put it back; if it is a tenant's, the tenant can be deleted")
     self.opened()
     self._file = file
     return file
@@ -444,8 +444,9 @@ def _transact(self:Committer, batch, again=True):
     try:
         cur = self._writing(self._look(), not alone)
         now = self.kind.now(cur) if alone else self.kind.begin(cur, self.busy)
-    except Exception as e:
-        self._drop()
+    except BaseException as e:
+        self._drop()  # an interrupt may come when the lock is there already
+        if not isinstance(e, Exception): raise
         # nothing was written yet: a connection that died since its last use may be replaced
         if not again or isinstance(self.kind, SQLite): raise self._error(e) from e
         return self._transact(batch, again=False)

@@ -75,11 +75,11 @@ def store(self:Engine, url, table:str='tenant_jobs', tenant:str=None) -> Store:
     u = check_url(url)
     with self._lock: gate = self._gates.setdefault((u, table), threading.Lock())
     with gate:  # one gate per database: opening one that is locked keeps nobody else waiting
-        if (u, table) not in self._stores:
+        if (store := self._stores.get((u, table))) is None:
             store = Store(u, table, self.settings.synchronous, self.settings.busy, tenant)
             with self._lock: self._stores[u, table], self._desks[store] = store, Desk(store, self.registry, self.settings, self.worker)
             self._desks[store].only, store.used = self.line.queues, lambda: self._used(store)
-        return self._stores[u, table]
+        return store
 
 @patch
 def tie(self:Engine, store:Store, host:HostDatabase, tenant_id:str, rung:bool=False, facts:dict=None):

@@ -47,6 +47,7 @@ def check_rule(r:Rule) -> Rule:
     "Refuse what cannot be obeyed"
     for k in _keys:
         v = getattr(r, k)
+        if v == '*' and k != 'tenant': raise InvalidRule(f"{k}='*': only a tenant may be '*', for each of them; name a {k}")
         if not isinstance(v, str) or len(v) > 200 or not (v.isprintable()): raise InvalidRule(f"{k}={v!r:.80}: use a name, or leave it out")
     scope = tuple(k for k in _keys if getattr(r, k))
     said = {f.name for f in fields(r) if f.name not in _keys and getattr(r, f.name) is not None}
@@ -102,7 +103,8 @@ class Rules:
         db:Committer, # On the host
         fresh:float=1.0, # Seconds for which what was read is believed
     ):
-        self.db, self.fresh, self._read, self._rules, self._named, self._limits, self._lock = db, fresh, None, [], set(), {}, threading.Lock()
+        self.db, self.fresh, self._read, self._change, self._lock = db, fresh, None, 0, threading.Lock()
+        self._said = [], frozenset(), {}  # the rules, the tenants that they name, and what they come to for those and all others
         with db_errors(db.url), writing(db.engine) as conn:
             lock_schema(conn)
             add_columns(conn, rules_table)
@@ -118,7 +120,7 @@ def all(self:Rules) -> list[Rule]:
 def now(self:Rules) -> list[Rule]:
     "The rules as they were at most `fresh` seconds ago"
     with self._lock:
-        if not self.stale: return self._rules
+        if not self.stale: return self._said[0]
         if self._read is None: return self.ask()  # nothing is known yet, or it was changed here: all wait for it
         self._read = time.monotonic()  # the others go on with what they know
     return self.ask()
@@ -126,11 +128,13 @@ def now(self:Rules) -> list[Rule]:
 @patch
 def ask(self:Rules) -> list[Rule]:
     "The rules as they are now; those from before, if the host does not answer"
+    change = self._change
     try: rules = self.all()
-    except Exception as e: log.warning('the rules of the host cannot be read, those from before hold: %s', e); rules = self._rules
-    if rules != self._rules: self._rules, self._named, self._limits = rules, {r.tenant for r in rules}, {}
+    except Exception as e: log.warning('the rules of the host cannot be read, those from before hold: %s', e); rules = self._said[0]
+    if change != self._change: return rules  # one was changed here meanwhile, and may not be among these
+    if rules != self._said[0]: self._said = rules, frozenset(r.tenant for r in rules), {}
     self._read = time.monotonic()
-    return self._rules
+    return rules
 
 @patch(as_prop=True)
 def stale(self:Rules) -> bool: # Is the host asked at the next look?
@@ -141,9 +145,9 @@ def stale(self:Rules) -> bool: # Is the host asked at the next look?
 def of(self:Rules, tenant:str) -> Limits:
     "What they come to for one tenant"
     self.now()
-    limits = self._limits  # first: what a change of the rules finds here is thrown away
-    who = tenant if tenant in self._named else '*'  # ten thousand tenants without rules of their own have one and the same
-    if who not in limits: limits[who] = limits_of(self._rules, who)
+    rules, named, limits = self._said
+    who = tenant if tenant in named else '*'  # ten thousand tenants without rules of their own have one and the same
+    if who not in limits: limits[who] = limits_of(rules, who)
     return limits[who]
 
 @patch
@@ -173,5 +177,5 @@ def set(self:Rules,
         if any(getattr(rule, f.name) is not None for f in fields(rule) if f.name not in _keys): new(cur, **asdict(rule))
         return rule
     done = self.db.write(op)
-    self._read = None
+    self._change, self._read = self._change + 1, None
     return done

@@ -81,10 +81,12 @@ def serving(self:Tenancy) -> bool:
 @patch
 def check(self:Tenancy, notes:dict):
     "Does what the database says about itself agree with the host?"
-    if not notes.get('tenant_id'): return  # made before there were marks, or by another program
     facts, known = self.facts, max(self.facts['mark'], self.seen)
     mark, epoch = int(notes.get('mark', 0)), int(notes.get('epoch', 1))
-    if notes['tenant_id'] != self.tenant_id: why = f"it is a copy of tenant {notes['tenant_id']!r}"
+    if not notes.get('tenant_id'):  # made by a program that never had a host, or empty: no more is known of it than how far it has come
+        if mark >= known: self.seen = max(self.seen, mark); return
+        why = f'it does not say whose it is, and it is at mark {mark}, the host knows {known}: is it empty?'
+    elif notes['tenant_id'] != self.tenant_id: why = f"it is a copy of tenant {notes['tenant_id']!r}"
     elif notes.get('host_id', self.host.id) != self.host.id: why = 'it belongs to another host'
     elif epoch != facts['epoch']: why = f"it is of epoch {epoch}, the host knows epoch {facts['epoch']}"
     elif mark < known: why = f'it is an earlier state of itself (mark {mark}, the host knows {known})'

@@ -6,7 +6,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/ops/cli.html.md"""
 
 # %% auto #0
 __all__ = ['pause', 'drain', 'go_on', 'commands', 'queue_limits', 'worker', 'workers', 'ask', 'rules', 'tenants', 'suspend',
-           'unsuspend', 'release', 'discard', 'export', 'delete', 'migrate', 'main']
+           'unsuspend', 'release', 'discard', 'export', 'restore', 'delete', 'migrate', 'main']
 
 # %% ../../nbs/ops/01_cli.ipynb #e3f4a1b1
 import logging, sys, time
@@ -18,7 +18,7 @@ from ..db_tenant import delete_tenant, resume_tenant, suspend_tenant
 from ..jobs.settings import Settings
 from ..jobs.tenancy import rules_of, settle_held
 from .cli_jobs import job_commands
-from .tenants import export_tenant, migrate_tenants, tenant_report
+from .tenants import export_tenant, migrate_tenants, restore_tenant, tenant_report
 from .terminal import table, the_host
 from ..workers.fleet import Fleet
 from ..workers.worker import Worker, load_target, supervise
@@ -29,7 +29,7 @@ def queue_limits(pairs:list) -> dict: # None: all queues, without limits of thei
     limits = {}
     for p in pairs or []:
         name, _, n = p.rpartition('=')
-        if not name or not n.isdecimal() or not 1 <= int(n) <= 1000: raise CliError(f"-q {p}: use name=number, for example -q imports=4")
+        if not name or not n.isdecimal() or not 1 <= int(n) <= 1000: raise CliError(f"-q {p}: use name=number, for example -q imports=4, with a number from 1 to 1000")
         limits[name] = int(n)
     return limits or None
 
@@ -67,7 +67,7 @@ def workers(
     found = Fleet(the_host(host)).workers()
     table([dict(id=w.id.rpartition(':')[2], kind=w.kind, machine=w.machine, pid=w.pid, state=w.state, running=f'{w.running}/{w.concurrency}',
         queues=', '.join(f'{q}={n}' for q, n in w.queues.items()) if w.queues else 'all', asked=w.asked) for w in found], 'no process runs jobs for this host')
-    if jobs: table([dict(worker=w.id.rpartition(':')[2], tenant=t, job=j, type=typ) for w in found for t, j, typ in w.jobs], 'no job runs')
+    if jobs: table([dict(worker=w.id.rpartition(':')[2], tenant=t, job=j, type=typ) for w in found if w.state != 'lost' for t, j, typ in w.jobs], 'no job runs')
 
 def ask(
     worker:str, # Its id, or the end of it
@@ -85,7 +85,7 @@ def _numbers(values:list) -> dict:
         k, eq, n = v.partition('=')
         if not eq: raise CliError(f"{v}: use name=value, or name= to take the rule away")
         try: said[k] = None if not n else n if k == 'mode' else float(n) if k in ('weight', 'period') else int(n)
-        except ValueError: raise CliError(f"{v}: use a number") from None
+        except ValueError: raise CliError(f"{v}: use a {'' if k in ('weight', 'period') else 'whole '}number") from None
     return said
 
 def rules(
@@ -98,7 +98,9 @@ def rules(
     "Limits, weights, quotas and pauses: shown, or changed while everything runs"
     r = rules_of(the_host(host, tenant))
     if values: r.set(tenant, queue, task, **_numbers(values))
-    table([{k: v if v not in ('', None) else None for k, v in vars(x).items()} for x in r.all()], 'there are no rules')
+    only = {k: v for k, v in dict(tenant=tenant, queue=queue, task=task).items() if v and not values}
+    found = [x for x in r.all() if only.items() <= vars(x).items()]
+    table([{k: v if v not in ('', None) else None for k, v in vars(x).items()} for x in found], 'there are no such rules' if only else 'there are no rules')
 
 # %% ../../nbs/ops/01_cli.ipynb #e4b73791
 def _mode(mode):
@@ -133,6 +135,16 @@ def discard(tenant:str, host:str=None): "The database of a held tenant is right:
 def export(tenant:str, path:str, host:str=None): "Copy a tenant's database while it is in use"; print(export_tenant(the_host(host), tenant, path))
 
 # %% ../../nbs/ops/01_cli.ipynb #3a60a03a
+def restore(
+    tenant:str, # Its id
+    path:str, # A copy that `export` has made
+    yes:bool=False, # Yes, over what is there now
+    host:str=None, # The host's URL
+):
+    "Put a copy of a tenant's database back, while it is in use; its open jobs are held"
+    if not yes: raise CliError(f"this puts {path} over the database of tenant {tenant!r}, and what is there now is gone: `fh-saas export` it first, then say --yes")
+    restore_tenant(the_host(host), tenant, path)
+
 def delete(
     tenant:str, # Its id
     yes:bool=False, # Yes, with all its data
@@ -148,6 +160,7 @@ def migrate(
     host:str=None, # The host's URL
 ) -> int:
     "Bring the job tables of every tenant to this version; can be interrupted and started again"
+    if at_once < 1: raise CliError(f"--at-once {at_once}: use 1 or more")
     h, failed = the_host(host), {}
     for tenant, error in _shown(migrate_tenants(h, workers=at_once), len(h.tenants())):
         if error: failed[tenant] = error
@@ -166,12 +179,13 @@ def _shown(each, n:int):
 
 # %% ../../nbs/ops/01_cli.ipynb #4bb6b8dd
 commands = dict(worker=worker, workers=workers, ask=ask, rules=rules, pause=pause, drain=drain, resume=go_on, tenants=tenants, suspend=suspend, unsuspend=unsuspend,
-    release=release, discard=discard, export=export, migrate=migrate, delete=delete, **job_commands)
+    release=release, discard=discard, export=export, restore=restore, migrate=migrate, delete=delete, **job_commands)
 
 def main():
     "fh-saas <command>"
     name = sys.argv[1] if len(sys.argv) > 1 else ''
     if name not in commands:
+        if name[:1] not in ('', '-'): print(f"fh-saas: there is no command {name!r}", file=sys.stderr)
         print('usage: fh-saas <command> …   (fh-saas <command> --help explains one)\n')
         for k, f in commands.items(): print(f'  {k:10} {f.__doc__}')
         return 0 if name in ('', '-h', '--help') else 2

@@ -134,5 +134,5 @@ def place(self:Fleet, worker:str) -> tuple: # Its number, from 0, and how many t
 def shares(self:Fleet, e:Engine, limits:dict) -> dict:
     "This process's share of each queue that has a limit for all together"
     if not limits: return {}
-    alive = [w for w in self.workers() if w.state == 'running']
+    alive = [w for w in self.workers() if w.state in ('running', 'stopping')]  # what ends still has jobs
     return {q: share(n, [w.id for w in alive if w.queues is None or q in w.queues], e.worker) for q, n in limits.items()}

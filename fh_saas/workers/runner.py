@@ -15,7 +15,7 @@ import asyncio, gc, logging, os, signal, threading, time, zlib
 from collections import deque
 from contextlib import asynccontextmanager
 from fastcore.basics import patch
-from ..db_connect import FhSaasError, connect
+from ..db_connect import FhSaasError, connect, db_errors
 from ..db_host import HostDatabase, timestamp
 from ..jobs.bell import Ear
 from ..jobs.engine import Engine, end_process, in_test, use_engine
@@ -66,6 +66,7 @@ def stop(self:Runner, grace:float=None):
     "Claim nothing more, give running jobs `grace` seconds, release the rest"
     self._stopped.set()
     if self._aside: return
+    if self.engine and self.host and self.engine.load: self._quietly(self.fleet.beat, self.engine, self.kind, 'stopping')
     if self.engine: self.engine.stop(grace)
     if self.engine and self.host and self.engine.settings.concurrency:
         self._watching.join(2)
@@ -97,7 +98,8 @@ def _watch(self:Runner):
             if self.wakes.bell:
                 if conn is not None and place != self.wakes.place: conn.close(); conn = None
                 if conn is None: conn, place, seen = connect(self.host.url), self.wakes.place, None
-                if (version := conn.execute('PRAGMA data_version').fetchone()[0]) != seen: seen, again, self._news = version, min(again, max(now, until)), True
+                with db_errors(self.host.url): version = conn.execute('PRAGMA data_version').fetchone()[0]
+                if version != seen: seen, again, self._news = version, min(again, max(now, until)), True
             if now >= second: second = now + 1; self._each_second()
             if time.monotonic() >= again: again = time.monotonic() + self._look()
         except Exception as e:

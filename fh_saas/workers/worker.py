@@ -8,7 +8,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/workers/worker.html.md"""
 __all__ = ['log', 'turn', 'BadTarget', 'load_target', 'Worker', 'supervise']
 
 # %% ../../nbs/workers/01_worker.ipynb #02c668ce
-import importlib, json, logging, os, queue, signal, subprocess, sys, threading, time
+import importlib, inspect, json, logging, os, queue, signal, subprocess, sys, threading, time
 from pathlib import Path
 from fastcore.basics import patch
 from ..db_connect import FhSaasError
@@ -35,10 +35,17 @@ def load_target(
     for part in attr.split('.'):
         if not hasattr(found, part): raise BadTarget(f"{target!r}: module {name!r} has no {attr!r}")
         found = getattr(found, part)
-    if callable(found) and not isinstance(found, (HostDatabase, Runner)): found = found()
+    if callable(found) and not isinstance(found, (HostDatabase, Runner)): found = _called(target, found)
     if isinstance(found, HostDatabase): return Runner(found)
     if isinstance(found, Runner) and found.host is not None: return found
-    raise BadTarget(f"{target!r} is {type(found).__name__}: name a HostDatabase, a Runner with a host, or a function that returns one")
+    raise _odd(target, found)
+
+def _odd(target, found): return BadTarget(f"{target!r} is {type(found).__name__}: name a HostDatabase, a Runner with a host, or a function that returns one")
+
+def _called(target, f):
+    try: inspect.signature(f).bind()
+    except (TypeError, ValueError): raise _odd(target, f) from None  # it wants arguments, as an app does
+    return f()
 
 # %% ../../nbs/workers/01_worker.ipynb #0601e4ad
 turn = 0.002 # seconds for which a thread keeps the interpreter while others wait (Python's is 0.005); `fh_saas.jobs.rounds.brisk` while jobs compute
@@ -56,6 +63,7 @@ class Worker(Runner):
         super().__init__(host, settings or Settings.from_env(), queues, sweep)
         if not self.settings.concurrency: raise ValueError("concurrency=0 is for processes that leave their jobs to others: give a worker at least 1 (fh-saas worker --concurrency, FH_SAAS_CONCURRENCY)")
         if health and not Path(health).resolve().parent.is_dir(): raise ValueError(f"health={health!r}: there is no such folder")
+        if health and Path(health).is_dir(): raise ValueError(f"health={health!r} is a folder: name a file in it")
         self.health, self.ending, self._signals = health and Path(health), queue.SimpleQueue(), 0
 
     def told_to_stop(self): self.ending.put(None)
