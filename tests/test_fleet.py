@@ -5,7 +5,7 @@ import pytest
 import sqlalchemy as sa
 from conftest import wait_until
 from children.launch import Child
-from fh_saas.db_connect import DatabaseBusy, FhSaasError, open_engine, reading
+from fh_saas.db_connect import DatabaseBusy, DatabaseUnavailable, FhSaasError, open_engine, reading, writing
 from fh_saas.db_host import HostDatabase, NotAHost
 from fh_saas.db_tenant import TenantMismatch, delete_tenant, get_or_create_tenant_db, list_tenants, suspend_tenant, resume_tenant
 from fh_saas.jobs.engine import Engine
@@ -337,22 +337,21 @@ def test_a_copy_is_put_back_while_everybody_has_the_database_open(shop, tmp_path
     wait_until(lambda: {web.get_job(j).status for j in old} == {'cancelled' if discard else 'completed'}, 15)
     assert len(shop.said('ping')) == (4 if discard else 7)
 
-def test_what_cannot_be_put_back_changes_nothing(files, tmp_path):
-    job = files.submit('acme')
-    files.manager('globex')
-    copy, other, odd = (tmp_path/n for n in ('copy', 'other', 'odd'))
-    export_tenant(files.host, 'acme', copy)
-    export_tenant(files.host, 'globex', other)
+def test_what_cannot_be_put_back_changes_nothing(shop, tmp_path):
+    job, sqlite = shop.submit('acme'), shop.host.url.get_backend_name() == 'sqlite'
+    shop.manager('globex')
+    acme, copy, other, odd = shop.name('acme'), *(tmp_path/n for n in ('copy', 'other', 'odd'))
+    export_tenant(shop.host, acme, copy)
+    export_tenant(shop.host, shop.name('globex'), other)
     odd.write_bytes(copy.read_bytes()[:5000])
-    late = files.submit('acme')
-    for path, error, why in ((other, TenantMismatch, "copy of tenant 'globex'"), (odd, FhSaasError, 'damaged|not sound'), (tmp_path/'none', FileNotFoundError, 'no file')):
-        with pytest.raises(error, match=why): restore_tenant(files.host, 'acme', path)
-    with sqlite3.connect(files.host.url_of(files.host.find('acme')).database, isolation_level=None) as writer:
-        writer.execute('BEGIN IMMEDIATE')
-        with pytest.raises(DatabaseBusy, match='nothing was put back'): restore_tenant(files.host, 'acme', copy, busy=0.3)
-        writer.execute('ROLLBACK')
-    writer.close()
-    assert {files.row('acme', j).status for j in (job, late)} == {'pending'}
+    late = shop.submit('acme')
+    for path, error, why in ((other, TenantMismatch, "copy of tenant 'globex"), (odd, FhSaasError, 'damaged|not sound|failed'), (tmp_path/'none', FileNotFoundError, 'no file')):
+        with pytest.raises(error, match=why): restore_tenant(shop.host, acme, path)
+    with writing(eng := open_engine(shop.host.url_of(shop.host.find(acme)))) as conn:
+        if not sqlite: conn.exec_driver_sql('LOCK TABLE tenant_jobs')
+        with pytest.raises(DatabaseBusy if sqlite else DatabaseUnavailable, match='nothing was put back' if sqlite else 'lock timeout'): restore_tenant(shop.host, acme, copy, busy=0.3)
+    eng.dispose()
+    assert {shop.row('acme', j).status for j in (job, late)} == {'pending'} and not shop.host.find(acme).held
 
 def test_an_empty_database_is_not_taken_for_that_of_a_tenant_with_a_history(files, tmp_path):
     files.submit('acme')

@@ -112,6 +112,7 @@ def _pg_tool(name, url, *args, **more):
     env = {k: str(v) for k, v in dict(PGHOST=url.host, PGPORT=url.port, PGUSER=url.username, PGPASSWORD=url.password).items() if v}
     done = subprocess.run([tool, '--no-password', *args], env=os.environ | env | more, capture_output=True, text=True)
     if done.returncode: raise DatabaseUnavailable(f"{name} of {url.database} failed: {done.stderr.strip()[-500:]}")
+    return done.stdout
 
 # %% ../../nbs/ops/00_tenants.ipynb #c60a4c58
 heeded = 2.5 # seconds after which no process starts a job of a tenant that is held
@@ -125,24 +126,30 @@ def restore_tenant(
     "Let a tenant's database be what it was when a copy was made, while others have it open; what it is now is gone"
     if (t := host.find(tenant_id)) is None: raise TenantNotFound(f"no tenant {tenant_id!r}")
     if not Path(path).is_file(): raise FileNotFoundError(f"there is no file {path}")
-    url, sqlite = host.url_of(t), host.url_of(t).get_backend_name() == 'sqlite'
-    if sqlite: _fits(t, path)
+    sqlite = (url := host.url_of(t)).get_backend_name() == 'sqlite'
+    its = (_notes_sqlite if sqlite else _notes_pg)(url, path).get('tenant_id', tenant_id)
+    if its != tenant_id: raise TenantMismatch(f"{path} is a copy of tenant {its!r}, not of {tenant_id!r}; nothing was put back")
     why = f"tenant {tenant_id!r}: open jobs are held, because a copy of its database was put back: {path}"
     ours = host.hold(tenant_id, why, created_at=t.created_at, epoch=t.epoch)
     try:
         time.sleep(heeded)
         (_back_sqlite if sqlite else _back_pg)(url, path, busy)
+        Store(url, synchronous=host.synchronous, tenant=tenant_id).close()  # it may be of an earlier version
     except BaseException:
         if ours: host.let_go(tenant_id, t.epoch)
         raise
     wakes_of(host).ring(tenant_id)
 
 # %% ../../nbs/ops/00_tenants.ipynb #48ae672a
-def _fits(t, path):
+def _notes_sqlite(url, path) -> dict:
+    "What a copy says about itself, if it is sound"
     with db_errors(f'sqlite:///{path}'), closing(sqlite3.connect(path)) as copy:
         if (found := copy.execute('PRAGMA integrity_check(1)').fetchone()[0]) != 'ok': raise FhSaasError(f"{path} is not sound: {found}; nothing was put back")
-        notes = dict(copy.execute('SELECT key, value FROM fh_saas_meta')) if copy.execute("SELECT 1 FROM sqlite_master WHERE name = 'fh_saas_meta'").fetchone() else {}
-    if notes.get('tenant_id', t.id) != t.id: raise TenantMismatch(f"{path} is a copy of tenant {notes['tenant_id']!r}, not of {t.id!r}; nothing was put back")
+        return dict(copy.execute('SELECT key, value FROM fh_saas_meta')) if copy.execute("SELECT 1 FROM sqlite_master WHERE name = 'fh_saas_meta'").fetchone() else {}
+
+def _notes_pg(url, path) -> dict:
+    "The same, from the rows of the table as pg_restore writes them"
+    return dict(l.split('\t') for l in _pg_tool('pg_restore', url, '--data-only', '--table=fh_saas_meta', '--file=-', str(path)).splitlines() if l.count('\t') == 1)
 
 def _back_sqlite(url, path, busy):
     until = time.monotonic() + busy

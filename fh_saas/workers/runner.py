@@ -66,7 +66,7 @@ def stop(self:Runner, grace:float=None):
     "Claim nothing more, give running jobs `grace` seconds, release the rest"
     self._stopped.set()
     if self._aside: return
-    if self.engine and self.host and self.engine.load: self._quietly(self.fleet.beat, self.engine, self.kind, 'stopping')
+    if self.engine and self.host and self.engine.settings.concurrency and self.engine.load: self._quietly(self.fleet.beat, self.engine, self.kind, 'stopping')
     if self.engine: self.engine.stop(grace)
     if self.engine and self.host and self.engine.settings.concurrency:
         self._watching.join(2)
