@@ -8,13 +8,13 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/ops/tenants.html.md"""
 __all__ = ['log', 'heeded', 'tenant_report', 'migrate_tenants', 'export_tenant', 'restore_tenant']
 
 # %% ../../nbs/ops/00_tenants.ipynb #6524a9c9
-import logging, os, shutil, sqlite3, subprocess, time
+import logging, os, shutil, sqlite3, subprocess, threading, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from pathlib import Path
 import sqlalchemy as sa
-from ..db_connect import DatabaseBusy, DatabaseUnavailable, FhSaasError, connect, db_errors, lock_schema, open_engine, read_meta, reading, write_meta, writing
-from ..db_host import HostDatabase, TenantNotFound
+from ..db_connect import DatabaseBusy, DatabaseUnavailable, FhSaasError, connect, db_errors, lock_schema, open_engine, read_meta, reading, show_url, write_meta, writing
+from ..db_host import HostDatabase, TenantNotFound, gen_id
 from ..db_tenant import TenantMismatch  # with this module a host has `url_of`
 from ..jobs.store import Store
 from ..jobs.tenancy import open_jobs
@@ -157,5 +157,20 @@ def _back_sqlite(url, path, busy):
         if status != sqlite3.SQLITE_DONE and time.monotonic() > until: raise DatabaseBusy(f"{url.database}: another connection held the write lock for {busy:g} s; nothing was put back")
     with db_errors(url), closing(sqlite3.connect(path)) as copy, closing(connect(url, busy=0)) as there: copy.backup(there, progress=patient, sleep=0.02)
 
+# %% ../../nbs/ops/00_tenants.ipynb #620ae4fb
 def _back_pg(url, path, busy):
-    _pg_tool('pg_restore', url, '--clean', '--if-exists', '--no-owner', '--single-transaction', f'--dbname={url.database}', str(path), PGOPTIONS=f'-c lock_timeout={round(busy*1000)}')
+    me, over, late = f'fh_saas restore {gen_id()}', threading.Event(), threading.Event()
+    (watching := threading.Thread(target=_end_who_waits, args=(url, me, busy, over, late), daemon=True)).start()
+    try: _pg_tool('pg_restore', url, '--clean', '--if-exists', '--no-owner', '--single-transaction', f'--dbname={url.database}', str(path), PGAPPNAME=me)
+    except DatabaseUnavailable as e:
+        if late.is_set(): raise DatabaseBusy(f"{show_url(url)}: another connection held a lock for {busy:g} s; nothing was put back") from e
+        raise
+    finally: over.set(); watching.join()
+
+def _end_who_waits(url, name, busy, over, late):
+    "pg_restore turns lock_timeout off, and would wait for ever, with everybody behind it"
+    waits = sa.text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = :name AND wait_event_type = 'Lock' AND clock_timestamp() > query_start + make_interval(secs => :busy)")
+    eng = open_engine(url, poolclass=sa.NullPool)
+    while not over.wait(0.2):
+        with reading(eng) as conn:
+            if conn.execute(waits, dict(name=name, busy=busy)).first(): late.set()
