@@ -76,3 +76,36 @@ def test_again_and_elsewhere(shop, run):
     b, _ = m.submit('sync', sync, account=1, run_at='2100-01-01')
     assert 'waits in slow with priority 4' in run('move', b, '--queue', 'slow', '--priority', '4')
     assert 'priority=9' in run('move', b, '--priority', '9', code=1) and 'no tenant' in run('jobs', code=1, of='nobody')
+
+@pytest.fixture
+def command(shop, capsys, monkeypatch):
+    "One that names no tenant: exit status, output, errors"
+    def run(*args, host=True):
+        monkeypatch.setattr(sys, 'argv', ['fh-saas', *args, *(['--host', shop[1]] if host else [])])
+        code = main() or 0
+        return code, *capsys.readouterr()
+    return run
+
+def test_a_copy_goes_back_only_with_a_yes(shop, run, tmp_path):
+    m, _, tenant = shop
+    run('export', copy := str(tmp_path/'copy'))
+    m.submit('sync', sync, account=1)
+    assert 'say --yes' in run('restore', copy, code=1) and len(m.list_jobs()) == 1
+    assert run('restore', copy, '--yes') == '' and m.list_jobs() == []
+    assert 'no file' in run('restore', str(tmp_path/'none'), '--yes', code=1)
+
+def test_what_is_mistyped_is_said(run, command):
+    assert 'use one of' in run('jobs', '--status', 'foo', code=1)
+    assert command('frobnicate', host=False)[2] == "fh-saas: there is no command 'frobnicate'\n"
+    assert 'a whole number' in command('rules', 'concurrency=1.5')[2] and 'a number' in command('rules', 'weight=x')[2]
+    assert "only a tenant may be '*'" in command('rules', 'concurrency=1', '--queue', '*')[2]
+    assert 'use 1 or more' in command('migrate', '--at-once', '0')[2]
+    assert 'from 1 to 1000' in command('worker', 'main:host', '-q', 'a=0', host=False)[2]
+
+def test_rules_of_one_tenant_are_shown(shop, command):
+    tenant = shop[2]
+    command('rules', 'weight=2', '--tenant', tenant)
+    command('rules', 'concurrency=8', '--queue', 'imports')
+    assert len(command('rules')[1].splitlines()) == 3
+    assert [l.split()[0] for l in command('rules', '--tenant', tenant)[1].splitlines()] == ['tenant', tenant]
+    assert command('rules', '--task', 'sync')[1] == 'there are no such rules\n'
