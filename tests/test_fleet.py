@@ -384,6 +384,16 @@ def test_a_worker_that_ends_says_so(shop):
     w.ends(20)
     assert Fleet(shop.host).workers() == []
 
+def test_a_lost_worker_is_not_said_to_run_anything(shop):
+    w = shop.worker()
+    w.says('jobs at once')
+    shop.submit('acme', nap, seconds=30)
+    def there(): return [(x.state, x.running, len(x.jobs)) for x in Fleet(shop.host).workers()]
+    wait_until(lambda: there() == [('running', 1, 1)], 15)
+    w.kill()
+    with writing(shop.host.engine) as conn: conn.exec_driver_sql("UPDATE fh_saas_workers SET beat_at = '2020-01-01T00:00:00.000000'")
+    assert there() == [('lost', 0, 0)]
+
 def test_a_copy_put_back_a_moment_after_the_host_was_asked(files, tmp_path):
     "One process has learnt from the host what another has told it meanwhile more of"
     def desk():

@@ -67,7 +67,7 @@ def workers(
     found = Fleet(the_host(host)).workers()
     table([dict(id=w.id.rpartition(':')[2], kind=w.kind, machine=w.machine, pid=w.pid, state=w.state, running=f'{w.running}/{w.concurrency}',
         queues=', '.join(f'{q}={n}' for q, n in w.queues.items()) if w.queues else 'all', asked=w.asked) for w in found], 'no process runs jobs for this host')
-    if jobs: table([dict(worker=w.id.rpartition(':')[2], tenant=t, job=j, type=typ) for w in found if w.state != 'lost' for t, j, typ in w.jobs], 'no job runs')
+    if jobs: table([dict(worker=w.id.rpartition(':')[2], tenant=t, job=j, type=typ) for w in found for t, j, typ in w.jobs], 'no job runs')
 
 def ask(
     worker:str, # Its id, or the end of it

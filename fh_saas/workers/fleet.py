@@ -62,7 +62,7 @@ class Fleet:
         with self.db.cursor() as cur: now, rows = self.db.kind.now(cur), rows_of(stmt(cur))
         for r in rows:
             r['queues'], r['jobs'] = json.loads(r['queues']), json.loads(r['jobs'])
-            if seconds(r['beat_at']) < now - lost_after: r['state'] = 'lost'
+            if seconds(r['beat_at']) < now - lost_after: r |= dict(state='lost', running=0, jobs=[])
         return [WorkerRecord(**r) for r in rows]
 
 # %% ../../nbs/workers/00_fleet.ipynb #2e1cabda
