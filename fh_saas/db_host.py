@@ -249,6 +249,11 @@ def hold(self:HostDatabase, tenant_id:str, reason:str,
             *(_catalog.c[k].is_not_distinct_from(v) for k, v in known.items())).values(held=reason, held_at=timestamp())).rowcount > 0
 
 @patch
+def take_back(self:HostDatabase, tenant_id:str, reason:str):
+    "A hold that was made with this reason is as if it had not been"
+    with writing(self.engine) as conn: conn.execute(_catalog.update().where(_catalog.c.id == tenant_id, _catalog.c.held == reason).values(held=None, held_at=None))
+
+@patch
 def count_held(self:HostDatabase) -> int:
     "How many tenants wait for an operator's decision"
     with reading(self.engine) as conn: return conn.execute(sa.select(sa.func.count()).where(_catalog.c.held.is_not(None))).scalar_one()

@@ -1,13 +1,14 @@
 "Workers as processes of their own, over the databases of many tenants; and what operators do to them meanwhile."
 import gc, json, os, shutil, signal, sqlite3, time, uuid
 from pathlib import Path
+from types import SimpleNamespace
 import pytest
 import sqlalchemy as sa
 from conftest import wait_until
 from children.launch import Child
 from fh_saas.db_connect import DatabaseBusy, FhSaasError, open_engine, reading, writing
 from fh_saas.db_host import HostDatabase, NotAHost
-from fh_saas.db_tenant import TenantMismatch, delete_tenant, get_or_create_tenant_db, list_tenants, suspend_tenant, resume_tenant
+from fh_saas.db_tenant import delete_tenant, get_or_create_tenant_db, list_tenants, suspend_tenant, resume_tenant
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.store import JobNotFound, QuotaExceeded
@@ -15,6 +16,7 @@ from fh_saas.jobs.tasks import Registry
 from fh_saas.jobs.tenancy import Held, rules_of, settle_held
 from fh_saas.jobs.wake import wakes_of
 from fh_saas.utils_bgtsk import BackgroundTaskManager, QueueClosed
+from fh_saas.ops import tenants
 from fh_saas.ops.tenants import export_tenant, restore_tenant
 from fh_saas.ops.terminal import the_host
 from fh_saas.workers.fleet import Fleet
@@ -337,21 +339,59 @@ def test_a_copy_is_put_back_while_everybody_has_the_database_open(shop, tmp_path
     wait_until(lambda: {web.get_job(j).status for j in old} == {'cancelled' if discard else 'completed'}, 15)
     assert len(shop.said('ping')) == (4 if discard else 7)
 
+def _copies(shop, folder):
+    "Files that must not become the database of acme, and what is said of each"
+    sqlite, url, named = shop.host.url.get_backend_name() == 'sqlite', shop.host.url_of, lambda n: folder/n
+    export_tenant(shop.host, shop.name('acme'), good := named('good'))
+    export_tenant(shop.host, shop.name('globex'), named('other'))
+    with writing(eng := open_engine(url(shop.host.find(shop.name('globex'))))) as conn: conn.exec_driver_sql("UPDATE fh_saas_meta SET value = '99' WHERE key = 'schema:tenant_jobs'")
+    export_tenant(shop.host, shop.name('globex'), named('newer'))
+    with writing(eng) as conn: conn.exec_driver_sql('DROP TABLE fh_saas_meta')
+    export_tenant(shop.host, shop.name('globex'), named('no_copy'))
+    eng.dispose()
+    named('half').write_bytes(good.read_bytes()[:5000])
+    named('empty').touch()
+    odd = dict(other="copy of tenant 'globex", newer='schema 99', no_copy='no copy of a tenant', half='damaged|not sound|failed', empty='no copy of a tenant' if sqlite else 'failed', none='no file')
+    return good, [(named(n), why) for n, why in odd.items()]
+
 def test_what_cannot_be_put_back_changes_nothing(shop, tmp_path):
-    job, sqlite = shop.submit('acme'), shop.host.url.get_backend_name() == 'sqlite'
+    job, acme = shop.submit('acme'), shop.name('acme')
     shop.manager('globex')
-    acme, copy, other, odd = shop.name('acme'), *(tmp_path/n for n in ('copy', 'other', 'odd'))
-    export_tenant(shop.host, acme, copy)
-    export_tenant(shop.host, shop.name('globex'), other)
-    odd.write_bytes(copy.read_bytes()[:5000])
+    good, odd = _copies(shop, tmp_path)
     late = shop.submit('acme')
-    for path, error, why in ((other, TenantMismatch, "copy of tenant 'globex"), (odd, FhSaasError, 'damaged|not sound|failed'), (tmp_path/'none', FileNotFoundError, 'no file')):
-        with pytest.raises(error, match=why): restore_tenant(shop.host, acme, path)
+    for path, why in odd:
+        with pytest.raises((FhSaasError, FileNotFoundError), match=why): restore_tenant(shop.host, acme, path)
+        assert not shop.host.find(acme).held
     with writing(eng := open_engine(shop.host.url_of(shop.host.find(acme)))) as conn:
-        if not sqlite: conn.exec_driver_sql('LOCK TABLE tenant_jobs')
-        with pytest.raises(DatabaseBusy, match='nothing was put back'): restore_tenant(shop.host, acme, copy, busy=0.3)
+        if conn.dialect.name == 'postgresql': conn.exec_driver_sql('LOCK TABLE tenant_jobs')
+        with pytest.raises(DatabaseBusy, match='nothing was put back'): restore_tenant(shop.host, acme, good, busy=0.3)
     eng.dispose()
     assert {shop.row('acme', j).status for j in (job, late)} == {'pending'} and not shop.host.find(acme).held
+    suspend_tenant(acme, shop.host)  # its pages are shut, which is no reason not to
+    restore_tenant(shop.host, acme, good)
+    resume_tenant(acme, shop.host)
+    assert [j.id for j in shop.manager('acme').list_jobs()] == [job] and shop.host.find(acme).held
+
+@pytest.mark.parametrize('meanwhile', ['released', 'released and held anew', 'made anew'])
+def test_a_tenant_that_changes_hands_while_a_copy_is_to_be_put_back(files, tmp_path, monkeypatch, meanwhile):
+    files.submit('acme')
+    export_tenant(files.host, 'acme', copy := tmp_path/'copy')
+    def others(seconds):
+        if meanwhile == 'made anew':
+            files.forget()
+            delete_tenant('acme', files.host, force=True)
+            return files.manager('acme')
+        settle_held(files.host, 'acme', discard=True)
+        if 'anew' in meanwhile: files.host.hold('acme', 'another reason')
+    monkeypatch.setattr(tenants, 'time', SimpleNamespace(sleep=others, monotonic=time.monotonic))
+    with pytest.raises(FhSaasError, match='nothing was put back'): restore_tenant(files.host, 'acme', copy)
+    monkeypatch.undo()
+    now = files.host.find('acme')
+    assert (now.held, now.epoch) == {'released': (None, 2), 'released and held anew': ('another reason', 2), 'made anew': (None, 1)}[meanwhile]
+    if not now.held:
+        job = files.submit('acme')
+        files.worker('--once').ends(20)
+        assert files.row('acme', job).status == 'completed'
 
 def test_an_empty_database_is_not_taken_for_that_of_a_tenant_with_a_history(files, tmp_path):
     files.submit('acme')

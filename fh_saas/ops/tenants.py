@@ -10,12 +10,15 @@ __all__ = ['log', 'heeded', 'tenant_report', 'migrate_tenants', 'export_tenant',
 # %% ../../nbs/ops/00_tenants.ipynb #6524a9c9
 import logging, os, shutil, sqlite3, subprocess, threading, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
+from urllib.parse import quote
 import sqlalchemy as sa
-from ..db_connect import DatabaseBusy, DatabaseUnavailable, FhSaasError, connect, db_errors, lock_schema, open_engine, read_meta, reading, show_url, write_meta, writing
-from ..db_host import HostDatabase, TenantNotFound, gen_id
+from ..db_connect import (DatabaseBusy, DatabaseUnavailable, FhSaasError, NewerDatabase, connect, db_errors, lock_schema, open_engine, read_meta, reading,
+    set_timeout, show_url, write_meta, writing)
+from ..db_host import HostDatabase, TenantNotFound, gen_id, timestamp
 from ..db_tenant import TenantMismatch  # with this module a host has `url_of`
+from ..jobs.model import schema_version
 from ..jobs.store import Store
 from ..jobs.tenancy import open_jobs
 from ..jobs.wake import wakes_of, wakes_table
@@ -105,63 +108,93 @@ def _copy_sqlite(url, tmp):
         copy.execute('PRAGMA journal_mode=DELETE')
         if (found := copy.execute('PRAGMA integrity_check(1)').fetchone()[0]) != 'ok': raise FhSaasError(f"the copy of {url.database} is not sound: {found}")
 
-def _copy_pg(url, tmp): _pg_tool('pg_dump', url, '--format=custom', f'--file={tmp}', url.database)
+def _copy_pg(url, tmp): _pg_tool('pg_dump', url, '--format=custom', f'--file={tmp}', f'--dbname={_conninfo(url)}')
 
 def _pg_tool(name, url, *args, **more):
     if not (tool := shutil.which(name)): raise DatabaseUnavailable(f"for a PostgreSQL database this takes {name}, which is not on the path: install the PostgreSQL client")
-    env = {k: str(v) for k, v in dict(PGHOST=url.host, PGPORT=url.port, PGUSER=url.username, PGPASSWORD=url.password).items() if v}
+    env = {'PGPASSWORD': url.password} if url.password else {}  # in the arguments everybody on the machine could read it
     done = subprocess.run([tool, '--no-password', *args], env=os.environ | env | more, capture_output=True, text=True)
     if done.returncode: raise DatabaseUnavailable(f"{name} of {url.database} failed: {done.stderr.strip()[-500:]}")
     return done.stdout
 
-# %% ../../nbs/ops/00_tenants.ipynb #c60a4c58
+def _conninfo(url) -> str:
+    from psycopg.conninfo import make_conninfo
+    return make_conninfo(**{k: v for k, v in url.translate_connect_args(username='user', database='dbname').items() if k != 'password'} | url.query)
+
+# %% ../../nbs/ops/00_tenants.ipynb #c284402b
 heeded = 2.5 # seconds after which no process starts a job of a tenant that is held
 
 def restore_tenant(
     host:HostDatabase,
     tenant_id:str,
-    path:str, # A copy that `export_tenant` has made
-    busy:float=10.0, # Seconds to wait for who writes
+    path:str, # A copy that `export_tenant` has made of this tenant
+    busy:float=10.0, # Seconds to wait for a lock
 ):
     "Let a tenant's database be what it was when a copy was made, while others have it open; what it is now is gone"
     if (t := host.find(tenant_id)) is None: raise TenantNotFound(f"no tenant {tenant_id!r}")
+    if t.state in ('migrating', 'deleting'): raise FhSaasError(f"tenant {tenant_id!r} is {t.state}: nothing was put back")
     if not Path(path).is_file(): raise FileNotFoundError(f"there is no file {path}")
-    sqlite = (url := host.url_of(t)).get_backend_name() == 'sqlite'
-    its = (_notes_sqlite if sqlite else _notes_pg)(url, path).get('tenant_id', tenant_id)
-    if its != tenant_id: raise TenantMismatch(f"{path} is a copy of tenant {its!r}, not of {tenant_id!r}; nothing was put back")
-    why = f"tenant {tenant_id!r}: open jobs are held, because a copy of its database was put back: {path}"
-    ours = host.hold(tenant_id, why, created_at=t.created_at, epoch=t.epoch)
-    try:
-        time.sleep(heeded)
-        (_back_sqlite if sqlite else _back_pg)(url, path, busy)
-        Store(url, synchronous=host.synchronous, tenant=tenant_id).close()  # it may be of an earlier version
-    except BaseException:
-        if ours: host.let_go(tenant_id, t.epoch)
-        raise
+    url = host.url_of(t)
+    with (_file if url.get_backend_name() == 'sqlite' else _archive)(url, path) as (notes, put):
+        _check_copy(host, t, notes, path)
+        why = f"tenant {tenant_id!r}: open jobs are held: since {timestamp()}Z this copy was to become its database: {path}"
+        ours = host.hold(tenant_id, why, created_at=t.created_at, epoch=t.epoch)
+        try:
+            time.sleep(heeded)
+            now = host.find(tenant_id)
+            if now is None or not now.held or (now.created_at, now.epoch) != (t.created_at, t.epoch): raise FhSaasError(f"tenant {tenant_id!r} was released or made anew meanwhile: nothing was put back")
+            put(busy)
+        except Exception:
+            if ours: host.take_back(tenant_id, why)
+            raise
+    Store(url, synchronous=host.synchronous, tenant=tenant_id).close()  # it may be of an earlier version
     wakes_of(host).ring(tenant_id)
 
-# %% ../../nbs/ops/00_tenants.ipynb #48ae672a
-def _notes_sqlite(url, path) -> dict:
-    "What a copy says about itself, if it is sound"
-    with db_errors(f'sqlite:///{path}'), closing(sqlite3.connect(path)) as copy:
+# %% ../../nbs/ops/00_tenants.ipynb #9e28a488
+def _check_copy(host, t, notes, path):
+    its, schema = (notes.get('tenant_id'), notes.get('host_id')), int(notes.get('schema:tenant_jobs', 0))
+    if schema > schema_version: raise NewerDatabase(f"{path} has schema {schema}, this fh-saas knows up to {schema_version}: upgrade fh-saas here; nothing was put back")
+    if its == (t.id, host.id) or schema and its[0] is None and _nameless(host.url_of(t)): return
+    what = 'no copy of a tenant' if its[0] is None else f"a copy of tenant {its[0]!r}{' of another host' if its[1] != host.id else ''}, not of {t.id!r}"
+    raise TenantMismatch(f"{path} is {what}; nothing was put back")
+
+def _nameless(url) -> bool:
+    "Was the database registered as another program had made it? Then its copies do not say whose they are either"
+    eng = open_engine(url)
+    try:
+        with reading(eng) as conn: return 'tenant_id' not in read_meta(conn)
+    finally: eng.dispose()
+
+# %% ../../nbs/ops/00_tenants.ipynb #ba4e341d
+@contextmanager
+def _file(url, path):
+    "What a copy says about itself, and what puts it back; open in between, so that what was looked at is what is put back"
+    if Path(url.database).exists() and os.path.samefile(path, url.database): raise FhSaasError(f"{path} is the database itself; nothing was put back")
+    with db_errors(f'sqlite:///{path}'), closing(sqlite3.connect(f'file:{quote(str(Path(path).absolute()))}?mode=ro', uri=True)) as copy:
         if (found := copy.execute('PRAGMA integrity_check(1)').fetchone()[0]) != 'ok': raise FhSaasError(f"{path} is not sound: {found}; nothing was put back")
-        return dict(copy.execute('SELECT key, value FROM fh_saas_meta')) if copy.execute("SELECT 1 FROM sqlite_master WHERE name = 'fh_saas_meta'").fetchone() else {}
+        has_notes = copy.execute("SELECT 1 FROM sqlite_master WHERE name = 'fh_saas_meta'").fetchone()
+        yield dict(copy.execute('SELECT key, value FROM fh_saas_meta')) if has_notes else {}, lambda busy: _write_over(copy, url, busy)
 
-def _notes_pg(url, path) -> dict:
-    "The same, from the rows of the table as pg_restore writes them"
-    return dict(l.split('\t') for l in _pg_tool('pg_restore', url, '--data-only', '--table=fh_saas_meta', '--file=-', str(path)).splitlines() if l.count('\t') == 1)
-
-def _back_sqlite(url, path, busy):
+def _write_over(copy, url, busy):
     until = time.monotonic() + busy
     def patient(status, remaining, total):
         if status != sqlite3.SQLITE_DONE and time.monotonic() > until: raise DatabaseBusy(f"{url.database}: another connection held the write lock for {busy:g} s; nothing was put back")
-    with db_errors(url), closing(sqlite3.connect(path)) as copy, closing(connect(url, busy=0)) as there: copy.backup(there, progress=patient, sleep=0.02)
+    with db_errors(url), closing(connect(url)) as there:
+        set_timeout(there, 0)
+        if (sizes := [c.execute('PRAGMA page_size').fetchone()[0] for c in (copy, there)])[0] != sizes[1]: raise FhSaasError(f"the copy has pages of {sizes[0]} bytes, {url.database} of {sizes[1]}; nothing was put back")
+        copy.backup(there, progress=patient, sleep=0.02)
 
-# %% ../../nbs/ops/00_tenants.ipynb #620ae4fb
+# %% ../../nbs/ops/00_tenants.ipynb #a522025e
+@contextmanager
+def _archive(url, path):
+    "The same for an archive of pg_dump; its notes are read from what pg_restore would send"
+    sent = _pg_tool('pg_restore', url, '--data-only', '--table=fh_saas_meta', '--file=-', str(path))
+    yield dict(l.split('\t') for l in sent.splitlines() if l.count('\t') == 1), lambda busy: _back_pg(url, path, busy)
+
 def _back_pg(url, path, busy):
     me, over, late = f'fh_saas restore {gen_id()}', threading.Event(), threading.Event()
     (watching := threading.Thread(target=_end_who_waits, args=(url, me, busy, over, late), daemon=True)).start()
-    try: _pg_tool('pg_restore', url, '--clean', '--if-exists', '--no-owner', '--single-transaction', f'--dbname={url.database}', str(path), PGAPPNAME=me)
+    try: _pg_tool('pg_restore', url, '--clean', '--if-exists', '--no-owner', '--single-transaction', f'--dbname={_conninfo(url)}', str(path), PGAPPNAME=me)
     except DatabaseUnavailable as e:
         if late.is_set(): raise DatabaseBusy(f"{show_url(url)}: another connection held a lock for {busy:g} s; nothing was put back") from e
         raise
@@ -172,5 +205,7 @@ def _end_who_waits(url, name, busy, over, late):
     waits = sa.text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = :name AND wait_event_type = 'Lock' AND clock_timestamp() > query_start + make_interval(secs => :busy)")
     eng = open_engine(url, poolclass=sa.NullPool)
     while not over.wait(0.2):
-        with reading(eng) as conn:
-            if conn.execute(waits, dict(name=name, busy=busy)).first(): late.set()
+        try:
+            with reading(eng) as conn:
+                if conn.execute(waits, dict(name=name, busy=busy)).first(): late.set()
+        except FhSaasError as e: log.warning('cannot see whether pg_restore waits, next try in a moment: %s', e)

@@ -66,9 +66,11 @@ def stop(self:Runner, grace:float=None):
     "Claim nothing more, give running jobs `grace` seconds, release the rest"
     self._stopped.set()
     if self._aside: return
-    if self.engine and self.host and self.engine.settings.concurrency and self.engine.load: self._quietly(self.fleet.beat, self.engine, self.kind, 'stopping')
+    serves = self.engine and self.host and self.engine.settings.concurrency
+    if serves: (saying := threading.Thread(target=self._quietly, args=(self.fleet.beat, self.engine, self.kind, 'stopping'), daemon=True)).start()  # a host that does not answer holds up nothing
     if self.engine: self.engine.stop(grace)
-    if self.engine and self.host and self.engine.settings.concurrency:
+    if serves:
+        saying.join(2)
         self._watching.join(2)
         self._pool.close()
         self._quietly(self.fleet.leave, self.engine.worker)
