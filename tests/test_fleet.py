@@ -20,6 +20,7 @@ from fh_saas.ops import tenants
 from fh_saas.ops.tenants import export_tenant, restore_tenant
 from fh_saas.ops.terminal import the_host
 from fh_saas.workers.fleet import Fleet
+from fh_saas.workers.worker import Worker
 
 command = 'import sys; from fh_saas.ops.cli import main; sys.exit(main())'
 
@@ -414,6 +415,10 @@ def test_a_mistyped_host_makes_none(new_url):
     with pytest.raises(NotAHost, match='no host database'): the_host(url := new_url())
     with reading(eng := open_engine(url)) as conn: assert 'core_tenants' not in sa.inspect(conn).get_table_names()
     eng.dispose()
+
+def test_a_health_file_must_be_one(files, tmp_path):
+    for path, why in ((tmp_path, 'is a folder'), (tmp_path/'none'/'health', 'no such folder')):
+        with pytest.raises(ValueError, match=why): Worker(files.host, Settings(), health=str(path))
 
 def test_a_worker_that_ends_says_so(shop):
     w = shop.worker('--grace', '20')

@@ -698,6 +698,19 @@ def test_who_waits_for_the_lock_asks_as_often_as_who_comes_new(new_sqlite, way):
     assert store.get('a')['status'] == 'pending'
     store.close(); eng.dispose()
 
+def test_an_interrupt_in_the_moment_the_lock_comes_locks_nobody_out(new_url):
+    store, other = Store(url := new_url(), busy=0.5), Store(url, busy=0.5)
+    begin = store.kind.begin
+    def interrupted(*args):
+        begin(*args)
+        raise KeyboardInterrupt
+    store.kind.begin = interrupted
+    with pytest.raises(KeyboardInterrupt): store.write(lambda cur, now: None)
+    store.kind.begin = begin
+    assert add(other, id='b') and add(store, id='c')
+    assert {r['id'] for r in store.list()} == {'b', 'c'}
+    store.close(); other.close()
+
 def test_where_there_is_no_shared_memory_a_commit_waits_for_readers(new_sqlite, monkeypatch):
     "On such a file system SQLite keeps its rollback journal"
     monkeypatch.setattr(db_connect, '_wal', lambda conn, busy: None)
