@@ -155,6 +155,7 @@ def _sqlite_connect(u, synchronous, busy, create=False, explicit=True):
     except BaseException: conn.close(); raise
     return conn
 
+# %% ../nbs/00_db_connect.ipynb #f0ff2d44
 def _sqlite_engine(u, synchronous, busy, create, explicit, **kw):
     if synchronous not in levels: raise ValueError(f"synchronous={synchronous!r}: use one of {', '.join(levels)}")
     eng = sa.create_engine(u, creator=lambda: _sqlite_connect(u, synchronous, busy, create, explicit), **kw)

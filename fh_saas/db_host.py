@@ -8,7 +8,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/db_host.html.md"""
 
 # %% auto #0
 __all__ = ['tenant_states', 'catalog_table', 'timestamp', 'shown', 'seconds', 'gen_id', 'SeedRecord', 'JobRecord', 'SystemJob',
-           'TenantCatalog', 'env_url', 'NotAHost', 'HostDatabase', 'TenantNotFound']
+           'TenantCatalog', 'env_url', 'HostDatabase', 'NotAHost', 'TenantNotFound']
 
 # %% ../nbs/00_db_host.ipynb #6698e33c
 import os, secrets, struct, threading, time
@@ -150,8 +150,6 @@ def env_url() -> str:
         port, name).render_as_string(hide_password=False)
 
 # %% ../nbs/00_db_host.ipynb #5d7130f1
-class NotAHost(FhSaasError, ValueError): "The database is not a host's."
-
 class HostDatabase:
     "The registry of tenants, in a SQLite file or a PostgreSQL database"
     job_table, job_class = 'sys_jobs', SystemJob
@@ -163,16 +161,7 @@ class HostDatabase:
         self.url, self.synchronous, self._db = check_url(db_url or env_url()), synchronous, None
         if create and self.url.get_backend_name() == 'sqlite' and not self.url.database.startswith('file:'): Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
         self.engine = open_engine(self.url, synchronous, create=create)
-        with writing(self.engine) as conn:
-            lock_schema(conn)
-            notes, there = read_meta(conn), sa.inspect(conn).has_table(_catalog.name)
-            if 'tenant_id' in notes and not there: raise NotAHost(f"{show_url(self.url)} is the database of tenant {notes['tenant_id']!r}, not a host: name the host's; nothing was changed")
-            if not (there or create): raise NotAHost(f"{show_url(self.url)} is no host database: name the one that your app uses; nothing was changed")
-            legacy = there and not notes.get('host_schema')
-            add_columns(conn, _catalog)
-            if legacy: _pause_inactive(conn)
-            if notes.get('host_schema') != '1': write_meta(conn, host_schema=1, host_id=gen_id())
-            self.id = read_meta(conn)['host_id']
+        with writing(self.engine) as conn: self.id = _catalog_in(conn, create)
 
     def __repr__(self): return f'HostDatabase({show_url(self.url)})'
 
@@ -192,6 +181,19 @@ class HostDatabase:
         self.engine.dispose()
 
 # %% ../nbs/00_db_host.ipynb #eb800fa0
+class NotAHost(FhSaasError, ValueError): "The database is not a host's."
+
+def _catalog_in(conn, create) -> str: # The host's id
+    "The catalog is there and up to date, or made"
+    lock_schema(conn)
+    notes, there, shown_url = read_meta(conn), sa.inspect(conn).has_table(_catalog.name), show_url(conn.engine.url)
+    if 'tenant_id' in notes and not there: raise NotAHost(f"{shown_url} is the database of tenant {notes['tenant_id']!r}, not a host: name the host's; nothing was changed")
+    if not (there or create): raise NotAHost(f"{shown_url} is no host database: name the one that your app uses; nothing was changed")
+    add_columns(conn, _catalog)
+    if there and not notes.get('host_schema'): _pause_inactive(conn)
+    if notes.get('host_schema') != '1': write_meta(conn, host_schema=1, host_id=gen_id())
+    return read_meta(conn)['host_id']
+
 def _pause_inactive(conn):
     # 0.9.14 had a flag where there is a state now
     old = sa.table(_catalog.name, sa.column('is_active', sa.Boolean), sa.column('state'))

@@ -155,6 +155,7 @@ def delete(
     if not yes: raise CliError(f"this deletes tenant {tenant!r} and all its data: say --yes")
     delete_tenant(tenant, the_host(host), force)
 
+# %% ../../nbs/ops/01_cli.ipynb #6a9e1f0c
 def migrate(
     at_once:int=8, # Databases at once
     host:str=None, # The host's URL
