@@ -70,7 +70,7 @@ def test_sixteen_processes_open_the_same_new_tenant(new_url):
     url, name = new_url(), f'n{uuid.uuid4().hex[:8]}'
     host, c = HostDatabase(url), Child('opens.py', url, name, 16)
     try:
-        c.ends(30)
+        c.ends(90)
         ids = set(re.findall(r'^done (\w+)$', c.text, re.M))
         assert c.proc.returncode == 0 and len(ids) == 16 and 'Traceback' not in c.text, c.text[-3000:]
         assert [t.id for t in host.tenants()] == [name]
