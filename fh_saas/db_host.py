@@ -161,7 +161,9 @@ class HostDatabase:
         self.url, self.synchronous, self._db = check_url(db_url or env_url()), synchronous, None
         if create and self.url.get_backend_name() == 'sqlite' and not self.url.database.startswith('file:'): Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
         self.engine = open_engine(self.url, synchronous, create=create)
-        with writing(self.engine) as conn: self.id = _catalog_in(conn, create)
+        try:
+            with writing(self.engine) as conn: self.id = _catalog_in(conn, create)
+        except BaseException: self.engine.dispose(); raise
 
     def __repr__(self): return f'HostDatabase({show_url(self.url)})'
 

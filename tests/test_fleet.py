@@ -429,6 +429,18 @@ def test_a_worker_that_ends_says_so(shop):
     w.ends(20)
     assert Fleet(shop.host).workers() == []
 
+def test_a_rule_that_is_made_while_the_host_is_read_is_known_at_once(files, monkeypatch):
+    rules = rules_of(files.host)
+    read = rules.all
+    def slow():
+        found = read()
+        rules.set(tenant='acme', concurrency=2)
+        return found
+    monkeypatch.setattr(rules, 'all', slow)
+    rules.ask()
+    monkeypatch.undo()
+    assert (rules.of('acme').most, rules.of('globex').most) == (2, None)
+
 def test_a_lost_worker_is_not_said_to_run_anything(shop):
     w = shop.worker()
     w.says('jobs at once')

@@ -106,20 +106,23 @@ def _copy_sqlite(url, tmp):
     with db_errors(url), closing(connect(url)) as src, closing(sqlite3.connect(tmp)) as copy:
         src.backup(copy)  # all pages in one read transaction, which in WAL mode keeps no writer waiting
         copy.execute('PRAGMA journal_mode=DELETE')
-        if (found := copy.execute('PRAGMA integrity_check(1)').fetchone()[0]) != 'ok': raise FhSaasError(f"the copy of {url.database} is not sound: {found}")
+        _check_sound(copy, f'the copy of {url.database}')
+
+def _check_sound(conn, name):
+    if (found := conn.execute('PRAGMA integrity_check(1)').fetchone()[0]) != 'ok': raise FhSaasError(f"{name} is not sound: {found}")
 
 def _copy_pg(url, tmp): _pg_tool('pg_dump', url, '--format=custom', f'--file={tmp}', f'--dbname={_conninfo(url)}')
 
-def _pg_tool(name, url, *args, **more):
+def _pg_tool(name, url, *args):
     if not (tool := shutil.which(name)): raise DatabaseUnavailable(f"for a PostgreSQL database this takes {name}, which is not on the path: install the PostgreSQL client")
     env = {'PGPASSWORD': url.password} if url.password else {}  # in the arguments everybody on the machine could read it
-    done = subprocess.run([tool, '--no-password', *args], env=os.environ | env | more, capture_output=True, text=True)
+    done = subprocess.run([tool, '--no-password', *args], env=os.environ | env, capture_output=True, text=True)
     if done.returncode: raise DatabaseUnavailable(f"{name} of {url.database} failed: {done.stderr.strip()[-500:]}")
     return done.stdout
 
-def _conninfo(url) -> str:
+def _conninfo(url, **more) -> str:
     from psycopg.conninfo import make_conninfo
-    return make_conninfo(**{k: v for k, v in url.translate_connect_args(username='user', database='dbname').items() if k != 'password'} | url.query)
+    return make_conninfo(**{k: v for k, v in url.translate_connect_args(username='user', database='dbname').items() if k != 'password'} | url.query | more)
 
 # %% ../../nbs/ops/00_tenants.ipynb #c284402b
 heeded = 2.5 # seconds after which no process starts a job of a tenant that is held
@@ -171,7 +174,7 @@ def _file(url, path):
     "What a copy says about itself, and what puts it back; open in between, so that what was looked at is what is put back"
     if Path(url.database).exists() and os.path.samefile(path, url.database): raise FhSaasError(f"{path} is the database itself; nothing was put back")
     with db_errors(f'sqlite:///{path}'), closing(sqlite3.connect(f'file:{quote(str(Path(path).absolute()))}?mode=ro', uri=True)) as copy:
-        if (found := copy.execute('PRAGMA integrity_check(1)').fetchone()[0]) != 'ok': raise FhSaasError(f"{path} is not sound: {found}; nothing was put back")
+        _check_sound(copy, path)
         has_notes = copy.execute("SELECT 1 FROM sqlite_master WHERE name = 'fh_saas_meta'").fetchone()
         yield dict(copy.execute('SELECT key, value FROM fh_saas_meta')) if has_notes else {}, lambda busy: _write_over(copy, url, busy)
 
@@ -194,7 +197,7 @@ def _archive(url, path):
 def _back_pg(url, path, busy):
     me, over, late = f'fh_saas restore {gen_id()}', threading.Event(), threading.Event()
     (watching := threading.Thread(target=_end_who_waits, args=(url, me, busy, over, late), daemon=True)).start()
-    try: _pg_tool('pg_restore', url, '--clean', '--if-exists', '--no-owner', '--single-transaction', f'--dbname={_conninfo(url)}', str(path), PGAPPNAME=me)
+    try: _pg_tool('pg_restore', url, '--clean', '--if-exists', '--no-owner', '--single-transaction', f'--dbname={_conninfo(url, application_name=me)}', str(path))
     except DatabaseUnavailable as e:
         if late.is_set(): raise DatabaseBusy(f"{show_url(url)}: another connection held a lock for {busy:g} s; nothing was put back") from e
         raise
