@@ -1,5 +1,6 @@
 "A job that one process submits is started by another, without anybody polling the tenants."
-import asyncio, subprocess, sys, time, uuid
+import asyncio, random, subprocess, sys, time, uuid
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 import pytest
 from conftest import wait_until
@@ -11,7 +12,8 @@ from fh_saas.jobs.store import Store
 from fh_saas.jobs.tasks import Registry, task
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from fh_saas.jobs.tenancy import rules_of
-from fh_saas.jobs.wake import wakes_of
+from fh_saas.jobs import wake
+from fh_saas.jobs.wake import Wakes, wakes_of
 from fh_saas.workers import runner
 from fh_saas.workers.fleet import Fleet
 from fh_saas.workers.runner import Runner
@@ -159,6 +161,72 @@ def test_a_lone_submit_asks_a_server_twice(elsewhere, statements):
     m.submit('t', print)
     assert len(statements) == (0 if m.engine.tenancy(m.store).wakes.bell else 2)  # the job, and the ring in the host
 
+def test_a_stream_of_submits_rings_now_and_then_and_last_of_all_after_the_last_commit(elsewhere, monkeypatch):
+    m, rings, _ = elsewhere
+    wakes, seen = m.engine.tenancy(m.store).wakes, []
+    ring = wakes.ring  # as the fixture has it
+    monkeypatch.setattr(wakes, 'ring', lambda *args: seen.append(m.store.by_status()['pending']) or ring(*args))
+    monkeypatch.setattr(wake, 'spacing', 0.05)
+    start = time.monotonic()
+    for n in range(100): m.submit('t', print)
+    took = time.monotonic() - start
+    wait_until(lambda: not wakes._late and not wakes._ringing, 5)
+    assert wake.burst <= len(rings) <= wake.burst + took/0.05 + 2
+    assert seen[:wake.burst] == [*range(1, wake.burst + 1)] and seen[-1] == 100
+    time.sleep(wake.burst*0.05)
+    m.submit('t', print)  # by then a lone job is rung for at once
+    assert seen[-1] == 101
+
+def test_every_commit_is_followed_by_a_ring_whoever_commits_beside_it(tmp_path, monkeypatch):
+    h = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    wakes, committed, seen = Wakes(h), {n: 0 for n in range(4)}, {n: 0 for n in range(4)}
+    def ring(tenant, at, queue): seen.update(committed) or time.sleep(random.uniform(0, 0.002))
+    monkeypatch.setattr(wakes, 'ring', ring)
+    monkeypatch.setattr(wake, 'spacing', 0.001)
+    def submits(n):
+        for i in range(3000):
+            committed[n] = i + 1
+            wakes.ring_soon('acme', 'default')
+    with ThreadPoolExecutor(4) as threads: list(threads.map(submits, committed))
+    wait_until(lambda: seen == dict.fromkeys(committed, 3000), 5)
+    wakes.close(); h.close()
+
+def test_a_ring_that_fails_does_not_keep_back_the_next(tmp_path, monkeypatch, caplog):
+    h = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    wakes, heard = Wakes(h), []
+    monkeypatch.setattr(wakes, 'ring', lambda tenant, at, queue: heard.append(tenant) if tenant == 'globex' else 1/0)
+    wakes._rung['acme', None] = wakes._rung['globex', None] = time.monotonic() + 60*wake.spacing
+    for t in ('acme', 'globex', 'globex'): wakes.ring_soon(t)
+    wait_until(lambda: heard, 5)
+    assert heard == ['globex'] and 'tenant=acme: not rung for' in caplog.text
+    wakes.close(); h.close()
+
+leaver = '''
+import multiprocessing, sys
+from fh_saas.db_host import HostDatabase
+from fh_saas.jobs import wake
+def leave(url):
+    wakes = wake.wakes_of(HostDatabase(url))
+    wake.spacing = 60  # the last one would be rung for after minutes
+    for n in range(wake.burst): wakes.ring_soon('acme')
+    wakes.settle('acme', 'w', *wakes.lease('acme', 'w'))  # and somebody has been there meanwhile
+    wakes.ring_soon('acme')
+    assert not wakes.due()[0]
+if __name__ == '__main__':
+    if sys.argv[2] == 'main': leave(sys.argv[1])
+    else:
+        p = multiprocessing.get_context(sys.argv[2]).Process(target=leave, args=(sys.argv[1],))
+        p.start(); p.join(60); sys.exit(p.exitcode)
+'''
+
+@pytest.mark.parametrize('process', ['main', 'fork', 'spawn'])
+def test_who_ends_rings_on_the_way_out(tmp_path, process):
+    (tmp_path/'leaver.py').write_text(leaver)
+    h = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    subprocess.run([sys.executable, 'leaver.py', str(h.url), process], cwd=tmp_path, check=True, timeout=60)
+    assert list(wakes_of(h).due()[0]) == ['acme']
+    h.close()
+
 def test_each_queue_and_each_moment_is_rung_for(elsewhere):
     m, rings, _ = elsewhere
     async def some():
@@ -188,7 +256,6 @@ def test_a_server_keeps_what_was_there_when_it_began_out_of_collections(tmp_path
 
 def test_the_first_who_passes_by_tells_the_others(new_pg):
     from fh_saas.jobs.bell import Ear
-    from fh_saas.jobs.wake import wakes_of
     h = HostDatabase(new_pg())
     wakes, ear = wakes_of(h), Ear(h.url, h.id, 'w:1')
     ear.wait(0)

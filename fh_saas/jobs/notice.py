@@ -34,7 +34,7 @@ def hint(tenancy):
     except FhSaasError as e: log.warning('tenant=%s: no note in the host, a sweep will find the job: %s', tenancy.tenant_id, e)
 
 def ring(tenancy, at, queue):
-    try: tenancy and tenancy.wakes.ring(tenancy.tenant_id, at, queue)
+    try: tenancy and (tenancy.wakes.ring(tenancy.tenant_id, at, queue) if at else tenancy.wakes.ring_soon(tenancy.tenant_id, queue))
     except FhSaasError as e: log.warning('tenant=%s: not rung for in the host, its hint will lead there: %s', tenancy.tenant_id, e)
 
 def moment(op, said):
