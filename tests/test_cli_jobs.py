@@ -8,7 +8,9 @@ from fh_saas.jobs.retries import Permanent
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.tasks import Registry
 from fh_saas.ops.cli import main
+from fh_saas.ops.terminal import person
 from fh_saas.utils_bgtsk import BackgroundTaskManager
+from fh_saas.web.audit import Audit
 
 def sync(account, api_key='', job=None):
     if job: job.log(f'login with {api_key}\x1b[2J\nsecond line')
@@ -91,7 +93,7 @@ def test_a_copy_goes_back_only_with_a_yes(shop, run, tmp_path):
     run('export', copy := str(tmp_path/'copy'))
     m.submit('sync', sync, account=1)
     assert 'say --yes' in run('restore', copy, code=1) and len(m.list_jobs()) == 1
-    assert run('restore', copy, '--yes') == '' and m.list_jobs() == []
+    assert 'are held' in run('restore', copy, '--yes') and m.list_jobs() == []
     assert 'no file' in run('restore', str(tmp_path/'none'), '--yes', code=1)
 
 def test_what_is_mistyped_is_said(run, command):
@@ -109,3 +111,24 @@ def test_rules_of_one_tenant_are_shown(shop, command):
     assert len(command('rules')[1].splitlines()) == 3
     assert [l.split()[0] for l in command('rules', '--tenant', tenant)[1].splitlines()] == ['tenant', tenant]
     assert command('rules', '--task', 'sync')[1] == 'there are no such rules\n'
+
+def test_each_act_is_in_the_audit_and_says_what_it_did(shop, run, command, tmp_path):
+    m, url, tenant = shop
+    def noted(): return [(e.by, e.tenant, e.action, e.what) for e in reversed(Audit(m.db.host).entries(limit=1000))]
+    a, b, c = (m.submit('sync', sync, account=n, run_at='2100-01-01')[0] for n in range(3))
+    run('jobs'); run('job', a); run('stats'); command('tenants'); command('rules'); command('workers')
+    run('cancel', '--type', 'sync')  # counts them only
+    assert noted() == []
+    assert 'nobody' in run('cancel', a, 'nobody', b, code=1)
+    run('retry', '--status', 'cancelled', '--yes'); run('move', c, '--priority', '4'); new = run('rerun', c, 'api_key="q7Yb2"').strip()
+    assert 'is suspended' in run('suspend') and 'is active' in run('unsuspend')
+    assert "queue 'q': no new jobs" in command('drain', '--queue', 'q')[1] and 'everything: goes on' in command('resume')[1]
+    command('rules', 'weight=2', '--tenant', tenant); command('pause', '--tenant', tenant)
+    assert 'a rule keeps its jobs' in command('tenants', '--wrong')[1]
+    run('export', str(tmp_path/'copy')); command('migrate')
+    done = noted()
+    assert {by for by, *_ in done} == {person()} and '@' in person()
+    assert [(t, action) for _, t, action, _ in done] == [(tenant, x) for x in ('cancel', 'retry', 'move', 'rerun', 'suspend', 'unsuspend')] + [('', 'drain'), ('', 'resume')] + [(tenant, x) for x in ('rules', 'pause', 'export')] + [(None, 'migrate')]
+    what = dict((action, what) for *_, action, what in done)
+    assert what['cancel'] == f'{a}, {b}' and what['retry'] == '2 jobs with status cancelled' and what['rerun'] == f'{c} as {new}' and 'q7Yb2' not in str(done)
+    assert what['rules'] == 'everything: weight=2' and what['drain'] == "queue 'q'" and what['export'] == str(tmp_path/'copy')

@@ -14,6 +14,7 @@ from fh_saas.db_host import HostDatabase, catalog_table
 from fh_saas.db_tenant import get_or_create_tenant_db
 from fh_saas.jobs.commit import Committer
 from fh_saas.jobs.settings import Settings
+from fh_saas.jobs.tenancy import rules_of
 from fh_saas.testing import JobTester
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from fh_saas.web.access import Access
@@ -24,7 +25,7 @@ API = '/api/v1/admin/background-tasks'
 roles = ('viewer', 'operator', 'admin')
 nobody = '0'*32  # an id that no job has
 open_to_all = {'/jobs/-/style', '/jobs/-/script', '/api/v1/openapi.json', '/api/v1/health'}
-admins_only = {'/jobs/workers', '/jobs/workers/ask', '/jobs/workers/queue', '/jobs/tenants', '/jobs/tenants/act'}
+admins_only = {'/jobs/workers', '/jobs/workers/ask', '/jobs/workers/queue', '/jobs/workers/rule', '/jobs/tenants', '/jobs/tenants/act'}
 refusals = ('another site', 'too old', 'takes the role', 'Sign in again', 'nobody is signed in', 'shown to this machine only')
 
 def sync(path:str='x', password:str='default-of-sync'): return dict(n=1)
@@ -228,7 +229,7 @@ def test_every_route_takes_its_role(web, by):
             id, _ = web.m['acme'].submit('t', sync)
             if path.endswith('/stream'): web.m['acme'].cancel(id)
             before = web.everything()
-            x = ask(c, method, path, id, dict(tenant='acme') | (dict(jobs=id) if path.endswith('/stream') else {}) if role == 'admin' else dict(jobs=id) if path.endswith('/stream') else {}, dict(do='pause', id='nobody'))
+            x = ask(c, method, path, id, dict(tenant='acme') | (dict(jobs=id) if path.endswith('/stream') else {}) if role == 'admin' else dict(jobs=id) if path.endswith('/stream') else {}, dict(do='suspend', id='nobody'))
             assert refused(x) == (not may) and (x.status_code < 500 or path.endswith('health')), (role, method, path, x.status_code, x.text[:200])
             if not may: assert web.everything() == before and 'Sync' not in x.text and id not in x.text.replace(f'jobs={id}', '')
 
@@ -594,8 +595,25 @@ def test_each_act_is_in_the_audit_and_no_other(web):
     ask(c, 'POST', '/jobs/list', form=dict(do='cancel', job=[a, b]))
     ask(c, 'POST', f'{API}/bulk', json=dict(action='delete', filter=dict(status='cancelled')))
     ask(r, 'POST', '/jobs/workers/queue', form=dict(queue='q', mode='paused'))
-    ask(r, 'POST', '/jobs/tenants/act', form=dict(do='pause', id='globex'))
-    assert len(noted()) == n + 4 and a in noted()[3][3] and b in noted()[3][3] and {x[0] for x in noted()[:2]} == {'root'}
+    ask(r, 'POST', '/jobs/tenants/act', form=dict(do='suspend', id='globex'))
+    rules_of(web.host).set('globex', task='t', starts=2, period=60)
+    ask(r, 'POST', '/jobs/workers/rule', form=dict(tenant='globex', task='t'))
+    assert len(noted()) == n + 5 and a in noted()[4][3] and b in noted()[4][3] and {x[0] for x in noted()[:3]} == {'root'}
+    assert noted()[0][2:] == ('rule', 'taken away: tenant globex, task t') and [r.queue for r in rules_of(web.host).all()] == ['q']
+
+def test_rules_of_tenants_and_tasks_are_seen_and_taken_away(web):
+    r, rules = web.client('root'), rules_of(web.host)
+    assert 'There are none' in r.get('/jobs/workers').text
+    rules.set('acme', mode='paused'); rules.set('*', task='<b>sync', starts=2, period=60); rules.set('globex', weight=0.5)
+    page = r.get('/jobs/workers').text
+    own = page[page.index('Rules of tenants and tasks'):]
+    assert own.index('paused') < own.index('starts=2, period=60') and 'weight=0.5' in own and '&lt;b&gt;sync' in own and '<b>sync' not in own
+    def row(id): return (p := r.get('/jobs/tenants').text)[p.index(f'tenant-{id}'):].partition('</tr>')[0]
+    assert 'a rule keeps its jobs' in row('acme') and 'a rule' not in row('globex')
+    assert ask(r, 'POST', '/jobs/workers/rule', form=dict(queue='q')).status_code == 422  # queues have a table of their own
+    ask(r, 'POST', '/jobs/workers/rule', form=dict(tenant='acme'))
+    ask(r, 'POST', '/jobs/workers/rule', form=dict(tenant='*', task='<b>sync'))
+    assert [x.tenant for x in rules.all()] == ['globex'] and 'a rule' not in row('acme')
 
 def test_what_was_refused_is_not_in_the_audit(web):
     c, v, m = web.client('acme-operator'), web.client('acme-viewer'), web.m['acme']

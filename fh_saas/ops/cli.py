@@ -19,7 +19,7 @@ from ..jobs.settings import Settings
 from ..jobs.tenancy import rules_of, settle_held
 from .cli_jobs import job_commands
 from .tenants import export_tenant, migrate_tenants, restore_tenant, tenant_report
-from .terminal import table, the_host
+from .terminal import did, table, the_host
 from ..workers.fleet import Fleet
 from ..workers.worker import Worker, load_target, supervise
 
@@ -75,9 +75,13 @@ def ask(
     host:str=None, # The host's URL
 ):
     "Ask something of one process; it does so within a few seconds"
-    print(Fleet(the_host(host)).ask(worker, *((None, int(what)) if what.isdecimal() else (what,))))
+    h = the_host(host)
+    id = Fleet(h).ask(worker, *((None, int(what)) if what.isdecimal() else (what,)))
+    did(h, 'ask', what=f'{what}: worker {id}', said=id)
 
 # %% ../../nbs/ops/01_cli.ipynb #20a7df28
+def _where(**names): return ', '.join(f'{k} {v!r}' for k, v in names.items() if v) or 'everything'
+
 def _numbers(values:list) -> dict:
     "`['concurrency=4', 'mode=paused', 'weight=']`: what a rule says"
     said = {}
@@ -96,43 +100,60 @@ def rules(
     host:str=None, # The host's URL
 ):
     "Limits, weights, quotas and pauses: shown, or changed while everything runs"
-    r = rules_of(the_host(host, tenant))
-    if values: r.set(tenant, queue, task, **_numbers(values))
+    r = rules_of(h := the_host(host, tenant))
+    if values: r.set(tenant, queue, task, **_numbers(values)); did(h, 'rules', tenant, f"{_where(queue=queue, task=task)}: {' '.join(values)}")
     only = {k: v for k, v in dict(tenant=tenant, queue=queue, task=task).items() if v and not values}
     found = [x for x in r.all() if only.items() <= vars(x).items()]
     table([{k: v if v not in ('', None) else None for k, v in vars(x).items()} for x in found], 'there are no such rules' if only else 'there are no rules')
 
 # %% ../../nbs/ops/01_cli.ipynb #e4b73791
-def _mode(mode):
+def _mode(mode, done):
     def command(
         tenant:str='', # Of this tenant
         queue:str='', # Of this queue
         task:str='', # Of this task
         host:str=None, # The host's URL
-    ): rules_of(the_host(host, tenant)).set(tenant, queue, task, mode=mode)
+    ):
+        rules_of(h := the_host(host, tenant)).set(tenant, queue, task, mode=mode)
+        did(h, command.__name__, tenant, _where(queue=queue, task=task), f'{_where(tenant=tenant, queue=queue, task=task)}: {done}')
     return command
 
-pause, drain, go_on = _mode('paused'), _mode('draining'), _mode(None)
+pause, drain, go_on = _mode('paused', 'nothing is started'), _mode('draining', 'no new jobs are taken'), _mode(None, 'goes on')
 for _f, _name, _doc in ((pause, 'pause', 'Start nothing of a tenant, queue or task (or at all) until `resume`'), (drain, 'drain', 'Take no new jobs for a queue or a tenant; run what is there'), (go_on, 'resume', 'Take back `pause` or `drain`')): _f.__name__, _f.__doc__ = _name, _doc
 
 # %% ../../nbs/ops/01_cli.ipynb #3ece3bf6
 def tenants(
-    wrong:bool=False, # Only those that are held, set aside or not active
+    wrong:bool=False, # Only those that are held, set aside, kept from running by a rule, or not active
     count:bool=False, # Count open jobs; that opens each database
     host:str=None, # The host's URL
 ):
     "All tenants, and what is wrong with them"
     table(tenant_report(the_host(host), wrong, count), 'there are none')
 
-def suspend(tenant:str, host:str=None): "Start no job of a tenant and open no page"; suspend_tenant(tenant, the_host(host))
+def suspend(tenant:str, host:str=None):
+    "Start no job of a tenant and open no page"
+    suspend_tenant(tenant, h := the_host(host))
+    did(h, 'suspend', tenant, said=f'tenant {tenant!r} is suspended')
 
-def unsuspend(tenant:str, host:str=None): "Make a suspended tenant active again"; resume_tenant(tenant, the_host(host))
+def unsuspend(tenant:str, host:str=None):
+    "Make a suspended tenant active again"
+    resume_tenant(tenant, h := the_host(host))
+    did(h, 'unsuspend', tenant, said=f'tenant {tenant!r} is active')
 
-def release(tenant:str, host:str=None): "The database of a held tenant is right: its open jobs go on"; settle_held(the_host(host), tenant, discard=False)
+def release(tenant:str, host:str=None):
+    "The database of a held tenant is right: its open jobs go on"
+    settle_held(h := the_host(host), tenant, discard=False)
+    did(h, 'release', tenant, said=f'tenant {tenant!r}: its open jobs go on')
 
-def discard(tenant:str, host:str=None): "The database of a held tenant is right: cancel the jobs that were open in it"; print(f'{settle_held(the_host(host), tenant, discard=True)} jobs cancelled')
+def discard(tenant:str, host:str=None):
+    "The database of a held tenant is right: cancel the jobs that were open in it"
+    n = settle_held(h := the_host(host), tenant, discard=True)
+    did(h, 'discard', tenant, said := f'{n} jobs cancelled', said)
 
-def export(tenant:str, path:str, host:str=None): "Copy a tenant's database while it is in use"; print(export_tenant(the_host(host), tenant, path))
+def export(tenant:str, path:str, host:str=None):
+    "Copy a tenant's database while it is in use"
+    there = export_tenant(h := the_host(host), tenant, path)
+    did(h, 'export', tenant, str(there), str(there))
 
 # %% ../../nbs/ops/01_cli.ipynb #3a60a03a
 def restore(
@@ -143,7 +164,8 @@ def restore(
 ):
     "Put a copy of a tenant's database back, while it is in use; its open jobs are held"
     if not yes: raise CliError(f"this puts {path} over the database of tenant {tenant!r}, and what is there now is gone: `fh-saas export` it first, then say --yes")
-    restore_tenant(the_host(host), tenant, path)
+    restore_tenant(h := the_host(host), tenant, path)
+    did(h, 'restore', tenant, path, f'tenant {tenant!r} is as it was in {path}; its open jobs are held: `fh-saas release` or `fh-saas discard` decides about them')
 
 def delete(
     tenant:str, # Its id
@@ -153,7 +175,8 @@ def delete(
 ):
     "Delete a tenant and its database, for good"
     if not yes: raise CliError(f"this deletes tenant {tenant!r} and all its data: say --yes")
-    delete_tenant(tenant, the_host(host), force)
+    delete_tenant(tenant, h := the_host(host), force)
+    did(h, 'delete', tenant, said=f'tenant {tenant!r} is deleted')
 
 # %% ../../nbs/ops/01_cli.ipynb #6a9e1f0c
 def migrate(
@@ -166,6 +189,7 @@ def migrate(
     for tenant, error in _shown(migrate_tenants(h, workers=at_once), len(h.tenants())):
         if error: failed[tenant] = error
     table([dict(tenant=t, error=str(e)) for t, e in failed.items()], 'all tenants are up to date')
+    did(h, 'migrate', what=f'{len(failed)} tenants failed' if failed else '')
     return int(bool(failed))
 
 def _shown(each, n:int):

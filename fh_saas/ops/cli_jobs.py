@@ -20,7 +20,7 @@ from ..jobs.engine import Engine
 from ..jobs.masking import mask, secret_values
 from ..jobs.settings import Settings
 from ..jobs.states import Status, shown_state
-from .terminal import plain, table, the_host
+from .terminal import did, plain, table, the_host
 from ..utils_bgtsk import BackgroundTaskManager
 
 # %% ../../nbs/ops/01_cli_jobs.ipynb #09138a97
@@ -70,10 +70,15 @@ def stats(tenant:str, host:str=None):
     table([dict(status=k, jobs=n) for k, n in sorted(s['statuses'].items())], 'there are no jobs')
 
 # %% ../../nbs/ops/01_cli_jobs.ipynb #44229220
-def _one(act, id, done) -> str: # What went wrong
-    try: act(id)
-    except FhSaasError as e: return str(e)
-    print(f'{plain(id)} {done}')
+def _each(m, action, ids, done):
+    "Do it to each, whatever becomes of the others"
+    act, failed, good = getattr(m, action), [], []
+    for id in ids:
+        try: act(id)
+        except FhSaasError as e: failed.append(str(e))
+        else: good.append(id); print(f'{plain(id)} {done}')
+    for i in range(0, len(good), 25): did(m.db.host, action, m.db.tenant_id, ', '.join(good[i:i+25]))  # as many as an entry holds
+    if failed: raise CliError('; '.join(failed))
 
 def _bulk(action, done):
     def command(
@@ -92,10 +97,9 @@ def _bulk(action, done):
         only = dict(job_type=type, queue=queue, status=status, tag=tag, since=since, until=until)
         if job_ids and (everything or any(only.values())): raise CliError("name jobs or a filter, not both")
         with _manager(host, tenant) as m:
-            failed = [e for id in job_ids if (e := _one(getattr(m, action), id, done))]
-            if failed: raise CliError('; '.join(failed))
-            if job_ids: return
+            if job_ids: return _each(m, action, job_ids, done)
             n = getattr(m, f'{action}_all')(everything=everything, dry_run=not yes, **only)
+            if yes: did(m.db.host, action, tenant, f"{n} jobs with {', '.join(f'{k} {v}' for k, v in only.items() if v) or 'everything'}")
         print(f'{n} jobs {done}' if yes else f'{n} jobs match: say --yes')
     return command
 
@@ -105,8 +109,9 @@ for _f, _name, _doc in ((cancel, 'cancel', 'Cancel jobs, or those that match'), 
 # %% ../../nbs/ops/01_cli_jobs.ipynb #5d140353
 def move(tenant:str, job_id:str, queue:str=None, priority:int=None, host:str=None):
     "Let a pending job wait in another queue, or with another priority"
-    with _manager(host, tenant) as m: j = m.move(job_id, queue, priority)
-    print(f'{j.id} waits in {plain(j.queue)} with priority {j.priority}')
+    with _manager(host, tenant) as m:
+        j = m.move(job_id, queue, priority)
+        did(m.db.host, 'move', tenant, said := f'{j.id} waits in {j.queue} with priority {j.priority}', said)
 
 def rerun(
     tenant:str, # Its id
@@ -120,6 +125,8 @@ def rerun(
         name, eq, text = c.partition('=')
         try: new[name] = json.loads(text)
         except ValueError: raise CliError(f"{plain(c)}: use name=JSON, for example path='\"b.csv\"'") from None
-    with _manager(host, tenant) as m: print(m.rerun(job_id, **new))
+    with _manager(host, tenant) as m:
+        id = m.rerun(job_id, **new)
+        did(m.db.host, 'rerun', tenant, f'{job_id} as {id}', id)
 
 job_commands = dict(jobs=jobs, job=job, stats=stats, cancel=cancel, retry=retry, rerun=rerun, move=move, remove=remove)

@@ -20,7 +20,8 @@ from ..db_host import HostDatabase, TenantNotFound, gen_id, timestamp
 from ..db_tenant import TenantMismatch  # with this module a host has `url_of`
 from ..jobs.model import schema_version
 from ..jobs.store import Store
-from ..jobs.tenancy import open_jobs
+from ..jobs.rules import by_rule
+from ..jobs.tenancy import open_jobs, rules_of
 from ..jobs.wake import wakes_of, wakes_table
 
 log = logging.getLogger('fh_saas.jobs')
@@ -28,15 +29,16 @@ log = logging.getLogger('fh_saas.jobs')
 # %% ../../nbs/ops/00_tenants.ipynb #917958bf
 def tenant_report(
     host:HostDatabase,
-    wrong:bool=False, # Only those that are held, set aside or not active
+    wrong:bool=False, # Only those that are held, set aside, kept from running by a rule, or not active
     count:bool=False, # Count open jobs? That opens each database
 ) -> list[dict]:
-    "Each tenant: state, why it is held, why its last visits failed"
+    "Each tenant: state, why it is held, why its last visits failed, what a rule keeps it from"
     w, wakes = wakes_table, wakes_of(host)
     stmt = wakes.statement(('wakes errors',), lambda: sa.select(w.c.tenant_id, w.c.fails, w.c.error).where(w.c.fails > 0))
     with wakes.cursor() as cur: errors = {t: f'{error} ({fails} visits failed)' for t, fails, error in stmt(cur).fetchall()}
     tenants = host.tenants()
-    rows = [dict(id=t.id, name=t.name, state='held' if t.held else t.state, why=t.held or errors.get(t.id)) for t in tenants]
+    rules = rules_of(host)
+    rows = [dict(id=t.id, name=t.name, state='held' if t.held else t.state, why=t.held or errors.get(t.id) or by_rule(rules.of(t.id))) for t in tenants]
     if count: rows = [r | _counted(host, t) for r, t in zip(rows, tenants)]
     return [r for r in rows if not wrong or r['state'] != 'active' or r['why']]
 

@@ -15,6 +15,7 @@ from starlette.responses import RedirectResponse
 from ..db_connect import FhSaasError
 from ..db_host import shown
 from ..db_tenant import resume_tenant, suspend_tenant
+from ..jobs.rules import by_rule
 from ..jobs.tenancy import rules_of, settle_held
 from .facts import since
 from .layout import form, page, problem_page, row, table
@@ -25,6 +26,7 @@ from .tags import A, Button, Div, Form, H2, Hidden, Input, Nav, P, Span, Strong
 
 # %% ../../nbs/web/14_operations.ipynb #618a0530
 _worker = {'Worker': None, 'State': None, 'Machine': None, 'Queues': None, 'Running': 'fs-num', 'Last beat': None, 'Jobs': None, '': None}
+each_page = 25 # tenants whose databases are looked into for one page, and rules that are shown
 _rule = {'Queue': None, 'State': None, 'Most at once': 'fs-num', ' ': None}
 
 def _number(a, path, name, value, label, **hidden):
@@ -49,11 +51,29 @@ def _queues(a, rules):
         return row(_rule, (q or 'everything', Span(mode or 'open', cls='fs-status' + (' fs-retrying' if mode else '')), _number(a, at, 'concurrency', r and r.concurrency, f'Most at once of {q}', queue=q) if q else '', acts))
     return table(_rule, [one('', whole), *(one(q, r) for q, r in sorted({'default': None, **known}.items()))], '')
 
+_own_rule = {'Tenant': None, 'Of its queue': None, 'Task': None, 'Rule': None, '': None}
+
+def _said(r): # In the words of the command line
+    return ', '.join(f'{k}={v:g}' if isinstance(v, (int, float)) else v for k in ('mode', 'concurrency', 'pending', 'weight', 'starts', 'period') if (v := getattr(r, k)) is not None)
+
+def _own_rules(a, rules):
+    found = [r for r in rules.all() if r.tenant or r.task]
+    def one(r): return row(_own_rule, ('each' if r.tenant == '*' else r.tenant, r.queue, r.task, Span(_said(r), cls='fs-status' + (' fs-retrying' if r.mode else '')), form(a, f'{a.jobs.pages}/workers/rule', 'Take away', tenant=r.tenant, queue=r.queue, task=r.task)))
+    more = P(f'and {len(found) - each_page:,} more: `fh-saas rules` shows them all', cls='fs-said') if len(found) > each_page else ''
+    return table(_own_rule, map(one, sorted(found, key=lambda r: r.mode is None)[:each_page]), 'There are none: `fh-saas rules` and `fh-saas pause` make them.'), more
+
 # %% ../../nbs/web/14_operations.ipynb #d5f6d1de
 def _workers_page(a:Asked):
     host = a.jobs.directory.host
     add = Form(Hidden(a.csrf(), name='csrf'), Input(name='queue', required=True, maxlength='64', placeholder='another queue', aria_label='Queue'), Button('Pause', name='mode', value='paused'), method='post', action=a.url(f'{a.jobs.pages}/workers/queue'), cls='fs-act')
-    return page(a, 'Queues and workers', H2('Processes that run jobs'), _workers(a, a.jobs.fleet), H2('Queues'), _queues(a, rules_of(host)), add, here='workers')
+    return page(a, 'Queues and workers', H2('Processes that run jobs'), _workers(a, a.jobs.fleet), H2('Queues'), _queues(a, rules_of(host)), add, H2('Rules of tenants and tasks'), *_own_rules(a, rules_of(host)), here='workers')
+
+def _ruled(a:Asked):
+    scope = {k: a.sent.get(k) or '' for k in ('tenant', 'queue', 'task')}
+    if not (scope['tenant'] or scope['task']): raise Problem(422, "name a tenant or a task", 'invalid')
+    rules_of(a.jobs.directory.host).clear(**scope)
+    a.note = f"taken away: {', '.join(f'{k} {v}' for k, v in scope.items() if v)}"
+    return RedirectResponse(a.url(f'{a.jobs.pages}/workers'), 303)
 
 def _whole(form, name): # None if nothing was filled in
     v = form.get(name) or ''
@@ -75,8 +95,6 @@ def _queue(a:Asked):
 
 # %% ../../nbs/web/14_operations.ipynb #2d1906de
 _tenant = {'Tenant': None, 'State': None, 'Running': 'fs-num', 'Due': 'fs-num', 'Failed': 'fs-num', '': None}
-each_page = 25 # tenants whose databases are looked into for one page
-
 def _numbers(a, t) -> tuple:
     "Running, due and failed jobs of a tenant; what is wrong, if its database does not say"
     try:
@@ -85,13 +103,13 @@ def _numbers(a, t) -> tuple:
         return f"{sum(q['running'] for q in queues):,}", f"{sum(q['due'] for q in queues):,}", many(*failed) if failed[0] else ''
     except FhSaasError as e: return Span('its database does not answer', title=str(e)[:200], cls='fs-why'), '', ''
 
-def _tenant_row(a, t):
+def _tenant_row(a, t, ruled):
     own, at = f'{a.jobs.pages}?tenant={t.id}', f'{a.jobs.pages}/tenants/act'
     failed = _numbers(a, t)
     failed = (*failed[:2], A(failed[2], href=f'{a.jobs.pages}/list?tenant={t.id}&q=status:failed') if failed[2] else '')
     state = Span('held', cls='fs-status fs-failed', title=t.held) if t.held else Span(t.state, cls='fs-status' + ('' if t.state == 'active' else ' fs-retrying'))
-    acts = Div(form(a, at, 'Resume', id=t.id, do='resume') if t.state == 'paused' else form(a, at, 'Pause', id=t.id, do='pause') if t.state == 'active' else '', *((form(a, at, 'Let the open jobs go on', id=t.id, do='release'), form(a, at, 'Discard them', danger=True, id=t.id, do='discard')) if t.held else ()), cls='fs-bar')
-    return row(_tenant, (A(t.name or t.id, href=own), (state, P(t.held, cls='fs-why') if t.held else ''), *failed, acts), id=f'tenant-{t.id}')
+    acts = Div(form(a, at, 'Resume', id=t.id, do='resume') if t.state == 'paused' else form(a, at, 'Suspend', id=t.id, do='suspend') if t.state == 'active' else '', *((form(a, at, 'Let the open jobs go on', id=t.id, do='release'), form(a, at, 'Discard them', danger=True, id=t.id, do='discard')) if t.held else ()), cls='fs-bar')
+    return row(_tenant, (A(t.name or t.id, href=own), (state, *(P(why, cls='fs-why') for why in (t.held, ruled) if why)), *failed, acts), id=f'tenant-{t.id}')
 
 def _tenants(a:Asked):
     q, after, all_ = (a.query.get('q') or '').lower(), a.query.get('after') or '', a.jobs.directory.tenants()
@@ -99,14 +117,16 @@ def _tenants(a:Asked):
     found = [t for t in all_ if (q in t.id.lower() or q in (t.name or '').lower()) and t.id > after]
     shown_ = found[:each_page]
     search = Form(Input(type='search', name='q', value=a.query.get('q', ''), placeholder='Name or id', aria_label='Search', id='fs-q'), Button('Search'), method='get', action=f'{a.jobs.pages}/tenants', cls='fs-search', role='search')
+    rules = rules_of(a.jobs.directory.host)
+    ruled = {t.id: by_rule(rules.of(t.id)) for t in shown_}
     note = P(Strong(f"{len(held)} {'tenant is' if len(held) == 1 else 'tenants are'} held: "), ', '.join(t.id for t in held[:10]), '. Their databases were replaced, and their open jobs wait for you to decide.', cls='fs-note') if held else ''
     more = Nav(A(f'Next {min(each_page, len(found) - each_page)}', href=f"{a.jobs.pages}/tenants?after={shown_[-1].id}" + (f'&q={q}' if q else '')), aria_label='Pages') if len(found) > each_page else ''
-    return page(a, f'{len(all_):,} tenants', note, search, table(_tenant, (_tenant_row(a, t) for t in shown_), "No tenant matches." if all_ else "There are no tenants yet: the app makes one with get_or_create_tenant_db."), more, here='tenants')
+    return page(a, f'{len(all_):,} tenants', note, search, table(_tenant, (_tenant_row(a, t, ruled[t.id]) for t in shown_), "No tenant matches." if all_ else "There are no tenants yet: the app makes one with get_or_create_tenant_db."), more, here='tenants')
 
 # %% ../../nbs/web/14_operations.ipynb #5cbf5a47
 def _settle(discard): return lambda id, host: settle_held(host, id, discard)
 
-_acts = dict(pause=suspend_tenant, resume=resume_tenant, release=_settle(False), discard=_settle(True))
+_acts = dict(suspend=suspend_tenant, resume=resume_tenant, release=_settle(False), discard=_settle(True))
 
 def _act(a:Asked):
     do, id, host = a.sent.get('do'), a.sent.get('id') or '', a.jobs.directory.host
@@ -133,6 +153,7 @@ def add_operations(self:Jobs):
     self.add(f'{at}/workers', _workers_page, **admin)
     self.add(f'{at}/workers/ask', _ask, ['POST'], action='worker', **admin)
     self.add(f'{at}/workers/queue', _queue, ['POST'], action='queue', **admin)
+    self.add(f'{at}/workers/rule', _ruled, ['POST'], action='rule', **admin)
     self.add(f'{at}/tenants', _tenants, **admin)
     self.add(f'{at}/tenants/act', _act, ['POST'], action='tenant', **admin)
     self.add(f'{at}/audit', _audit_page, problem=problem_page)
