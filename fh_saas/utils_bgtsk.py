@@ -97,7 +97,8 @@ class JobTask(BackgroundTask):
         is_new:bool=True, # False: a `unique` job that was there before
         later:bool=False, # Is it to run at a moment of its own, and not with this response?
     ):
-        super().__init__(manager.run_job, job_id, task_func)
+        # what `super().__init__` sets: it finds out anew for each job that `run_job` is no coroutine function
+        self.func, self.args, self.kwargs, self.is_async = manager.run_job, (job_id, task_func), {}, False
         self.manager, self.is_new, self.later = manager, is_new, later
 
     async def __call__(self):
@@ -116,6 +117,7 @@ def run_job(self:BackgroundTaskManager,
 
 # %% ../nbs/02_utils_bgtsk.ipynb #004e71b0
 _options = ('payload', 'triggered_by', 'queue', 'priority', 'run_at', 'timeout', 'tags', 'unique', 'concurrency_key')
+_given = {*_options, 'conn'}
 _three = type('int', (int,), {})(3)  # shown as what it is, and told from a 3 that somebody wrote
 
 def _attempts(t, v) -> dict:
@@ -142,7 +144,8 @@ def _handoff(self:BackgroundTaskManager, served):
 
 @patch
 def _stored(self:BackgroundTaskManager, op, handoff=None, conn=None) -> dict: # As `Adding` says
-    (engine, store), queue = self.here, op.jobs[0].get('queue', 'default')
+    here, queue = self.here, op.jobs[0].get('queue', 'default')
+    engine, store = here
     limits, served, tenancy = open_for(queue, engine, store), engine.serves(queue), engine.tenancy(store)
     op.delay, op.quota, op.after = self._handoff(served) if handoff is None else handoff, limits.pending, ringing(tenancy, queue, served)
     if conn is None: store.refuse_beside_own()
@@ -152,7 +155,7 @@ def _stored(self:BackgroundTaskManager, op, handoff=None, conn=None) -> dict: # 
     except DatabaseBusy as e: self._dropped(op); self._explain(e, conn)
     except BaseException: self._dropped(op); raise
     if 'found' in said and conn is None: self._dropped(op)
-    self._committed(op, said, served, begun, conn)
+    self._committed(here, op, said, served, begun, conn)
     return said
 
 # %% ../nbs/02_utils_bgtsk.ipynb #f79de6c0
@@ -162,9 +165,9 @@ def _dropped(self:BackgroundTaskManager, op):
     for job in op.jobs: engine.drop(store, job['id'])
 
 @patch
-def _committed(self:BackgroundTaskManager, op, said, served, begun, conn=None):
+def _committed(self:BackgroundTaskManager, here, op, said, served, begun, conn=None):
     "Who runs these jobs learns of them; once they are committed, if that is somebody else's decision"
-    (engine, store), at, queue = self.here, moment(op, said), op.jobs[0].get('queue', 'default')
+    (engine, store), at, queue = here, moment(op, said), op.jobs[0].get('queue', 'default')
     tenancy, joined = engine.tenancy(store), conn is not None  # `told` must not keep a connection that the app forgets
     def told(there=True):
         if not there: return self._dropped(op)
@@ -220,7 +223,7 @@ def _made(self:BackgroundTaskManager, job_type, task_func, max_retries, task_kwa
     registry = engine.registry_for(store, held)
     t = engine.alone(task_func) if alone else registry.meet(task_func)
     attempts = _attempts(t, max_retries)
-    options = {k: task_kwargs.pop(k) for k in (*_options, 'conn') if k in task_kwargs and (arguments is not None or k not in (t.params or ()))}
+    options = {k: task_kwargs.pop(k) for k in [*task_kwargs] if k in _given and (arguments is not None or k not in (t.params or ()))}
     conn = options.pop('conn', None)
     if (payload := options.pop('payload', None) if arguments is None else arguments) is not None:
         if task_kwargs: raise BadPayload(f"arguments of task {t.name!r} come in payload={{…}} or as keywords, not both (keywords: {', '.join(task_kwargs)})")
@@ -296,7 +299,8 @@ async def asubmit(self:BackgroundTaskManager,
 
 @patch
 async def _astored(self:BackgroundTaskManager, op, conn=None):
-    (engine, store), queue = self.here, op.jobs[0].get('queue', 'default')
+    here, queue = self.here, op.jobs[0].get('queue', 'default')
+    engine, store = here
     tenancy, served = engine.tenancy(store), engine.serves(queue)
     def in_thread(f, *args): return asyncio.wrap_future(engine.writers.submit(f, *args))
     begun = time.monotonic()
@@ -307,7 +311,7 @@ async def _astored(self:BackgroundTaskManager, op, conn=None):
     try: said = added(await store.awrite_soon(op, engine.writers.submit, None if conn is None else lambda op: store.join(conn, op)))
     except DatabaseBusy as e: self._dropped(op); self._explain(e, conn)
     except Exception: self._dropped(op); raise
-    if conn is not None: self._committed(op, said, served, begun, conn); return said  # a connection is used where it is
+    if conn is not None: self._committed(here, op, said, served, begun, conn); return said  # a connection is used where it is
     if 'found' in said: self._dropped(op)
     _tell(store, op, said)
     engine.attend(store, soon(at := moment(op, said), op.delay))

@@ -463,9 +463,10 @@ def _transact(self:Committer, batch, again=True):
 # %% ../../nbs/jobs/04_commit.ipynb #ea3dd9c3
 def _results(ops, cur, now) -> list:
     "What each operation comes to; those of a kind that is quicker together are run together"
+    if len(ops) == 1: return [ops[0](cur, now)]
     alike = {}
     for i, op in enumerate(ops):
-        if len(ops) > 1 and (together := getattr(op, 'together', None)): alike.setdefault(together, []).append(i)
+        if (together := getattr(op, 'together', None)): alike.setdefault(together, []).append(i)
     found = {}
     for together, where in alike.items(): found.update(zip(where, together([ops[i] for i in where], cur, now)))
     return [found[i] if i in found else op(cur, now) for i, op in enumerate(ops)]

@@ -149,7 +149,7 @@ def stale(self:Rules) -> bool: # Is the host asked at the next look?
 @patch
 def of(self:Rules, tenant:str) -> Limits:
     "What they come to for one tenant"
-    self.now()
+    if self.stale: self.now()
     rules, named, limits = self._said
     who = tenant if tenant in named else '*'  # ten thousand tenants without rules of their own have one and the same
     if who not in limits: limits[who] = limits_of(rules, who)

@@ -81,8 +81,8 @@ class QuotaExceeded(FhSaasError): "The tenant has as many pending jobs as it may
 
 def _alike(jobs) -> bool:
     "Do many jobs differ in nothing but id and payload?"
-    same = {k: v for k, v in jobs[0].items() if k not in ('id', 'payload')}.items() if len(jobs) > 1 else ()
-    return len(jobs) > 1 and all(len(j) == len(jobs[0]) and same <= j.items() for j in jobs) and sum(len(j.get('payload') or '') for j in jobs) < most_json
+    same = {k: v for k, v in jobs[0].items() if k not in ('id', 'payload')}.items()
+    return all(len(j) == len(jobs[0]) and same <= j.items() for j in jobs) and sum(len(j.get('payload') or '') for j in jobs) < most_json
 
 @patch
 def _add_alike(self:Store):
@@ -116,7 +116,7 @@ class Adding:
         if quota is not None and (n := s._pending(cur, quota - len(jobs) + 1)) + len(jobs) > quota:
             return QuotaExceeded(f"{s.tenant} has {n:,}{'' if n < quota else ' or more'} pending jobs, and may have {quota:,}: nothing was submitted; try again when some have run, or raise the limit")
         common = dict(created_at=(at := timestamp(now)), run_at=timestamp(now + self.delay) if self.delay else at)
-        payloads = _alike(jobs) and {j['id']: j.get('payload') for j in jobs}
+        payloads = len(jobs) > 1 and _alike(jobs) and {j['id']: j.get('payload') for j in jobs}
         if payloads and len(payloads) == len(jobs): s._add_alike()(cur, **_rows(jobs[:1], common)[0], payloads=json.dumps(payloads))
         else:
             stmt = s.statement(('add', s.t.jobs.name), lambda: s.t.jobs.insert().values({c: bind(c) for c in _new}))
