@@ -12,7 +12,7 @@ from fh_saas.ops.terminal import person
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from fh_saas.web.audit import Audit
 
-def sync(account, api_key='', job=None):
+def cli_sync(account, api_key='', job=None):
     if job: job.log(f'login with {api_key}\x1b[2J\nsecond line')
     if account < 0: raise Permanent('no such account')
     return account
@@ -41,9 +41,9 @@ def run(shop, capsys, monkeypatch):
 def test_seen(shop, run):
     m, *_ = shop
     assert 'there are none' in run('jobs')
-    a, bg = m.submit('sync', sync, account=-1, api_key='q7Yb2', tags=['vip'])
+    a, bg = m.submit('cli_sync', cli_sync, account=-1, api_key='q7Yb2', tags=['vip'])
     bg.func(*bg.args)
-    b, _ = m.submit('sync', sync, account=1, queue='q', run_at='2100-01-01')
+    b, _ = m.submit('cli_sync', cli_sync, account=1, queue='q', run_at='2100-01-01')
     lines = run('jobs').splitlines()
     assert len(lines) == 3 and b in lines[1] and 'scheduled' in lines[1] and a in lines[2] and 'no such account' in lines[2]
     assert a not in run('jobs', '--queue', 'q') and b not in run('jobs', '--tag', 'vip') and len(run('jobs', '--limit', '1').splitlines()) == 2
@@ -55,7 +55,7 @@ def test_seen(shop, run):
 
 def test_steered(shop, run):
     m, *_ = shop
-    ids = [m.submit('sync', sync, account=n, queue='q', run_at='2100-01-01')[0] for n in range(4)]
+    ids = [m.submit('cli_sync', cli_sync, account=n, queue='q', run_at='2100-01-01')[0] for n in range(4)]
     run('cancel', ids[0])
     assert m.get_job(ids[0]).status == 'cancelled' and 'has ended' in run('cancel', ids[0], code=1)
     assert '3 jobs match' in run('cancel', '--queue', 'q') and m.get_job(ids[1]).status == 'pending'
@@ -66,7 +66,7 @@ def test_steered(shop, run):
 
 def test_again_and_elsewhere(shop, run):
     m, *_ = shop
-    a, bg = m.submit('sync', sync, account=-1)
+    a, bg = m.submit('cli_sync', cli_sync, account=-1)
     bg.func(*bg.args)
     new = run('rerun', a, 'account=7').strip()
     assert json.loads(m.get_job(new).payload) == dict(account=7) and m.get_job(new).rerun_of == a
@@ -75,7 +75,7 @@ def test_again_and_elsewhere(shop, run):
     assert 'name=JSON' in run('rerun', a, 'account=x', code=1)
     run('retry', a)
     assert m.wait(a, 20).retry_count == 2
-    b, _ = m.submit('sync', sync, account=1, run_at='2100-01-01')
+    b, _ = m.submit('cli_sync', cli_sync, account=1, run_at='2100-01-01')
     assert 'waits in slow with priority 4' in run('move', b, '--queue', 'slow', '--priority', '4')
     assert 'priority=9' in run('move', b, '--priority', '9', code=1) and 'no tenant' in run('jobs', code=1, of='nobody')
 
@@ -91,7 +91,7 @@ def command(shop, capsys, monkeypatch):
 def test_a_copy_goes_back_only_with_a_yes(shop, run, tmp_path):
     m, _, tenant = shop
     run('export', copy := str(tmp_path/'copy'))
-    m.submit('sync', sync, account=1)
+    m.submit('cli_sync', cli_sync, account=1)
     assert 'say --yes' in run('restore', copy, code=1) and len(m.list_jobs()) == 1
     assert 'are held' in run('restore', copy, '--yes') and m.list_jobs() == []
     assert 'no file' in run('restore', str(tmp_path/'none'), '--yes', code=1)
@@ -110,14 +110,14 @@ def test_rules_of_one_tenant_are_shown(shop, command):
     command('rules', 'concurrency=8', '--queue', 'imports')
     assert len(command('rules')[1].splitlines()) == 3
     assert [l.split()[0] for l in command('rules', '--tenant', tenant)[1].splitlines()] == ['tenant', tenant]
-    assert command('rules', '--task', 'sync')[1] == 'there are no such rules\n'
+    assert command('rules', '--task', 'cli_sync')[1] == 'there are no such rules\n'
 
 def test_each_act_is_in_the_audit_and_says_what_it_did(shop, run, command, tmp_path):
     m, url, tenant = shop
     def noted(): return [(e.by, e.tenant, e.action, e.what) for e in reversed(Audit(m.db.host).entries(limit=1000))]
-    a, b, c = (m.submit('sync', sync, account=n, run_at='2100-01-01')[0] for n in range(3))
+    a, b, c = (m.submit('cli_sync', cli_sync, account=n, run_at='2100-01-01')[0] for n in range(3))
     run('jobs'); run('job', a); run('stats'); command('tenants'); command('rules'); command('workers')
-    run('cancel', '--type', 'sync')  # counts them only
+    run('cancel', '--type', 'cli_sync')  # counts them only
     assert noted() == []
     assert 'nobody' in run('cancel', a, 'nobody', b, code=1)
     run('retry', '--status', 'cancelled', '--yes'); run('move', c, '--priority', '4'); new = run('rerun', c, 'api_key="q7Yb2"').strip()
