@@ -122,13 +122,38 @@ def test_each_act_is_in_the_audit_and_says_what_it_did(shop, run, command, tmp_p
     assert 'nobody' in run('cancel', a, 'nobody', b, code=1)
     run('retry', '--status', 'cancelled', '--yes'); run('move', c, '--priority', '4'); new = run('rerun', c, 'api_key="q7Yb2"').strip()
     assert 'is suspended' in run('suspend') and 'is active' in run('unsuspend')
-    assert "queue 'q': no new jobs" in command('drain', '--queue', 'q')[1] and 'everything: goes on' in command('resume')[1]
-    command('rules', 'weight=2', '--tenant', tenant); command('pause', '--tenant', tenant)
-    assert 'a rule keeps its jobs' in command('tenants', '--wrong')[1]
+    assert "queue 'q': no new jobs" in command('drain', '--queue', 'q')[1] and command('resume')[1] == 'everything: the rule is taken back\n'
+    command('rules', 'weight=2', '--tenant', tenant); command('pause', '--tenant', tenant); command('pause', '--tenant', '*')
+    assert f'fh-saas resume --tenant {tenant}`' in command('tenants', '--wrong')[1]
+    assert "fh-saas resume --tenant '*'`" in command('resume', '--tenant', tenant)[1] and "tenant '*'" in command('resume', '--tenant', '*')[1]
+    assert command('tenants', '--wrong')[1] == 'there are none\n'
     run('export', str(tmp_path/'copy')); command('migrate')
     done = noted()
-    assert {by for by, *_ in done} == {person()} and '@' in person()
-    assert [(t, action) for _, t, action, _ in done] == [(tenant, x) for x in ('cancel', 'retry', 'move', 'rerun', 'suspend', 'unsuspend')] + [('', 'drain'), ('', 'resume')] + [(tenant, x) for x in ('rules', 'pause', 'export')] + [(None, 'migrate')]
+    assert {by for by, *_ in done} == {person()}
+    assert [(t, action) for _, t, action, _ in done] == [(tenant, x) for x in ('cancel', 'retry', 'move', 'rerun')] + [(None, x) for x in ('suspend', 'unsuspend', 'drain', 'resume', 'rules', 'pause', 'pause', 'resume', 'resume', 'export', 'migrate')]
     what = dict((action, what) for *_, action, what in done)
     assert what['cancel'] == f'{a}, {b}' and what['retry'] == '2 jobs with status cancelled' and what['rerun'] == f'{c} as {new}' and 'q7Yb2' not in str(done)
-    assert what['rules'] == 'everything: weight=2' and what['drain'] == "queue 'q'" and what['export'] == str(tmp_path/'copy')
+    assert what['rules'] == f"tenant '{tenant}': weight=2" and what['drain'] == "queue 'q'" and what['export'] == f"tenant '{tenant}': {tmp_path/'copy'}"
+
+def test_an_act_that_cannot_be_noted_is_done_and_says_what_it_did(shop, command, monkeypatch):
+    from fh_saas.db_connect import DatabaseBusy
+    m, url, tenant = shop
+    a, _ = m.submit('cli_sync', cli_sync, account=1, run_at='2100-01-01')
+    def locked(*args): raise DatabaseBusy('the host is locked')
+    monkeypatch.setattr('fh_saas.ops.terminal.Audit', locked)
+    code, out, err = command('rerun', tenant, a)
+    assert code == 0 and out.strip() in {j.id for j in m.list_jobs()} and 'not in the audit: the host is locked' in err
+
+def test_an_interrupted_command_has_noted_what_it_did(shop, command, monkeypatch):
+    m, url, tenant = shop
+    ids = [m.submit('cli_sync', cli_sync, account=n, run_at='2100-01-01')[0] for n in range(3)]
+    cancel = BackgroundTaskManager.cancel
+    def stops(self, id): return cancel(self, id) if id != ids[2] else 1/0
+    monkeypatch.setattr(BackgroundTaskManager, 'cancel', stops)
+    with pytest.raises(ZeroDivisionError): command('cancel', tenant, *ids)
+    assert [e.what for e in Audit(m.db.host).entries(tenant)] == [f'{ids[0]}, {ids[1]}']
+
+def test_the_environment_does_not_say_who_it_was(monkeypatch):
+    import os, pwd
+    for name in ('LOGNAME', 'USER', 'LNAME', 'USERNAME'): monkeypatch.setenv(name, 'alice')
+    assert person() == f'{pwd.getpwuid(os.getuid()).pw_name} (fh-saas)'

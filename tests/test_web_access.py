@@ -599,21 +599,29 @@ def test_each_act_is_in_the_audit_and_no_other(web):
     rules_of(web.host).set('globex', task='t', starts=2, period=60)
     ask(r, 'POST', '/jobs/workers/rule', form=dict(tenant='globex', task='t'))
     assert len(noted()) == n + 5 and a in noted()[4][3] and b in noted()[4][3] and {x[0] for x in noted()[:3]} == {'root'}
-    assert noted()[0][2:] == ('rule', 'taken away: tenant globex, task t') and [r.queue for r in rules_of(web.host).all()] == ['q']
+    assert noted()[0][1:] == (None, 'rule', 'taken away: tenant globex, task t: starts=2 period=60') and [r.queue for r in rules_of(web.host).all()] == ['q']
 
 def test_rules_of_tenants_and_tasks_are_seen_and_taken_away(web):
     r, rules = web.client('root'), rules_of(web.host)
     assert 'There are none' in r.get('/jobs/workers').text
-    rules.set('acme', mode='paused'); rules.set('*', task='<b>sync', starts=2, period=60); rules.set('globex', weight=0.5)
+    rules.set('acme', mode='paused'); rules.set('*', task='<b>sync', starts=2, period=60); rules.set('globex', weight=0.5, pending=1_234_567)
     page = r.get('/jobs/workers').text
     own = page[page.index('Rules of tenants and tasks'):]
-    assert own.index('paused') < own.index('starts=2, period=60') and 'weight=0.5' in own and '&lt;b&gt;sync' in own and '<b>sync' not in own
+    assert own.index('mode=paused') < own.index('starts=2 period=60') and 'pending=1234567 weight=0.5' in own and '&lt;b&gt;sync' in own and '<b>sync' not in own
     def row(id): return (p := r.get('/jobs/tenants').text)[p.index(f'tenant-{id}'):].partition('</tr>')[0]
-    assert 'a rule keeps its jobs' in row('acme') and 'a rule' not in row('globex')
+    assert 'fh-saas resume --tenant acme' in row('acme') and 'a rule' not in row('globex')
     assert ask(r, 'POST', '/jobs/workers/rule', form=dict(queue='q')).status_code == 422  # queues have a table of their own
     ask(r, 'POST', '/jobs/workers/rule', form=dict(tenant='acme'))
     ask(r, 'POST', '/jobs/workers/rule', form=dict(tenant='*', task='<b>sync'))
     assert [x.tenant for x in rules.all()] == ['globex'] and 'a rule' not in row('acme')
+    n = len(web.jobs.audit.entries())
+    assert ask(r, 'POST', '/jobs/workers/rule', form=dict(tenant='acme')).status_code == 303 and len(web.jobs.audit.entries()) == n  # somebody was quicker
+
+def test_what_only_an_admin_may_is_no_act_of_the_tenant_whose_page_was_open(web):
+    rules_of(web.host).set('globex', weight=2)
+    ask(web.client('root'), 'POST', '/jobs/workers/rule?tenant=acme', form=dict(tenant='globex'))
+    assert [(e.tenant, e.action) for e in web.jobs.audit.entries()] == [(None, 'rule')]
+    assert 'globex' not in web.client('acme-viewer').get('/jobs/audit').text
 
 def test_what_was_refused_is_not_in_the_audit(web):
     c, v, m = web.client('acme-operator'), web.client('acme-viewer'), web.m['acme']

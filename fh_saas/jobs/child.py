@@ -20,6 +20,7 @@ from .payload import describe
 from .settings import Settings
 from .store import Store
 from .tasks import Task, registry
+from .wake import end_notes
 
 # %% ../../nbs/jobs/09_child.ipynb #df76cae8
 def _lines(fd, rest=b''):
@@ -85,6 +86,6 @@ def main():
     if order['memory']: _limit(order['memory'])
     o = asyncio.run(a.acall()) if a.is_async else a.call()
     over.set()
-    for f in (sys.stdout, sys.stderr): f.flush()  # before the last word: it ends this process
+    for f in (sys.stdout.flush, sys.stderr.flush, end_notes): f()  # before the last word: it ends this process
     say(a.ctx.told() | dict(outcome=asdict(o)))
     os._exit(0)  # whatever threads the task has left

@@ -15,6 +15,7 @@ from typing import Annotated
 from fastcore.script import CliError, parse_cli
 from ..db_connect import FhSaasError
 from ..db_tenant import delete_tenant, resume_tenant, suspend_tenant
+from ..jobs.rules import kept_by
 from ..jobs.settings import Settings
 from ..jobs.tenancy import rules_of, settle_held
 from .cli_jobs import job_commands
@@ -77,7 +78,7 @@ def ask(
     "Ask something of one process; it does so within a few seconds"
     h = the_host(host)
     id = Fleet(h).ask(worker, *((None, int(what)) if what.isdecimal() else (what,)))
-    did(h, 'ask', what=f'{what}: worker {id}', said=id)
+    did(h, 'ask', f'{what}: worker {id}', id)
 
 # %% ../../nbs/ops/01_cli.ipynb #20a7df28
 def _where(**names): return ', '.join(f'{k} {v!r}' for k, v in names.items() if v) or 'everything'
@@ -101,7 +102,7 @@ def rules(
 ):
     "Limits, weights, quotas and pauses: shown, or changed while everything runs"
     r = rules_of(h := the_host(host, tenant))
-    if values: r.set(tenant, queue, task, **_numbers(values)); did(h, 'rules', tenant, f"{_where(queue=queue, task=task)}: {' '.join(values)}")
+    if values: r.set(tenant, queue, task, **_numbers(values)); did(h, 'rules', f"{_where(tenant=tenant, queue=queue, task=task)}: {' '.join(values)}")
     only = {k: v for k, v in dict(tenant=tenant, queue=queue, task=task).items() if v and not values}
     found = [x for x in r.all() if only.items() <= vars(x).items()]
     table([{k: v if v not in ('', None) else None for k, v in vars(x).items()} for x in found], 'there are no such rules' if only else 'there are no rules')
@@ -114,11 +115,13 @@ def _mode(mode, done):
         task:str='', # Of this task
         host:str=None, # The host's URL
     ):
-        rules_of(h := the_host(host, tenant)).set(tenant, queue, task, mode=mode)
-        did(h, command.__name__, tenant, _where(queue=queue, task=task), f'{_where(tenant=tenant, queue=queue, task=task)}: {done}')
+        r, where = rules_of(h := the_host(host, tenant)), _where(tenant=tenant, queue=queue, task=task)
+        r.set(tenant, queue, task, mode=mode)
+        still = tenant and not mode and kept_by(r.all(), tenant)
+        did(h, command.__name__, where, f"{where}: {done}{f'; still, {still}' if still else ''}")
     return command
 
-pause, drain, go_on = _mode('paused', 'nothing is started'), _mode('draining', 'no new jobs are taken'), _mode(None, 'goes on')
+pause, drain, go_on = _mode('paused', 'nothing is started'), _mode('draining', 'no new jobs are taken'), _mode(None, 'the rule is taken back')
 for _f, _name, _doc in ((pause, 'pause', 'Start nothing of a tenant, queue or task (or at all) until `resume`'), (drain, 'drain', 'Take no new jobs for a queue or a tenant; run what is there'), (go_on, 'resume', 'Take back `pause` or `drain`')): _f.__name__, _f.__doc__ = _name, _doc
 
 # %% ../../nbs/ops/01_cli.ipynb #3ece3bf6
@@ -133,27 +136,27 @@ def tenants(
 def suspend(tenant:str, host:str=None):
     "Start no job of a tenant and open no page"
     suspend_tenant(tenant, h := the_host(host))
-    did(h, 'suspend', tenant, said=f'tenant {tenant!r} is suspended')
+    did(h, 'suspend', f'tenant {tenant!r}', f'tenant {tenant!r} is suspended')
 
 def unsuspend(tenant:str, host:str=None):
     "Make a suspended tenant active again"
     resume_tenant(tenant, h := the_host(host))
-    did(h, 'unsuspend', tenant, said=f'tenant {tenant!r} is active')
+    did(h, 'unsuspend', f'tenant {tenant!r}', f'tenant {tenant!r} is active')
 
 def release(tenant:str, host:str=None):
     "The database of a held tenant is right: its open jobs go on"
     settle_held(h := the_host(host), tenant, discard=False)
-    did(h, 'release', tenant, said=f'tenant {tenant!r}: its open jobs go on')
+    did(h, 'release', f'tenant {tenant!r}', f'tenant {tenant!r}: its open jobs go on')
 
 def discard(tenant:str, host:str=None):
     "The database of a held tenant is right: cancel the jobs that were open in it"
     n = settle_held(h := the_host(host), tenant, discard=True)
-    did(h, 'discard', tenant, said := f'{n} jobs cancelled', said)
+    did(h, 'discard', f'tenant {tenant!r}: {n} jobs cancelled', f'{n} jobs cancelled')
 
 def export(tenant:str, path:str, host:str=None):
     "Copy a tenant's database while it is in use"
     there = export_tenant(h := the_host(host), tenant, path)
-    did(h, 'export', tenant, str(there), str(there))
+    did(h, 'export', f'tenant {tenant!r}: {there}', str(there))
 
 # %% ../../nbs/ops/01_cli.ipynb #3a60a03a
 def restore(
@@ -165,7 +168,7 @@ def restore(
     "Put a copy of a tenant's database back, while it is in use; its open jobs are held"
     if not yes: raise CliError(f"this puts {path} over the database of tenant {tenant!r}, and what is there now is gone: `fh-saas export` it first, then say --yes")
     restore_tenant(h := the_host(host), tenant, path)
-    did(h, 'restore', tenant, path, f'tenant {tenant!r} is as it was in {path}; its open jobs are held: `fh-saas release` or `fh-saas discard` decides about them')
+    did(h, 'restore', f'tenant {tenant!r}: {path}', f'tenant {tenant!r} is as it was in {path}; its open jobs are held: `fh-saas release` or `fh-saas discard` decides about them')
 
 def delete(
     tenant:str, # Its id
@@ -176,7 +179,7 @@ def delete(
     "Delete a tenant and its database, for good"
     if not yes: raise CliError(f"this deletes tenant {tenant!r} and all its data: say --yes")
     delete_tenant(tenant, h := the_host(host), force)
-    did(h, 'delete', tenant, said=f'tenant {tenant!r} is deleted')
+    did(h, 'delete', f'tenant {tenant!r}', f'tenant {tenant!r} is deleted')
 
 # %% ../../nbs/ops/01_cli.ipynb #6a9e1f0c
 def migrate(
@@ -186,10 +189,10 @@ def migrate(
     "Bring the job tables of every tenant to this version; can be interrupted and started again"
     if at_once < 1: raise CliError(f"--at-once {at_once}: use 1 or more")
     h, failed = the_host(host), {}
+    did(h, 'migrate', 'all tenants')  # it may be interrupted
     for tenant, error in _shown(migrate_tenants(h, workers=at_once), len(h.tenants())):
         if error: failed[tenant] = error
     table([dict(tenant=t, error=str(e)) for t, e in failed.items()], 'all tenants are up to date')
-    did(h, 'migrate', what=f'{len(failed)} tenants failed' if failed else '')
     return int(bool(failed))
 
 def _shown(each, n:int):

@@ -73,11 +73,13 @@ def stats(tenant:str, host:str=None):
 def _each(m, action, ids, done):
     "Do it to each, whatever becomes of the others"
     act, failed, good = getattr(m, action), [], []
-    for id in ids:
-        try: act(id)
-        except FhSaasError as e: failed.append(str(e))
-        else: good.append(id); print(f'{plain(id)} {done}')
-    for i in range(0, len(good), 25): did(m.db.host, action, m.db.tenant_id, ', '.join(good[i:i+25]))  # as many as an entry holds
+    try:
+        for id in ids:
+            try: act(id)
+            except FhSaasError as e: failed.append(str(e))
+            else: good.append(id); print(f'{plain(id)} {done}')
+    finally:  # interrupted, too
+        for i in range(0, len(good), 25): did(m.db.host, action, ', '.join(good[i:i+25]), tenant=m.db.tenant_id)  # as many as an entry holds
     if failed: raise CliError('; '.join(failed))
 
 def _bulk(action, done):
@@ -99,8 +101,8 @@ def _bulk(action, done):
         with _manager(host, tenant) as m:
             if job_ids: return _each(m, action, job_ids, done)
             n = getattr(m, f'{action}_all')(everything=everything, dry_run=not yes, **only)
-            if yes: did(m.db.host, action, tenant, f"{n} jobs with {', '.join(f'{k} {v}' for k, v in only.items() if v) or 'everything'}")
-        print(f'{n} jobs {done}' if yes else f'{n} jobs match: say --yes')
+            if yes: did(m.db.host, action, f"{n} jobs with {', '.join(f'{k} {v}' for k, v in only.items() if v) or 'everything'}", f'{n} jobs {done}', tenant)
+        if not yes: print(f'{n} jobs match: say --yes')
     return command
 
 cancel, retry, remove = _bulk('cancel', 'cancelled, or asked to end'), _bulk('retry', 'due again'), _bulk('delete', 'deleted')
@@ -111,7 +113,7 @@ def move(tenant:str, job_id:str, queue:str=None, priority:int=None, host:str=Non
     "Let a pending job wait in another queue, or with another priority"
     with _manager(host, tenant) as m:
         j = m.move(job_id, queue, priority)
-        did(m.db.host, 'move', tenant, said := f'{j.id} waits in {j.queue} with priority {j.priority}', said)
+        did(m.db.host, 'move', said := f'{j.id} waits in {j.queue} with priority {j.priority}', said, tenant)
 
 def rerun(
     tenant:str, # Its id
@@ -127,6 +129,6 @@ def rerun(
         except ValueError: raise CliError(f"{plain(c)}: use name=JSON, for example path='\"b.csv\"'") from None
     with _manager(host, tenant) as m:
         id = m.rerun(job_id, **new)
-        did(m.db.host, 'rerun', tenant, f'{job_id} as {id}', id)
+        did(m.db.host, 'rerun', f'{job_id} as {id}', id, tenant)
 
 job_commands = dict(jobs=jobs, job=job, stats=stats, cancel=cancel, retry=retry, rerun=rerun, move=move, remove=remove)

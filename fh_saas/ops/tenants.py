@@ -20,7 +20,7 @@ from ..db_host import HostDatabase, TenantNotFound, gen_id, timestamp
 from ..db_tenant import TenantMismatch  # with this module a host has `url_of`
 from ..jobs.model import schema_version
 from ..jobs.store import Store
-from ..jobs.rules import by_rule
+from ..jobs.rules import kept_by
 from ..jobs.tenancy import open_jobs, rules_of
 from ..jobs.wake import wakes_of, wakes_table
 
@@ -37,8 +37,8 @@ def tenant_report(
     stmt = wakes.statement(('wakes errors',), lambda: sa.select(w.c.tenant_id, w.c.fails, w.c.error).where(w.c.fails > 0))
     with wakes.cursor() as cur: errors = {t: f'{error} ({fails} visits failed)' for t, fails, error in stmt(cur).fetchall()}
     tenants = host.tenants()
-    rules = rules_of(host)
-    rows = [dict(id=t.id, name=t.name, state='held' if t.held else t.state, why=t.held or errors.get(t.id) or by_rule(rules.of(t.id))) for t in tenants]
+    rules = rules_of(host).all()
+    rows = [dict(id=t.id, name=t.name, state='held' if t.held else t.state, why=t.held or errors.get(t.id) or kept_by(rules, t.id)) for t in tenants]
     if count: rows = [r | _counted(host, t) for r, t in zip(rows, tenants)]
     return [r for r in rows if not wrong or r['state'] != 'active' or r['why']]
 

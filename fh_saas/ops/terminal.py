@@ -8,10 +8,10 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/ops/terminal.html.md"""
 __all__ = ['the_host', 'plain', 'table', 'person', 'did']
 
 # %% ../../nbs/ops/00_terminal.ipynb #1a74be36
-import getpass, os, socket
+import getpass, os, sys
 from pathlib import Path
 from fastcore.script import CliError
-from ..db_connect import check_url
+from ..db_connect import FhSaasError, check_url
 from ..db_host import HostDatabase, env_url
 from ..web.audit import Audit
 
@@ -38,14 +38,19 @@ def table(rows:list, empty:str):
 
 # %% ../../nbs/ops/00_terminal.ipynb #4f18ed38
 def person() -> str:
-    "Who sits at this terminal"
-    try: who = getpass.getuser()
-    except (ImportError, KeyError, OSError): who = f'user {os.getuid()}'  # a container need not know its users
-    return f'{who}@{socket.gethostname()}'
+    "Who sits at this terminal: the user of this process, whatever the environment says"
+    try:
+        import pwd
+        who = pwd.getpwuid(os.getuid()).pw_name
+    except ImportError: who = getpass.getuser()
+    except KeyError: who = f'user {os.getuid()}'  # a container need not know its users
+    return f'{who} (fh-saas)'
 
-def did(host:HostDatabase, action:str, tenant:str=None, what:str='',
+def did(host:HostDatabase, action:str, what:str='',
     said:str='', # What is shown; nothing if the command has shown it itself
+    tenant:str=None, # Whose users see the entry, too: that of an act on their jobs
 ):
-    "Write into the host's audit what this person has just done, and show it"
-    Audit(host).note(person(), tenant, action, what)
+    "Show what this person has just done, and write it into the host's audit"
     if said: print(plain(said))
+    try: Audit(host).note(person(), tenant, action, what)
+    except FhSaasError as e: print(f'it is done, and not in the audit: {plain(e)}', file=sys.stderr)

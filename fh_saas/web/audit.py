@@ -1,6 +1,6 @@
 """Who did what: each act of a person on jobs, queues, workers and tenants, written into the host.
 
-A job says by itself how it came to its end. It does not say who pressed *Delete* on forty others. What people do through pages and API goes into a table of the host, where no tenant's cleaning up reaches it.
+A job says by itself how it came to its end. It does not say who pressed *Delete* on forty others. What people do through pages, API and command line goes into a table of the host, where no tenant's cleaning up reaches it.
 
 Docs: https://abhisheksreesaila.github.io/fh-saas/web/audit.html.md"""
 

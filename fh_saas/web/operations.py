@@ -15,7 +15,7 @@ from starlette.responses import RedirectResponse
 from ..db_connect import FhSaasError
 from ..db_host import shown
 from ..db_tenant import resume_tenant, suspend_tenant
-from ..jobs.rules import by_rule
+from ..jobs.rules import kept_by
 from ..jobs.tenancy import rules_of, settle_held
 from .facts import since
 from .layout import form, page, problem_page, row, table
@@ -43,7 +43,7 @@ def _workers(a, fleet):
     return table(_worker, map(one, fleet.workers()), "No process runs jobs now: start the app, or a worker with `fh-saas worker main:host`.")
 
 def _queues(a, rules):
-    at, known = f'{a.jobs.pages}/workers/queue', {r.queue: r for r in rules.all() if not r.tenant and not r.task}
+    at, known = f'{a.jobs.pages}/workers/queue', {r.queue: r for r in rules if not r.tenant and not r.task}
     whole = known.pop('', None)
     def one(q, r):
         mode = r.mode if r else None
@@ -53,26 +53,27 @@ def _queues(a, rules):
 
 _own_rule = {'Tenant': None, 'Of its queue': None, 'Task': None, 'Rule': None, '': None}
 
-def _said(r): # In the words of the command line
-    return ', '.join(f'{k}={v:g}' if isinstance(v, (int, float)) else v for k in ('mode', 'concurrency', 'pending', 'weight', 'starts', 'period') if (v := getattr(r, k)) is not None)
+def _said(r): # As the command line takes it
+    def plain(v): return int(v) if isinstance(v, float) and v.is_integer() else v
+    return ' '.join(f'{k}={plain(v)}' for k in ('mode', 'concurrency', 'pending', 'weight', 'starts', 'period') if (v := getattr(r, k)) is not None)
 
 def _own_rules(a, rules):
-    found = [r for r in rules.all() if r.tenant or r.task]
+    found = [r for r in rules if r.tenant or r.task]
     def one(r): return row(_own_rule, ('each' if r.tenant == '*' else r.tenant, r.queue, r.task, Span(_said(r), cls='fs-status' + (' fs-retrying' if r.mode else '')), form(a, f'{a.jobs.pages}/workers/rule', 'Take away', tenant=r.tenant, queue=r.queue, task=r.task)))
     more = P(f'and {len(found) - each_page:,} more: `fh-saas rules` shows them all', cls='fs-said') if len(found) > each_page else ''
     return table(_own_rule, map(one, sorted(found, key=lambda r: r.mode is None)[:each_page]), 'There are none: `fh-saas rules` and `fh-saas pause` make them.'), more
 
 # %% ../../nbs/web/14_operations.ipynb #d5f6d1de
 def _workers_page(a:Asked):
-    host = a.jobs.directory.host
+    rules = rules_of(a.jobs.directory.host).all()
     add = Form(Hidden(a.csrf(), name='csrf'), Input(name='queue', required=True, maxlength='64', placeholder='another queue', aria_label='Queue'), Button('Pause', name='mode', value='paused'), method='post', action=a.url(f'{a.jobs.pages}/workers/queue'), cls='fs-act')
-    return page(a, 'Queues and workers', H2('Processes that run jobs'), _workers(a, a.jobs.fleet), H2('Queues'), _queues(a, rules_of(host)), add, H2('Rules of tenants and tasks'), *_own_rules(a, rules_of(host)), here='workers')
+    return page(a, 'Queues and workers', H2('Processes that run jobs'), _workers(a, a.jobs.fleet), H2('Queues'), _queues(a, rules), add, H2('Rules of tenants and tasks'), *_own_rules(a, rules), here='workers')
 
 def _ruled(a:Asked):
     scope = {k: a.sent.get(k) or '' for k in ('tenant', 'queue', 'task')}
     if not (scope['tenant'] or scope['task']): raise Problem(422, "name a tenant or a task", 'invalid')
-    rules_of(a.jobs.directory.host).clear(**scope)
-    a.note = f"taken away: {', '.join(f'{k} {v}' for k, v in scope.items() if v)}"
+    there = rules_of(a.jobs.directory.host).clear(**scope)
+    a.note = f"taken away: {', '.join(f'{k} {v}' for k, v in scope.items() if v)}: {_said(there)}" if there else ()  # somebody was quicker
     return RedirectResponse(a.url(f'{a.jobs.pages}/workers'), 303)
 
 def _whole(form, name): # None if nothing was filled in
@@ -117,8 +118,8 @@ def _tenants(a:Asked):
     found = [t for t in all_ if (q in t.id.lower() or q in (t.name or '').lower()) and t.id > after]
     shown_ = found[:each_page]
     search = Form(Input(type='search', name='q', value=a.query.get('q', ''), placeholder='Name or id', aria_label='Search', id='fs-q'), Button('Search'), method='get', action=f'{a.jobs.pages}/tenants', cls='fs-search', role='search')
-    rules = rules_of(a.jobs.directory.host)
-    ruled = {t.id: by_rule(rules.of(t.id)) for t in shown_}
+    rules = rules_of(a.jobs.directory.host).all()
+    ruled = {t.id: kept_by(rules, t.id) for t in shown_}
     note = P(Strong(f"{len(held)} {'tenant is' if len(held) == 1 else 'tenants are'} held: "), ', '.join(t.id for t in held[:10]), '. Their databases were replaced, and their open jobs wait for you to decide.', cls='fs-note') if held else ''
     more = Nav(A(f'Next {min(each_page, len(found) - each_page)}', href=f"{a.jobs.pages}/tenants?after={shown_[-1].id}" + (f'&q={q}' if q else '')), aria_label='Pages') if len(found) > each_page else ''
     return page(a, f'{len(all_):,} tenants', note, search, table(_tenant, (_tenant_row(a, t, ruled[t.id]) for t in shown_), "No tenant matches." if all_ else "There are no tenants yet: the app makes one with get_or_create_tenant_db."), more, here='tenants')

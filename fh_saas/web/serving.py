@@ -154,7 +154,7 @@ async def answer(self:Jobs, req:Request, f, needs:str, problem, paced:bool=False
             check_same_site(req, access, self.secret, req.headers.get('x-csrf-token') or (asked.sent.get('csrf') if plain else None), plain)
             if problem is not _as_json and not isinstance(asked.sent, FormData): raise Problem(415, "this takes a form")
         response = await f(asked) if inspect.iscoroutinefunction(f) else await run_in_threadpool(f, asked)
-        if action and self.audit and response.status_code < 400: await run_in_threadpool(self._note, asked, action)
+        if action and self.audit and response.status_code < 400: await run_in_threadpool(self._note, asked, action, needs)
         return _secured(response)
     except FhSaasError as e:
         p = problem_of(e)
@@ -162,9 +162,10 @@ async def answer(self:Jobs, req:Request, f, needs:str, problem, paced:bool=False
         return _secured(await run_in_threadpool(problem, req, p))
 
 @patch
-def _note(self:Jobs, a, action):
+def _note(self:Jobs, a, action, needs):
+    whose = a.access.tenant if isinstance(a.access.tenant, str) and needs != 'admin' else None  # what only an admin may is not the tenant's whose page it was done from
     for what in listify(a.path.get('job_id') if a.note is None else a.note):
-        self.audit.note(a.access.user or a.access.role, a.access.tenant if isinstance(a.access.tenant, str) else None, action, what)
+        self.audit.note(a.access.user or a.access.role, whose, action, what)
 
 @patch
 def _guessed(self:Jobs, req): # A `Problem`, if its client has done so too often
