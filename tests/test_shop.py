@@ -205,7 +205,7 @@ def test_buttons_refuse_what_they_should(shop):
     for other in ('globex', 'nope'): assert shop.post(f'/jobs/-/start?tenant={other}', data).status_code == 404, other
     assert shop.http.get(action).status_code in (404, 405)
     assert shop.post('/jobs/-/start', data).status_code == 404
-    action, data = shop.form('/jobs/tenants', 'Pause')  # of the dashboard
+    action, data = shop.form('/jobs/tenants', 'Suspend')  # of the dashboard
     assert shop.post(action, data, Origin='http://evil.example').status_code == 403 and shop.post(action, data | dict(csrf='x'*40)).status_code == 403
     assert not any(shop.jobs(s) for s in shops.SHOPS) and 'paused' not in shop.page('/jobs/tenants').text
 
