@@ -253,6 +253,15 @@ def test_who_ends_writes_the_notes_that_wait(tmp_path, process, after):
     assert list(wakes_of(h).due(queues=('q',))[0]) == ['acme']
     h.close()
 
+def test_an_engine_that_stops_writes_the_notes_of_its_tenants(elsewhere, monkeypatch):
+    m, rings, _ = elsewhere
+    monkeypatch.setattr(wake, 'spacing', 60)
+    wakes = m.engine.tenancy(m.store).wakes
+    for n in range(wake.burst + 1): m.submit('t', print)
+    before = len(rings)
+    m.engine.stop(0)  # a web server ends by a signal, and Python's own end is not reached
+    assert len(rings) == before + 1 and acme in wakes.due()[0] and not wakes.notes.at
+
 def test_a_task_in_a_process_of_its_own_leaves_a_note_too(tmp_path):
     (tmp_path/'isolated.py').write_text('''
 from fh_saas.db_host import HostDatabase
