@@ -165,16 +165,20 @@ class Notes:
         what, now = (tenant_id, queue), time.monotonic()
         if now < self.at.get(what, now): return True  # it is taken from there before it is written, so that is after this commit
         with self._lock:
-            if self.at.pop(what, None) is not None or self.burst and self._thrown(what, now): return False
+            come = self.at.pop(what, None) is not None
+            if self._token(what, now, come) or come: return False
             self.at[what], asleep = now + spacing, self.asleep
         if not (self.thread and self.thread.is_alive() or self._start()): return self.at.pop(what, None) is None
         if asleep: self._calls.put(None)
         return True
 
-    def _thrown(self, what, now): # Is there a token in its bucket?
+    def _token(self, what, now, owed) -> bool: # Is there one in its bucket? Then it is taken; it is if it is owed, too
+        if not self.burst: return False
         if len(self._full) > 1000: self._full = {k: at for k, at in self._full.items() if at > now}
-        self._full[what] = full = max(self._full.get(what, now), now) + spacing
-        return full <= now + self.burst*spacing
+        full = max(self._full.get(what, now), now) + spacing
+        there = full <= now + self.burst*spacing
+        if there or owed: self._full[what] = full
+        return there
 
 # %% ../../nbs/jobs/15_wake.ipynb #c4d40437
 @patch
