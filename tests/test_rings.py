@@ -303,7 +303,7 @@ def test_a_host_that_does_not_answer_holds_up_the_end_once(tmp_path, monkeypatch
     def note(tenant, at, queue): tried.append(tenant); raise DatabaseBusy('locked')
     monkeypatch.setattr(wakes, '_note', note)
     for t in ('acme', 'globex', 'initech'): wakes.ring_soon(t)
-    wakes.close()
+    wakes.close(); wakes.close()
     assert tried == ['acme']
     h.close()
 

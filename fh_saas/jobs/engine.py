@@ -338,7 +338,8 @@ def stop(self:Engine, grace:float=None):
     self._leave(abandoned)
     if first:
         for pool in (self.crew, self.house, self.writers): pool.close()
-        for d in list(self._desks.values()): d.tell(); d.tenancy and d.tenancy.wakes.notes.end(); d.store.close()
+        for d in list(self._desks.values()): d.tell(); d.store.close()
+        for wakes in {d.tenancy.wakes for d in list(self._desks.values()) if d.tenancy}: wakes.notes.end()
 
 # %% ../../nbs/jobs/14_engine.ipynb #fcedf010
 @patch

@@ -212,7 +212,7 @@ def _one(self:Notes, what) -> bool: # False: the host does not take it
 def end(self:Notes):
     "Write at once what waits: the process ends"
     for what in [*self.at]:
-        if not self._one(what): break
+        if not self._one(what): self.at.clear()
     if self._pen.acquire(timeout=2): self._pen.release()  # the thread may be at one
 
 # %% ../../nbs/jobs/15_wake.ipynb #8f1f6107
