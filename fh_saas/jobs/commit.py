@@ -456,7 +456,9 @@ def _transact(self:Committer, batch, again=True):
         if not alone: self.kind.commit(cur)
     except BaseException as e:
         self._undo()
-        if again and getattr(e, 'sqlstate', None) in ((deadlock, ended) if alone else (deadlock,)): return self._transact(batch, again=False)
+        state = getattr(e, 'sqlstate', None)
+        if again and state == deadlock: time.sleep(0.05)  # who waited for what this one held gets it before it is asked for anew
+        if again and state in ((deadlock, ended) if alone else (deadlock,)): return self._transact(batch, again=False)
         if (known := self._error(e)) is e: raise
         raise known from e
     for w, r in zip(batch, results): w.result, w.error, w.written = r, None, True
