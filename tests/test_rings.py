@@ -12,7 +12,7 @@ from fh_saas.jobs.store import Store
 from fh_saas.jobs.tasks import Registry, task
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from fh_saas.jobs.tenancy import rules_of
-from fh_saas.jobs import wake
+from fh_saas.jobs import notes
 from fh_saas.jobs.wake import Wakes, wakes_of
 from fh_saas.workers import runner
 from fh_saas.workers.fleet import Fleet
@@ -178,14 +178,14 @@ def test_in_a_stream_of_submits_a_note_speaks_for_many_and_the_last_comes_after_
     wakes, seen = m.engine.tenancy(m.store).wakes, []
     note = wakes._note  # as the fixture has it
     monkeypatch.setattr(wakes, '_note', lambda *args: seen.append(m.store.by_status()['pending']) or note(*args))
-    monkeypatch.setattr(wake, 'spacing', 0.05)
-    start, at_once = time.monotonic(), 0 if wakes.bell else wake.burst
+    monkeypatch.setattr(notes, 'spacing', 0.05)
+    start, at_once = time.monotonic(), 0 if wakes.bell else notes.burst
     for n in range(100): m.submit('t', print)
     took = time.monotonic() - start
     noted(m)
     assert 1 <= len(rings) <= at_once + took/0.05 + 2
     assert seen[:at_once] == [*range(1, at_once + 1)] and seen[-1] == 100
-    time.sleep(wake.burst*0.05)
+    time.sleep(notes.burst*0.05)
     m.submit('t', print)
     noted(m)
     assert seen[-1] == 101
@@ -197,7 +197,7 @@ def test_every_commit_is_followed_by_a_note_whoever_commits_beside_it(tmp_path, 
     if not bell: wakes.bell = None  # as on a server
     def note(tenant, at, queue): seen.update(committed) or time.sleep(random.uniform(0, 0.002))
     monkeypatch.setattr(wakes, '_note', note)
-    monkeypatch.setattr(wake, 'spacing', 0.001)
+    monkeypatch.setattr(notes, 'spacing', 0.001)
     def submits(n):
         for _ in range(8):
             committed[n] += 1
@@ -220,10 +220,10 @@ def test_a_note_that_fails_does_not_keep_back_the_next(tmp_path, monkeypatch, ca
     wakes.close(); h.close()
 
 leaver = '''
-import atexit, multiprocessing, os, sys, threading, time
+import multiprocessing, os, sys, threading, time
 from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import get_or_create_tenant_db
-from fh_saas.jobs import wake
+from fh_saas.jobs import notes
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.tasks import Registry
@@ -241,8 +241,8 @@ if __name__ == '__main__':
     if how == 'main': leave()
     elif how.startswith('os.fork'):
         if 'beside' in how:
-            notes = m.engine.tenancy(m.store).wakes.notes
-            threading.Thread(target=lambda: (notes._lock.acquire(), notes._pen.acquire(), time.sleep(60)), daemon=True).start()
+            its = m.engine.tenancy(m.store).wakes.notes
+            threading.Thread(target=lambda: (its._lock.acquire(), its._pen.acquire(), time.sleep(60)), daemon=True).start()
             time.sleep(0.1)
         if os.fork() == 0: leave(); sys.exit()
         os.wait()
@@ -263,9 +263,9 @@ def test_who_ends_writes_the_notes_that_wait(tmp_path, process, after):
 
 def test_an_engine_that_stops_writes_the_notes_of_its_tenants(elsewhere, monkeypatch):
     m, rings, _ = elsewhere
-    monkeypatch.setattr(wake, 'spacing', 60)
+    monkeypatch.setattr(notes, 'spacing', 60)
     wakes = m.engine.tenancy(m.store).wakes
-    for n in range(wake.burst + 1): m.submit('t', print)
+    for n in range(notes.burst + 1): m.submit('t', print)
     before = len(rings)
     m.engine.stop(0)  # a web server ends by a signal, and Python's own end is not reached
     assert len(rings) == before + 1 and acme in wakes.due()[0] and not wakes.notes.at
@@ -299,7 +299,7 @@ def test_a_host_that_does_not_answer_holds_up_the_end_once(tmp_path, monkeypatch
     from fh_saas.db_connect import DatabaseBusy
     h, tried = HostDatabase(f'sqlite:///{tmp_path}/host.db'), []
     wakes = Wakes(h)
-    monkeypatch.setattr(wake, 'spacing', 60)
+    monkeypatch.setattr(notes, 'spacing', 60)
     def note(tenant, at, queue): tried.append(tenant); raise DatabaseBusy('locked')
     monkeypatch.setattr(wakes, '_note', note)
     for t in ('acme', 'globex', 'initech'): wakes.ring_soon(t)

@@ -152,7 +152,7 @@ def _go_on():
     while _held: _held.pop()._pass_on()
 
 def _begin_anew():
-    for c in list(_committers): c._queue, c._queue_lock, c._called = [], threading.Lock(), None; c.forked()  # who waits there waits in the parent
+    for c in list(_committers): c._queue, c._queue_lock, c._called = [], threading.Lock(), None; c.anew()  # who waits there waits in the parent
     _go_on()
 
 os.register_at_fork(before=_hold_still, after_in_parent=_go_on, after_in_child=_begin_anew)
@@ -176,7 +176,7 @@ class Committer:
 
     def opened(self): "Called when another database was found in place of the one before"
     def used(self): "Called before each use"
-    def forked(self): "Called in a child: the threads of its parent are not there"
+    def anew(self): "Called in a child: the threads of its parent are not there"
 
     @property
     def place(self): # Device and inode of a SQLite file, as of the last use

@@ -82,6 +82,7 @@ def _each(m, action, ids, done):
         for i in range(0, len(good), 25): did(m.db.host, action, ', '.join(good[i:i+25]), tenant=m.db.tenant_id)  # as many as an entry holds
     if failed: raise CliError('; '.join(failed))
 
+# %% ../../nbs/ops/01_cli_jobs.ipynb #3ee3f7dc
 def _bulk(action, done):
     def command(
         tenant:str, # Its id

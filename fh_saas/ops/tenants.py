@@ -113,6 +113,7 @@ def _copy_sqlite(url, tmp):
 def _check_sound(conn, name):
     if (found := conn.execute('PRAGMA integrity_check(1)').fetchone()[0]) != 'ok': raise FhSaasError(f"{name} is not sound: {found}")
 
+# %% ../../nbs/ops/00_tenants.ipynb #7de6d67c
 def _copy_pg(url, tmp): _pg_tool('pg_dump', url, '--format=custom', f'--file={tmp}', f'--dbname={_conninfo(url)}')
 
 def _pg_tool(name, url, *args):

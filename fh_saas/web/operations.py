@@ -51,6 +51,7 @@ def _queues(a, rules):
         return row(_rule, (q or 'everything', Span(mode or 'open', cls='fs-status' + (' fs-retrying' if mode else '')), _number(a, at, 'concurrency', r and r.concurrency, f'Most at once of {q}', queue=q) if q else '', acts))
     return table(_rule, [one('', whole), *(one(q, r) for q, r in sorted({'default': None, **known}.items()))], '')
 
+# %% ../../nbs/web/14_operations.ipynb #3c500a54
 _own_rule = {'Tenant': None, 'Of its queue': None, 'Task': None, 'Rule': None, '': None}
 
 def _said(r): # As the command line takes it
