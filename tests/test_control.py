@@ -313,20 +313,22 @@ def test_bulk_goes_on_after_a_thousand_and_meets_each_job_once(manager):
     assert manager.delete_all(everything=True) == 1200 and manager.list_jobs() == []
 
 def test_two_who_lock_rows_in_different_orders_both_succeed(new_pg):
-    "PostgreSQL ends one of them, which is run once more; nobody sees it"
+    "PostgreSQL ends one of them, which is run once more when the other has had its turn; nobody sees it"
     url = new_pg()
     one, two = Store(url), Store(url)
     for id in 'ab': one.add(dict(id=id, job_type='t', task='t', max_retries=3))
-    both, ran = threading.Barrier(2), []
+    both, ran, began, ended = threading.Barrier(2), [], [], []
     def change(store, ids):
         def op(cur, now):
-            ran.append(ids)
+            ran.append(ids); began.append(time.monotonic())
             store.moving(priority=3)(cur, now, [ids[0]])
             if ran.count(ids) == 1: both.wait(10)
-            return list(store.moving(priority=4)(cur, now, [ids[1]]))
+            try: return list(store.moving(priority=4)(cur, now, [ids[1]]))
+            except Exception: ended.append(time.monotonic()); raise
         return store.write(op)
     with ThreadPoolExecutor(2) as pool: first, second = pool.submit(change, one, 'ab'), pool.submit(change, two, 'ba')
     assert (first.result(), second.result(), len(ran)) == (['b'], ['a'], 3)
+    assert began[2] > ended[0] + 0.04  # at once, it could take its first row before who waits for it has woken up, and be ended again
     one.close(), two.close()
 
 # --- Wait
