@@ -157,7 +157,7 @@ def test_the_few_that_failed_are_found_by_their_index(new_url):
         for later in (False, True):
             at = (dict(at0=15_000) if lite else dict(at0='at015000', at1='015000')) if later else {}
             said = plan(store._page(dict(status=status), later, False, False), n=51, **at)
-            assert ('ix_tenant_jobs_few ' if lite else 'ix_tenant_jobs_few_pg') in said and 'SCAN tenant_jobs' not in said and 'Seq Scan' not in said, said
+            assert ('ix_tenant_jobs_rare ' if lite else 'ix_tenant_jobs_few_pg') in said and 'SCAN tenant_jobs' not in said and 'Seq Scan' not in said, said
             if len(status) == 1: assert 'TEMP B-TREE' not in said and 'Sort' not in said, said
     assert len(walk(store, 7, status='failed')) == 3 and store.counts()['failed'] == (20, False) and store.counts()['completed'][1]
     store.close()

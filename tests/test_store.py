@@ -16,7 +16,7 @@ from fh_saas.db_host import gen_id, seconds, timestamp
 from fh_saas.jobs import commit
 from fh_saas.jobs.model import ensure_tables
 from fh_saas.jobs.payload import describe
-from fh_saas.jobs.states import Outcome
+from fh_saas.jobs.states import Outcome, Status, final
 from fh_saas.jobs.claims import max_lease
 from fh_saas.jobs.commit import Clock, SQLite, _compiled, single
 from fh_saas.jobs.store import JobNotFound, Store
@@ -817,6 +817,36 @@ def test_claim_and_rescue_use_the_partial_indexes(new_sqlite):
     for key in ('lapsed', 'outlook', 'heartbeat'): assert 'ix_tenant_jobs_lease' in plan(store, key), key
     store.list()
     assert 'TEMP B-TREE' not in plan(store, 'list')  # the newest are the last rows
+    store.close()
+
+def opcodes(store, text, *args):
+    with store.cursor() as cur: return {r[1] for r in cur.execute(f'EXPLAIN {text}', args).fetchall()}
+
+def test_no_statement_makes_a_table_of_the_states(new_sqlite):
+    "What the checks and the conditions of the indexes need is read off the row"
+    store = Store(new_sqlite())
+    assert 'OpenEphemeral' in opcodes(store, "SELECT 1 FROM tenant_jobs WHERE status IN ('failed', 'cancelled', 'running')")
+    for text in ("INSERT INTO tenant_jobs (id, job_type) VALUES ('a', 't')", "UPDATE tenant_jobs SET status = 'completed', completed_at = 'now', claim_token = NULL WHERE id = 'a'"):
+        assert 'OpenEphemeral' not in opcodes(store, text), text
+    store.close()
+
+@pytest.mark.parametrize('state', ['lost', '', 'Completed'])
+def test_the_table_knows_the_states_and_when_a_job_has_ended(store, state):
+    add_ids(store, 'a')
+    for values in (f"status = '{state}'", f"status = '{state}', completed_at = 'now'", "completed_at = 'now'", *(f"status = '{s}'" for s in Status if s in final), "status = 'running', completed_at = 'now'"):
+        with pytest.raises(sa.exc.IntegrityError): sql(store, f'UPDATE tenant_jobs SET {values}')
+    for s in Status: assert sql(store, f"UPDATE tenant_jobs SET status = '{s}', completed_at = {repr('now') if s in final else 'NULL'}") == 1
+
+def test_a_table_of_schema_5_gets_the_cheaper_index(new_sqlite):
+    store = Store(url := new_sqlite())
+    add_ids(store, 'a')
+    store.close()
+    with closing(sqlite3.connect(sa.make_url(url).database, isolation_level=None)) as conn:
+        conn.executescript("DROP INDEX ix_tenant_jobs_rare; UPDATE fh_saas_meta SET value = '5' WHERE key = 'schema:tenant_jobs';"
+            "CREATE INDEX ix_tenant_jobs_few ON tenant_jobs (status) WHERE status IN ('failed', 'cancelled', 'completed_with_warnings')")
+    store = Store(url)
+    indexes = {i for i in schema(url)['tenant_jobs'] if i.startswith('ix_')}
+    assert 'ix_tenant_jobs_rare' in indexes and 'ix_tenant_jobs_few' not in indexes and claimed(store) == ['a']
     store.close()
 
 def test_a_claim_costs_the_same_however_many_jobs_have_ended(new_sqlite):

@@ -17,10 +17,13 @@ from ..db_host import JobRecord
 from .states import Status, final
 
 # %% ../../nbs/jobs/03_model.ipynb #871a95a3
+# of a list after IN SQLite makes a table, anew in each statement that writes a row
+def _one_of(states): return ' OR '.join(f"status = '{s}'" for s in states)
+
 # These checks hang on columns that 0.9.14 did not have, so that one definition serves CREATE TABLE and ADD COLUMN alike
 _checks = dict(
     progress_percent=['progress_percent BETWEEN 0 AND 100'],
-    claim_token=[f"status IN {tuple(map(str, Status))}", f"(status IN {tuple(map(str, final))}) = (completed_at IS NOT NULL)"],
+    claim_token=[_one_of(Status), f"({_one_of(final)}) = (completed_at IS NOT NULL)"],
     priority=['priority BETWEEN 1 AND 4'])
 _required = ('job_type', 'status', 'queue', 'priority', 'attempt', 'lost')
 
@@ -34,8 +37,8 @@ def _column(f):
 rare = ('failed', 'cancelled', 'completed_with_warnings')
 
 def is_rare(j):
-    "As the index of the few has it: SQLite uses it for a query that says the very same"
-    return j.c.status.in_([sa.literal_column(f"'{s}'") for s in rare])
+    "As the index of SQLite has it, which is used for a query that says the very same"
+    return sa.or_(*(j.c.status == sa.literal_column(f"'{s}'") for s in rare))
 
 @cache
 def tables(name:str='tenant_jobs') -> SimpleNamespace:
@@ -49,8 +52,8 @@ def tables(name:str='tenant_jobs') -> SimpleNamespace:
         sa.Index(f'ix_{name}_{nm}', *cols, sqlite_where=where, postgresql_where=where)
     sa.Index(f'ix_{name}_created', j.c.created_at, j.c.id, info=dict(only='postgresql'))
     # the few that an operator looks for; where rows lie in their order, the status is enough
-    sa.Index(f'ix_{name}_few', j.c.status, sqlite_where=is_rare(j), info=dict(only='sqlite'))
-    sa.Index(f'ix_{name}_few_pg', j.c.status, j.c.created_at, j.c.id, postgresql_where=is_rare(j), info=dict(only='postgresql'))
+    sa.Index(f'ix_{name}_rare', j.c.status, sqlite_where=is_rare(j), info=dict(only='sqlite'))
+    sa.Index(f'ix_{name}_few_pg', j.c.status, j.c.created_at, j.c.id, postgresql_where=j.c.status.in_([sa.literal_column(f"'{s}'") for s in rare]), info=dict(only='postgresql'))
     one = name.removesuffix('s')
     def part(suffix, keys, *cols):
         return sa.Table(f'{one}_{suffix}', meta, sa.Column('job_id', sa.String, sa.ForeignKey(j.c.id, ondelete='CASCADE'), primary_key=True),
@@ -62,7 +65,7 @@ def tables(name:str='tenant_jobs') -> SimpleNamespace:
         logs=part('logs', ['attempt', 'line'], *text('at', 'level', 'message', 'item')))
 
 # %% ../../nbs/jobs/03_model.ipynb #789ff7ca
-schema_version = 5
+schema_version = 6
 
 def ensure_tables(eng:sa.Engine, name:str='tenant_jobs'):
     "Bring the job tables of a database to this version, whoever made them; safe to call from many processes at once"
@@ -78,7 +81,7 @@ def ensure_tables(eng:sa.Engine, name:str='tenant_jobs'):
         t = tables(name)
         if sa.inspect(conn).has_table(name): add_columns(conn, t.jobs)
         for part in t.meta.sorted_tables: conn.execute(sa.schema.CreateTable(part, if_not_exists=True))
-        old = [sa.Index(f'ix_{name}_due', sa.Column('id'))]  # version 1 had it in place of `ready`
+        old = [sa.Index(f'ix_{name}_{before}', sa.Column('id')) for before in ('due', 'few')]  # of version 1 in place of `ready`, of 5 in place of `rare`
         for ix in t.jobs.indexes:
             if ix.info.get('only', conn.dialect.name) == conn.dialect.name: conn.execute(sa.schema.CreateIndex(ix, if_not_exists=True))
             else: old.append(ix)  # version 2 had it everywhere

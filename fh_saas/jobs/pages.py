@@ -41,16 +41,16 @@ def _statuses(v) -> tuple:
     if odd := [s for s in names if s not in [*Status]]: raise InvalidJob(f"status={clean(odd[0], 80)!r} is none of {', '.join(Status)}")
     return tuple(sorted(names))
 
-def _in_state(j, names):
+def _in_state(self, j, names):
     yield j.c.status == sa.literal_column(f"'{names[0]}'") if len(names) == 1 else j.c.status.in_([sa.literal_column(f"'{s}'") for s in names])
-    if {*names} <= {*rare}: yield is_rare(j)
+    if isinstance(self.kind, SQLite) and {*names} <= {*rare}: yield is_rare(j)  # PostgreSQL finds out by itself
 
 def _like(v): return '%' + ''.join(f'/{c}' if c in '/%_' else c for c in v) + '%'
 
-def _conditions(j, only):
+def _conditions(self, j, only):
     for k, v in only.items():
         if k in columns: yield j.c[k] == bind(k)
-        elif k == 'status': yield from _in_state(j, v)
+        elif k == 'status': yield from _in_state(self, j, v)
         elif k == 'tag': yield tagged(j)
         elif k == 'since': yield j.c.created_at >= bind(k)
         elif k == 'until': yield j.c.created_at < bind(k)
@@ -113,7 +113,7 @@ def _page(self:Store, only, later, ends, oldest):
     def build():
         pos = _position(self, j)
         within = [_behind(pos, 'at', oldest)]*later + [_within(pos, 'end', oldest)]*ends
-        return sa.select(j, *(p.label(f'pos{n}') for n, p in enumerate(pos))).where(*within, *_conditions(j, only)).order_by(*_in_order(pos, oldest)).limit(bind('n', type_=sa.Integer))
+        return sa.select(j, *(p.label(f'pos{n}') for n, p in enumerate(pos))).where(*within, *_conditions(self, j, only)).order_by(*_in_order(pos, oldest)).limit(bind('n', type_=sa.Integer))
     return self.statement(('page', j.name, later, ends, oldest, *_shape(only)), build)
 
 @patch
@@ -140,7 +140,7 @@ def under_way(self:Store,
     "Jobs that have not ended, as of one moment"
     j = self.t.jobs
     def build():
-        def some(s): return sa.select(sa.select(j).where(*_in_state(j, (s,))).order_by(*_in_order(_position(self, j), False)).limit(bind('n', type_=sa.Integer)).subquery())
+        def some(s): return sa.select(sa.select(j).where(*_in_state(self, j, (s,))).order_by(*_in_order(_position(self, j), False)).limit(bind('n', type_=sa.Integer)).subquery())
         return sa.union_all(some('running'), some('pending'))
     with self.cursor() as cur: return rows_of(self.statement(('under way', j.name), build)(cur, n=n))
 
@@ -160,7 +160,7 @@ def _counted(self:Store, cur):
     j = self.t.jobs
     one = sa.literal_column('1')
     def build():
-        def some(s): return sa.select(sa.literal_column(f"'{s}'").label('status'), sa.func.count().label('n')).select_from(sa.select(one).select_from(j).where(*_in_state(j, (s,))).limit(bind('most', type_=sa.Integer)).subquery())
+        def some(s): return sa.select(sa.literal_column(f"'{s}'").label('status'), sa.func.count().label('n')).select_from(sa.select(one).select_from(j).where(*_in_state(self, j, (s,))).limit(bind('most', type_=sa.Integer)).subquery())
         return sa.union_all(*(some(s) for s in ('pending', 'running', *rare)))
     found = {s: (min(n, most_counted), n > most_counted) for s, n in self.statement(('counts', j.name), build)(cur, most=most_counted + 1).fetchall()}
     # the rest is what most jobs are: counted among the newest, without reading them all
@@ -169,7 +169,7 @@ def _counted(self:Store, cur):
 @patch
 def _counted_among(self:Store, cur, only, n):
     j, end = self.t.jobs, self._stretch(cur, None, n)
-    def build(): return sa.select(j.c.status, sa.func.count()).where(*[_within(_position(self, j), 'end', False)]*bool(end), *_conditions(j, only)).group_by(j.c.status)
+    def build(): return sa.select(j.c.status, sa.func.count()).where(*[_within(_position(self, j), 'end', False)]*bool(end), *_conditions(self, j, only)).group_by(j.c.status)
     rows = self.statement(('counts among', j.name, bool(end), *_shape(only)), build)(cur, **_named('end', end), **_bindings(only)).fetchall()
     found = dict(rows)
     return {s: (int(found.get(s, 0)), bool(end)) for s in only.get('status') or map(str, Status)}

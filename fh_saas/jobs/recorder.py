@@ -42,10 +42,10 @@ def _record(self:Recorder,
     with desk._lock:
         if not desk.ends: desk.since = now
         desk.ends.append(a)
-        first, waits = len(desk.ends) == 1, len(desk.ends) < 200 and now < desk.since + patience
-    if not waits or not (more or self.line.of(desk)): return True
-    if first: self._remind(now + patience, desk, only_ends=True)
-    return False
+        first, waits = len(desk.ends) == 1, len(desk.ends) < 200 and now < desk.since + patience and (more or self.line.of(desk))
+        if not waits and desk.turning: desk.again = True; return False  # who has the turn goes on with it
+    if waits and first: self._remind(now + patience, desk, only_ends=True)
+    return not waits
 
 # %% ../../nbs/jobs/12_recorder.ipynb #8c621a87
 @patch
