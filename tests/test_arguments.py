@@ -1,13 +1,15 @@
 "Arguments by the types of the signature: refused in front of the caller, given back as what they were."
 import json, uuid
+from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
-from enum import Enum, IntEnum
+from enum import Enum, IntEnum, StrEnum
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple, Optional, TypedDict
 import msgspec, pydantic, pytest
+from fastcore.basics import AttrDict
 from hypothesis import given, strategies as st
 from fh_saas.jobs.arguments import Signature
 from fh_saas.jobs.payload import NotJson, loads, to_json
@@ -196,6 +198,19 @@ def test_json_is_read_as_python_reads_it(text): assert read(loads, text) == read
 
 @pytest.mark.parametrize('v', [0, -1, 10**30, True, False, 1.5, [1], {'a': True}, 'é', IntEnum('E', 'a').a])
 def test_json_is_written_as_python_writes_it(v): assert to_json(v, 'v') == json.dumps(v, separators=(',', ':'))
+
+class Text(str): ...
+class Whole(int): ...
+class Real(float): ...
+class Named(StrEnum): a = 'x'
+Pair = namedtuple('Pair', 'a b')
+
+odd = st.sampled_from([Text('t'), Whole(3), Real(2.5), Named.a, Pair(1, 'b'), OrderedDict(a=1), AttrDict(b=[1]), {Text('k'): 1}, {Named.a: 2}, 2**70, -2**70, 1e16, 1e-7, -0.0, '\ud800', '\x7f'])
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(codec=None)) | odd, lambda o: st.lists(o) | st.tuples(o) | st.dictionaries(st.text(st.characters(codec=None)), o), max_leaves=20))
+def test_json_means_what_python_writes(v):
+    text = to_json(v, 'v')
+    assert text.isascii() and repr(json.loads(text)) == repr(json.loads(json.dumps(v)))
 
 def test_a_number_that_python_does_not_write_is_no_json():
     with pytest.raises(NotJson, match='result cannot be encoded'): to_json(10**5000, 'result')

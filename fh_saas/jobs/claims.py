@@ -8,7 +8,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/store_claims.html.md"""
 __all__ = ['reach', 'max_lease', 'Room', 'Picked', 'Stale']
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #e0bc2ecb
-import json, sqlite3
+import sqlite3
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 import sqlalchemy as sa
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from sqlalchemy.dialects.postgresql import JSONB
 from ..db_host import seconds, timestamp
 from .commit import SQLite
-from .payload import loads
+from .payload import dumps, loads
 from .retries import last_attempt
 from .states import Outcome, Status
 from .store import PENDING, RUNNING, Store, bind, rows_of
@@ -170,7 +170,7 @@ def _among(self:Store, col=None):
     return col == sa.any_(bind('ids', type_=sa.ARRAY(sa.String)))
 
 @patch
-def _list(self:Store, ids:list): return json.dumps(ids) if isinstance(self.kind, SQLite) else ids
+def _list(self:Store, ids:list): return dumps(ids) if isinstance(self.kind, SQLite) else ids
 
 # as an expression, because PostgreSQL's planner would walk through all that is pending if it knew the condition of the index in it
 def _is(j, status): return sa.func.coalesce(j.c.status, '') == status
@@ -425,7 +425,7 @@ def finishing_all(self:Store,
     groups, others = _by_claim(ends)
     (done, attempt), (all_done, attempts) = self._finish_sql() if others else (None, None), self._done_sql() if groups else (None, None)
     notes = [n for *_, n in ends if n]
-    texts = {k: (json.dumps({j['id']: o.result for j, o in g}), json.dumps({j['id']: _waited(j) for j, _ in g})) for k, g in groups.items()}
+    texts = {k: (dumps({j['id']: o.result for j, o in g}), dumps({j['id']: _waited(j) for j, _ in g})) for k, g in groups.items()}
     def op(cur, now):
         at = timestamp(now)
         for note in notes: note(cur, now)

@@ -9,7 +9,7 @@ __all__ = ['bind', 'PENDING', 'RUNNING', 'most_json', 'JobNotFound', 'Store', 'r
            'added', 'bound', 'tagged', 'any_open']
 
 # %% ../../nbs/jobs/05_store.ipynb #5376d71b
-import asyncio, json, time
+import asyncio, time
 from functools import partial
 from pathlib import Path
 import sqlalchemy as sa
@@ -19,7 +19,7 @@ from ..db_connect import DatabaseBusy, FhSaasError, connect, db_errors, meta_tab
 from ..db_host import timestamp
 from .commit import Committer, SQLite
 from .model import ensure_tables, schema_version, tables
-from .payload import clean
+from .payload import clean, dumps
 from .states import Status
 
 bind = partial(sa.bindparam, required=False)
@@ -117,7 +117,7 @@ class Adding:
             return QuotaExceeded(f"{s.tenant} has {n:,}{'' if n < quota else ' or more'} pending jobs, and may have {quota:,}: nothing was submitted; try again when some have run, or raise the limit")
         common = dict(created_at=(at := timestamp(now)), run_at=timestamp(now + self.delay) if self.delay else at)
         payloads = len(jobs) > 1 and _alike(jobs) and {j['id']: j.get('payload') for j in jobs}
-        if payloads and len(payloads) == len(jobs): s._add_alike()(cur, **_rows(jobs[:1], common)[0], payloads=json.dumps(payloads))
+        if payloads and len(payloads) == len(jobs): s._add_alike()(cur, **_rows(jobs[:1], common)[0], payloads=dumps(payloads))
         else:
             stmt = s.statement(('add', s.t.jobs.name), lambda: s.t.jobs.insert().values({c: bind(c) for c in _new}))
             stmt.many(cur, rows) if len(rows := _rows(jobs, common)) > 1 else stmt(cur, **rows[0])
