@@ -11,7 +11,8 @@ from fh_saas.db_tenant import delete_tenant, open_tenant_db
 from fh_saas.jobs.commit import _Write
 from fh_saas.jobs.desk import Desk
 from fh_saas.jobs.pool import Crew
-from fh_saas.jobs.rounds import most_turns, reserve
+from fh_saas.jobs.rounds import Rounds, brief, most_turns, reserve
+from fh_saas.jobs.turns import batch
 from fh_saas.jobs.store import Adding, Store
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 
@@ -87,17 +88,19 @@ def test_short_jobs_of_many_databases_are_claimed_some_at_a_time(new_engine, new
     managers = [BackgroundTaskManager(Database(new_sqlite()), fill) for _ in range(40)]
     def short(n): return n
     for m in managers: m.submit_many('short', short, [dict(n=n) for n in range(64)])
-    claimed, turn = [], Desk.turn
+    claimed, runs, turn, run = [], [], Desk.turn, Rounds._run
     def counted(self, *args):
         got = turn(self, *args)
         if got[1]: claimed.append(len(got[1]))
         return got
     monkeypatch.setattr(Desk, 'turn', counted)
+    monkeypatch.setattr(Rounds, '_run', lambda self, a: runs.append(a) or run(self, a))
     work.registry.add(short)
     managers = [BackgroundTaskManager(m.db, work) for m in managers]
     wait_until(lambda: sum(claimed) >= 40*64 and work.idle, 60)
     assert sum(claimed) == 40*64
     assert sum(claimed)/len(claimed) > 16, sorted(Counter(claimed).items())
+    assert sum(claimed)/len(runs) > 16, 'a thread leaves its jobs for a turn that has to wait'
 
 
 def test_turns_that_are_stuck_are_not_counted(new_engine):
@@ -109,6 +112,19 @@ def test_turns_that_are_stuck_are_not_counted(new_engine):
     assert not e._crowded()
     e._turning['one more'] = time.monotonic()
     e._turning |= {n: time.monotonic() for n in range(most_turns - 1)}
+    assert e._crowded()
+    e._turning.clear()
+
+def test_while_threads_have_jobs_one_turn_follows_the_other(new_engine):
+    e = new_engine()
+    e.line.waiting = batch - 1
+    e._turning['one'] = time.monotonic()
+    assert not e._crowded()
+    e.line.waiting = batch
+    assert e._crowded()
+    e._turning['one'] -= brief  # it waits for a disk or a lock, and not for the interpreter
+    assert not e._crowded()
+    e._turning['another'] = time.monotonic()
     assert e._crowded()
     e._turning.clear()
 
