@@ -207,6 +207,19 @@ Pair = namedtuple('Pair', 'a b')
 
 odd = st.sampled_from([Text('t'), Whole(3), Real(2.5), Named.a, Pair(1, 'b'), OrderedDict(a=1), AttrDict(b=[1]), {Text('k'): 1}, {Named.a: 2}, 2**70, -2**70, 1e16, 1e-7, -0.0, '\ud800', '\x7f'])
 
+class Shown(dict):
+    "Shows one value where it holds several, as a `MultiDict` does"
+    def items(self): return ((k, v[0]) for k, v in super().items())
+@dataclass
+class Sized(str): n: int = 1
+
+def test_what_a_subclass_shows_is_what_is_written():
+    (later := OrderedDict(a=1, b=2)).move_to_end('a')
+    for v, text in ((Shown(a=['1', '2']), '{"a":"1"}'), (Sized(), '""'), (later, '{"b":2,"a":1}'), ([Shown(a=['é'])], '[{"a":"\\u00e9"}]')): assert to_json(v, 'v') == text
+    class Hides(dict):
+        def items(self): return ()
+    assert to_json(Hides(a=float('nan'), b=b'secret'), 'v') == '{}'
+
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(codec=None)) | odd, lambda o: st.lists(o) | st.tuples(o) | st.dictionaries(st.text(st.characters(codec=None)), o), max_leaves=20))
 def test_json_means_what_python_writes(v):
     text = to_json(v, 'v')

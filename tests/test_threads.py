@@ -115,18 +115,19 @@ def test_turns_that_are_stuck_are_not_counted(new_engine):
     assert e._crowded()
     e._turning.clear()
 
-def test_while_threads_have_jobs_one_turn_follows_the_other(new_engine):
+
+def test_while_threads_have_jobs_one_turn_follows_the_other(new_engine, monkeypatch):
     e = new_engine()
-    e.line.waiting = batch - 1
-    e._turning['one'] = time.monotonic()
-    assert not e._crowded()
-    e.line.waiting = batch
+    e._turning['one'], e.line.waiting = time.monotonic(), batch
     assert e._crowded()
-    e._turning['one'] -= brief  # it waits for a disk or a lock, and not for the interpreter
-    assert not e._crowded()
-    e._turning['another'] = time.monotonic()
-    assert e._crowded()
-    e._turning.clear()
+    e.line.waiting = batch - 1; assert not e._crowded()  # they will have ended before the next one brings more
+    e.line.waiting, e.line.running = batch, e.line.size; assert not e._crowded()  # nobody can begin them
+    e.line.running, e.line.lanes.narrow = 0, ['a lane']
+    monkeypatch.setattr(e.line.lanes, 'parked', lambda: 1); assert not e._crowded()  # or not all of them
+    e.line.lanes.narrow = []
+    e._turning['one'] -= brief; assert not e._crowded()  # it waits for a disk or a lock, and not for the interpreter
+    e._turning['another'] = time.monotonic(); assert e._crowded()
+    e._turning.clear(); e.line.waiting = 0
 
 
 def test_writers_that_wait_are_told_when_the_one_before_them_fails(new_sqlite):

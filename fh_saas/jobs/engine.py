@@ -368,7 +368,7 @@ def _leave(self:Engine, tasks):
 @patch
 def _landing(self:Engine) -> bool:
     "Is a claim on its way, whose job is not yet known here?"
-    return bool(self._claims) or any(d.turning or d.ends for d in list(self._desks.values()))
+    return bool(self._claims) or any(d.ends or d.turning for d in list(self._desks.values()))  # in this order: a turn that begins in between has taken the ends
 
 @patch
 def _undo(self:Engine, attempts):

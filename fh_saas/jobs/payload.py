@@ -30,10 +30,18 @@ def _problem(o):
     if isinstance(o, (list, tuple)): return next((f'[{i}]{p}' for i, v in enumerate(o) if (p := _problem(v))), None)
     return f' is of type {type(o).__name__}'
 
+def _plain(o) -> bool:
+    "Is it JSON, of Python's own types throughout? Their subclasses may show something else than they hold"
+    t = type(o)
+    if t is str or t is int or t is bool or o is None: return True
+    if t is float: return math.isfinite(o)
+    if t is dict: return all(type(k) is str and _plain(v) for k, v in o.items())
+    return (t is list or t is tuple) and all(map(_plain, o))
+
 _encode = json.JSONEncoder(separators=(',', ':')).encode
 
 def dumps(
-    o, # Known to be JSON
+    o, # Known to be JSON, of Python's own types
 ) -> str:
     "As `json.dumps` without spaces, several times as fast: ASCII, which a database of any encoding can hold"
     try: return msgspec.json.encode(o).decode('ascii')
@@ -47,8 +55,9 @@ def to_json(
     "`o` as JSON text"
     text = None
     try:
-        if problem := _problem(o): problem = f'{what}{problem}'
-        else: text = dumps(o)
+        if _plain(o): problem, text = None, dumps(o)
+        elif problem := _problem(o): problem = f'{what}{problem}'
+        else: text = _encode(o)
     except RecursionError: problem = f'{what} is nested too deeply, or contains itself'
     except Exception as e: problem = f'{what} cannot be encoded ({type(e).__name__})'  # a subclass may do anything when it is read
     if problem: raise NotJson(f"{problem}: JSON carries None, bool, int, finite float, str, list, and dict with text keys; convert it first")

@@ -140,7 +140,7 @@ def forget(self:Rounds, store:Store):
         self._ring.leave(desk)
     if desk:
         self._settle_wanted(desk)
-        lost, desk.ends = [*desk.ends, *desk.unwritten], []
+        with desk._lock: lost, desk.ends = [*desk.ends, *desk.unwritten], []
         desk.unwritten.clear()
         for a in lost: self._written(a, False)  # there is nothing any more to write them to
     store.close()
@@ -220,13 +220,13 @@ def _after_one(self:Rounds, a, o, took, following):
     self._fed(a.desk)
 
 # %% ../../nbs/jobs/13_rounds.ipynb #feac76a9
-most_turns, brief = 3, 0.02  # at once, as long as threads wait for jobs; seconds for which one is waited for while they have jobs
+most_turns, brief = 3, 0.01  # at once; seconds for which one alone has the interpreter, while threads have jobs to run
 
 @patch
 def _crowded(self:Rounds) -> bool:
     "Are there turns enough at the moment? One that is stuck on a locked database does not count"
     # each waits for the interpreter after each of its statements, and keeps the jobs waiting for it: one at a time is soonest done
-    most, seconds = (1, brief) if self.line.waiting >= batch else (most_turns, reserve)
+    most, seconds = (1, brief) if self.line.stock() >= batch else (most_turns, reserve)
     if len(self._turning) < most: return False
     now = time.monotonic()
     return sum(now < t + seconds for t in list(self._turning.values())) >= most
@@ -346,7 +346,7 @@ def _turned(self:Rounds, desk, crew, attempts, again):
     finally:  # whatever happens: a desk that never ends its turn has no other
         self._turning.pop(desk, None)
         with desk._lock: desk.turning, more = False, desk.again
-    if more or desk.wanted and room > 0: self._errand(desk)
+        if more or desk.wanted and room > 0: self._errand(desk)
     if again is not None: self._at(desk, time.monotonic() + again)
     self._fed(desk if desk.hungry and self.line.ready() else None)
     if attempts and (not crew or len(attempts) > 1): self.crew.call(self.line.flows())

@@ -365,6 +365,11 @@ def free(self:Line) -> int:
     return self.size - self.running - self.waiting + (self.lanes.parked() if self.lanes.narrow else 0)
 
 @patch
+def stock(self:Line) -> int:
+    "Jobs in line that a thread could begin now, or soon"
+    return 0 if self.running >= self.size else self.waiting - (self.lanes.parked() if self.lanes.narrow else 0)
+
+@patch
 def places_of(self:Line) -> dict: # As `Room.sure_of_queue`
     "Jobs that could start now in each queue that has a limit"
     return {q: self.limit(q) - self._by_queue.get(q, 0) for q in (self.shares if self.queues is None else self.queues)}
