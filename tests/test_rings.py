@@ -392,3 +392,15 @@ def test_the_sweep_finds_what_nobody_rang_for_and_visits_nobody_else(tmp_path):
         finally: r.wakes.lease = visit
     assert set(visited) == {'globex'}
     h.close()
+
+def test_an_idle_process_looks_less_often_until_somebody_comes(host):
+    r = Runner(host, Settings(poll=3600))
+    often, seldom = (runner.glance, 3*runner.glance) if r.wakes.bell else (0.5, 0.5)
+    r._lively = time.monotonic()
+    assert r._pause() == often
+    r._lively -= runner.drowsy
+    assert r._pause() == seldom
+    r._visiting.add('acme')
+    assert r._pause() == often
+    r._visiting.clear()
+    assert r._pause() == often
