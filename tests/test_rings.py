@@ -394,7 +394,7 @@ def test_the_sweep_finds_what_nobody_rang_for_and_visits_nobody_else(tmp_path):
     h.close()
 
 def test_an_idle_process_looks_less_often_until_somebody_comes(host):
-    r = Runner(host, Settings(poll=3600))
+    with Runner(host, Settings(poll=3600)) as r: pass  # what it listens with is there, and nobody listens any more
     often, seldom = (runner.glance, 3*runner.glance) if r.wakes.bell else (0.5, 0.5)
     r._lively = time.monotonic()
     assert r._pause() == often
