@@ -1,6 +1,7 @@
 "Workers as processes of their own, over the databases of many tenants; and what operators do to them meanwhile."
 import gc, json, os, shutil, signal, sqlite3, time, uuid
 from pathlib import Path
+from contextlib import contextmanager
 from types import SimpleNamespace
 import pytest
 import sqlalchemy as sa
@@ -355,7 +356,15 @@ def _copies(shop, folder):
     odd = dict(other="copy of tenant 'globex", newer='schema 99', no_copy='no copy of a tenant', half='damaged|not sound|failed', empty='no copy of a tenant' if sqlite else 'failed', none='no file')
     return good, [(named(n), why) for n, why in odd.items()]
 
-def test_what_cannot_be_put_back_changes_nothing(shop, tmp_path):
+@contextmanager
+def answers_late(eng):
+    with reading(eng) as conn:
+        execute = conn.execute
+        def late(*args, **kw): r = execute(*args, **kw); time.sleep(0.3); return r
+        conn.execute = late
+        yield conn
+
+def test_what_cannot_be_put_back_changes_nothing(shop, tmp_path, monkeypatch):
     job, acme = shop.submit('acme'), shop.name('acme')
     shop.manager('globex')
     good, odd = _copies(shop, tmp_path)
@@ -365,7 +374,9 @@ def test_what_cannot_be_put_back_changes_nothing(shop, tmp_path):
         assert not shop.host.find(acme).held
     with writing(eng := open_engine(shop.host.url_of(shop.host.find(acme)))) as conn:
         if conn.dialect.name == 'postgresql': conn.exec_driver_sql('LOCK TABLE tenant_jobs')
-        with pytest.raises(DatabaseBusy, match='nothing was put back'): restore_tenant(shop.host, acme, good, busy=0.3)
+        with monkeypatch.context() as m, pytest.raises(DatabaseBusy, match='nothing was put back'):
+            m.setattr(tenants, 'reading', answers_late)
+            restore_tenant(shop.host, acme, good, busy=0.3)
     eng.dispose()
     assert {shop.row('acme', j).status for j in (job, late)} == {'pending'} and not shop.host.find(acme).held
     suspend_tenant(acme, shop.host)  # its pages are shut, which is no reason not to

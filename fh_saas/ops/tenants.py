@@ -200,11 +200,12 @@ def _archive(url, path):
 def _back_pg(url, path, busy):
     me, over, late = f'fh_saas restore {gen_id()}', threading.Event(), threading.Event()
     (watching := threading.Thread(target=_end_who_waits, args=(url, me, busy, over, late), daemon=True)).start()
-    try: _pg_tool('pg_restore', url, '--clean', '--if-exists', '--no-owner', '--single-transaction', f'--dbname={_conninfo(url, application_name=me)}', str(path))
+    try:
+        try: _pg_tool('pg_restore', url, '--clean', '--if-exists', '--no-owner', '--single-transaction', f'--dbname={_conninfo(url, application_name=me)}', str(path))
+        finally: over.set(); watching.join()  # who has ended the connection may not have said so yet
     except DatabaseUnavailable as e:
         if late.is_set(): raise DatabaseBusy(f"{show_url(url)}: another connection held a lock for {busy:g} s; nothing was put back") from e
         raise
-    finally: over.set(); watching.join()
 
 def _end_who_waits(url, name, busy, over, late):
     "pg_restore turns lock_timeout off, and would wait for ever, with everybody behind it"
