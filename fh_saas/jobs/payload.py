@@ -12,7 +12,7 @@ import json, math, traceback
 import msgspec
 from ..db_connect import FhSaasError
 
-# %% ../../nbs/jobs/02_payload.ipynb #ad469d20
+# %% ../../nbs/jobs/02_payload.ipynb #0f1533b1
 class NotJson(FhSaasError, TypeError): "The value is not JSON."
 class TooLarge(FhSaasError, ValueError): "The value is larger than its limit."
 
@@ -30,6 +30,7 @@ def _problem(o):
     if isinstance(o, (list, tuple)): return next((f'[{i}]{p}' for i, v in enumerate(o) if (p := _problem(v))), None)
     return f' is of type {type(o).__name__}'
 
+# %% ../../nbs/jobs/02_payload.ipynb #facaf8e2
 def _plain(o) -> bool:
     "Is it JSON, of Python's own types throughout? Their subclasses may show something else than they hold"
     t = type(o)
@@ -47,6 +48,7 @@ def dumps(
     try: return msgspec.json.encode(o).decode('ascii')
     except (msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError): return _encode(o)
 
+# %% ../../nbs/jobs/02_payload.ipynb #ad469d20
 def to_json(
     o, # The value
     what:str, # Its name in the error
