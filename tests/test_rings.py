@@ -404,3 +404,19 @@ def test_an_idle_process_looks_less_often_until_somebody_comes(host):
     assert r._pause() == often
     r._visiting.clear()
     assert r._pause() == often
+
+def test_a_call_keeps_a_process_awake(tmp_path, monkeypatch):
+    calls = []
+    class CalledEar:
+        def __init__(self, *args): pass
+        def wait(self, seconds): time.sleep(0.01); return calls.pop() if calls else []
+        def close(self): pass
+    monkeypatch.setattr(runner, 'Ear', CalledEar)
+    monkeypatch.setattr(Runner, '_hurry', lambda self, id: True)  # it looks there without a visit
+    h = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    with Runner(h, Settings(poll=3600)) as r:
+        time.sleep(0.1)
+        assert r._lively == 0.0
+        calls.append(['!acme'])
+        wait_until(lambda: r._lively > 0, 5)
+    h.close()

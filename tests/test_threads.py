@@ -13,6 +13,7 @@ from fh_saas.jobs.desk import Desk
 from fh_saas.jobs.pool import Crew
 from fh_saas.jobs.rounds import Rounds, brief, most_turns, reserve
 from fh_saas.jobs.turns import batch
+from fh_saas.jobs.states import Outcome
 from fh_saas.jobs.store import Adding, Store
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 
@@ -114,6 +115,19 @@ def test_turns_that_are_stuck_are_not_counted(new_engine):
     e._turning |= {n: time.monotonic() for n in range(most_turns - 1)}
     assert e._crowded()
     e._turning.clear()
+
+
+def test_what_ends_during_a_turn_is_written_in_the_next(new_engine, new_sqlite):
+    e = new_engine(concurrency=0)
+    m = BackgroundTaskManager(Database(new_sqlite()), e)
+    desk = e._desks[m.store]
+    first, second = (desk.claim(m.submit('t', print)[0]) for _ in range(2))
+    desk.turning, desk.again = True, False
+    assert not e._record(first, Outcome('completed')) and desk.again and desk.ends == [first]
+    desk.turning, desk.again = False, False
+    assert e._record(second, Outcome('completed')) and not desk.again
+    e._turn(desk)
+    assert {j.status for j in m.list_jobs()} == {'completed'} and not desk.live
 
 
 def test_while_threads_have_jobs_one_turn_follows_the_other(new_engine, monkeypatch):
