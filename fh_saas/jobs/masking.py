@@ -15,11 +15,11 @@ import json, os, re, threading
 # %% ../../nbs/jobs/02_masking.ipynb #09714a19
 _lock = threading.Lock()
 _names = ['password', 'passwd', 'passphrase', 'secret', 'token', 'apikey', 'authorization', 'credential', 'privatekey', 'accesskey', 'cookie', 'pincode', 'cvv']
-_patterns = [
-    (re.compile(r'-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)', re.S), '***'),
-    (re.compile(r'(?<![\w+.-])(\w[\w+.-]{0,30}://[^\s:/@\'"]{0,200}:)[^\s/@\'"]{1,500}(?=@)'), r'\1***'),
-    (re.compile(r'(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}'), '***'),
-    (re.compile(r'\b(AKIA|ASIA)[A-Z0-9]{16}\b|\b(sk|rk|pk)_(live|test)_\w{8,}|\bgh[pousr]_\w{20,}|\bxox[abprs]-[\w-]{10,}|(?<!\w)eyJ[\w-]{8,1000}\.[\w-]{8,20000}\.[\w-]{0,2000}'), '***')]
+_patterns = [  # what is in each text that it matches, lower case; and what is put in its place
+    (['-----begin'], re.compile(r'-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)', re.S), '***'),
+    (['://'], re.compile(r'(?<![\w+.-])(\w[\w+.-]{0,30}://[^\s:/@\'"]{0,200}:)[^\s/@\'"]{1,500}(?=@)'), r'\1***'),
+    (['bearer', 'basic'], re.compile(r'(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}'), '***'),
+    (['akia', 'asia', '_live_', '_test_', 'ghp_', 'gho_', 'ghu_', 'ghs_', 'ghr_', 'xox', 'eyj'], re.compile(r'\b(AKIA|ASIA)[A-Z0-9]{16}\b|\b(sk|rk|pk)_(live|test)_\w{8,}|\bgh[pousr]_\w{20,}|\bxox[abprs]-[\w-]{10,}|(?<!\w)eyJ[\w-]{8,1000}\.[\w-]{8,20000}\.[\w-]{0,2000}'), '***')]
 _custom, _assigned = [], None
 
 def _compiled():
@@ -38,7 +38,7 @@ def hide(
         with _lock: n in _names or _names.append(n)
     found = [re.compile(p) for p in ((patterns,) if isinstance(patterns, (str, re.Pattern)) else patterns)]
     with _lock:
-        _custom.extend((p, '***') for p in found)
+        _custom.extend(([''], p, '***') for p in found)
         _assigned = _compiled()
 
 hide(*filter(None, (n.strip() for n in os.environ.get('FH_SAAS_HIDE', '').split(','))))
@@ -56,8 +56,17 @@ def mask(
 ) -> str:
     "`text` with *** for what is secret in it"
     for v in values: text = text.replace(v, '***')
-    for p, new in (*_patterns, *_custom): text = p.sub(new, text)
+    low = _folded(text)
+    for signs, p, new in (*_patterns, *_custom):
+        if any(s in low for s in signs): text = p.sub(new, text)
+    bare = ''.join(low.split()).replace('_', '').replace('-', '')
+    if not any(n in bare for n in _names): return text
     return _assigned.sub(lambda m: m[0] if _counts.search(m[1]) and m[2].isdecimal() else f'{m[1]}***', text)
+
+def _folded(text) -> str:
+    "As a pattern reads it that does not look at the case; some letters of other alphabets count there as ASCII's"
+    low = text.casefold()
+    return low if low.isascii() else low.replace('\u0307', '').replace('\u0131', 'i')
 
 _counts = re.compile(r'(?i)tokens["\']?\s{0,9}[:=]\s{0,9}$')
 
