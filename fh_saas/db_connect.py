@@ -8,7 +8,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/db_connect.html.md"""
 __all__ = ['patience', 'levels', 'stalled', 'meta_table', 'FhSaasError', 'InvalidDatabaseURL', 'UnsupportedDatabase',
            'DatabaseUnavailable', 'DatabaseBusy', 'DatabaseFull', 'DatabaseReadOnly', 'DatabaseCorrupt',
            'NewerDatabase', 'show_url', 'check_url', 'typed', 'db_errors', 'reading', 'writing', 'set_timeout',
-           'take_lock', 'connect', 'open_engine', 'lock_schema', 'read_meta', 'write_meta', 'add_columns']
+           'when_free', 'connect', 'open_engine', 'lock_schema', 'read_meta', 'write_meta', 'add_columns']
 
 # %% ../nbs/00_db_connect.ipynb #9143cdcc
 import os, sqlite3, time, weakref
@@ -115,14 +115,14 @@ patience = 0.06 # seconds for which SQLite waits by itself: it asks for the lock
 
 def set_timeout(conn, seconds:float): conn.execute(f'PRAGMA busy_timeout={round(seconds*1000)}')
 
-def take_lock(
-    execute, # Runs a statement on a connection whose busy timeout is `patience`
+def when_free(
+    f, *args, # Begins a transaction that writes, or is a whole one, on a connection whose busy timeout is `patience`
     busy:float, # Seconds to wait
 ):
-    "Begin a transaction that has the write lock"
+    "`f(*args)`, as soon as no other connection has the write lock"
     until = time.monotonic() + busy
     while True:
-        try: return execute('BEGIN IMMEDIATE')
+        try: return f(*args)
         except (sqlite3.OperationalError, DBAPIError) as e:
             if _kind(getattr(e, 'orig', e)) is not DatabaseBusy or time.monotonic() > until: raise
         time.sleep(0.001)
@@ -167,7 +167,7 @@ def _sqlite_engine(u, synchronous, busy, create, explicit, **kw):
 def _begin(conn, busy):
     own = conn.connection.driver_connection
     set_timeout(own, patience)
-    try: take_lock(conn.exec_driver_sql, busy)
+    try: when_free(conn.exec_driver_sql, 'BEGIN IMMEDIATE', busy=busy)
     finally: set_timeout(own, busy)
 
 # %% ../nbs/00_db_connect.ipynb #924f836a

@@ -26,7 +26,7 @@ def timestamp(
     at:float=None, # Seconds since the epoch; now if left out
 ) -> str: # UTC, ISO 8601, always 26 characters, so that text order is time order
     "The moment as it is stored in a row"
-    return datetime.fromtimestamp(time.time() if at is None else at, timezone.utc).isoformat(timespec='microseconds')[:26]
+    return datetime.fromtimestamp(time.time() if at is None else at, timezone.utc).isoformat('T', 'microseconds')[:26]
 
 def shown(
     ts:str, # A stored moment, or None

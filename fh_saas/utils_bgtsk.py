@@ -231,7 +231,7 @@ def _made(self:BackgroundTaskManager, job_type, task_func, max_retries, task_kwa
         task_kwargs = payload
     try: body = t.pack(task_kwargs)
     except BadPayload as e: raise _hinted(e, t, task_kwargs) from None
-    job = dict(id=gen_id(), job_type=text('job_type', job_type, 200), payload=body, task=t.name, **_by() | t.defaults | attempts | checked(**options))
+    job = {'id': gen_id(), 'job_type': text('job_type', job_type, 200), 'payload': body, 'task': t.name, **_by(), **t.defaults, **attempts, **checked(**options)}
     op = _operation(store, job, t, alone or held)
     if alone or held: engine.keep(store, job['id'], t, alone)
     if not alone:

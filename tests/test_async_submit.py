@@ -14,8 +14,8 @@ from fh_saas.utils_bgtsk import BackgroundTaskManager, InvalidJob, QueueClosed
 def double(n): return 2*n
 async def adouble(n): return 2*n
 def commits(store):
-    made, begin = [], store.kind.begin
-    store.kind.begin = lambda cur, busy: made.append(1) or begin(cur, busy)
+    made, commit = [], store._transact
+    store._transact = lambda *args, **kw: made.append(1) or commit(*args, **kw)
     return made
 
 

@@ -143,9 +143,9 @@ def elsewhere(host):
     "A manager in a process that leaves its jobs to others, and the rings and commits that it makes"
     web = Engine(Settings(concurrency=0), Registry())
     m, rings, commits = BackgroundTaskManager(get_or_create_tenant_db(acme, host=host), web), [], []
-    wakes, note, commit = web.tenancy(m.store).wakes, web.tenancy(m.store).wakes._note, m.store.kind.commit
+    wakes, note, commit = web.tenancy(m.store).wakes, web.tenancy(m.store).wakes._note, m.store._transact
     wakes._note = lambda *args: rings.append(args) or note(*args)
-    m.store.kind.commit = lambda cur: commits.append(1) or commit(cur)
+    m.store._transact = lambda *args, **kw: commits.append(1) or commit(*args, **kw)
     yield m, rings, commits
     web.stop(0)
     noted(m)

@@ -685,14 +685,15 @@ def _lent(path):
         try: yield
         finally: t.join()
 
-@pytest.mark.parametrize('way', ['a commit of ours', 'a short transaction'])
+@pytest.mark.parametrize('way', ['a statement of ours', 'a commit of ours', 'a short transaction'])
 def test_who_waits_for_the_lock_asks_as_often_as_who_comes_new(new_sqlite, way):
     "Among many who write it was the oldest who waited on, until it was too late"
     store, eng = Store(url := new_sqlite(), busy=1), open_engine(url, busy=1)
     store.write(lambda cur, now: None)
     with reading(eng): pass
     with _lent(sa.make_url(url).database):
-        if way == 'a commit of ours': add(store, id='a')
+        if way == 'a statement of ours': add(store, id='a')
+        elif way == 'a commit of ours': store.add_many([dict(id=i, job_type='x') for i in 'ab'])
         else:
             with writing(eng) as conn: conn.exec_driver_sql("INSERT INTO tenant_jobs (id, job_type, status) VALUES ('a', 'x', 'pending')")
     assert store.get('a')['status'] == 'pending'
@@ -710,6 +711,17 @@ def test_an_interrupt_in_the_moment_the_lock_comes_locks_nobody_out(new_url):
     assert add(other, id='b') and add(store, id='c')
     assert {r['id'] for r in store.list()} == {'b', 'c'}
     store.close(); other.close()
+
+def test_a_lone_job_is_one_statement_that_commits_itself(new_sqlite):
+    store, asked = Store(new_sqlite()), []
+    add(store, id='a')
+    store._writer.set_trace_callback(asked.append)
+    add(store, id='b')
+    assert [s.split()[0] for s in asked] == ['INSERT'] and not store._writer.in_transaction
+    with pytest.raises(sqlite3.IntegrityError): add(store, id='b')
+    store.add_many([dict(id=i, job_type='x') for i in 'cd'])
+    assert [s.split()[0] for s in asked[1:]] == ['INSERT', 'BEGIN', 'INSERT', 'COMMIT'] and {r['id'] for r in store.list()} == {*'abcd'}
+    store.close()
 
 def test_where_there_is_no_shared_memory_a_commit_waits_for_readers(new_sqlite, monkeypatch):
     "On such a file system SQLite keeps its rollback journal"

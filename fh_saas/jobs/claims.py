@@ -436,7 +436,7 @@ def finishing_all(self:Store,
         rows = [_end(now, at, job, o) for job, o in others]
         if rows and done.many(cur, [u for u, _ in rows]) != len(rows): raise Stale
         if rows: attempt.many(cur, [a for _, a in rows])
-    op.single = len(ends) == 1 and not (others or notes)  # it is written or not
+    op.single = len(ends) == 1 and not (others or notes or attempts)  # it is written or not
     return op
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #7ba457a1

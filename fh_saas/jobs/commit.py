@@ -16,7 +16,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import psycopg
 from fastcore.basics import patch
 from operator import itemgetter
-from ..db_connect import DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, NewerDatabase, check_url, connect, open_engine, patience, set_timeout, show_url, take_lock, typed
+from ..db_connect import DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, NewerDatabase, check_url, connect, open_engine, patience, set_timeout, show_url, typed, when_free
 from .pool import settle
 
 log = logging.getLogger('fh_saas.jobs')
@@ -30,8 +30,10 @@ class Statement:
         # what the driver wants: a tuple in the order of the question marks, or the names
         self.pack = dict if order is None else itemgetter(*order) if len(order or ()) > 1 else lambda p: [p[n] for n in order]
 
-    def __call__(self, cur, **params):
-        cur.execute(self.sql, self.pack(self.fixed | params))
+    def __call__(self, cur, **params): return self.run(cur, params)
+
+    def run(self, cur, params):
+        cur.execute(self.sql, self.pack(self.fixed | params if self.fixed else params))
         return cur
 
     def many(self, cur, rows) -> int: # Rows that were changed
@@ -98,8 +100,9 @@ class SQLite:
         # with a rollback journal a commit waits for those who read, as long as SQLite itself waits
         if conn.execute('PRAGMA journal_mode').fetchone()[0] == 'wal': set_timeout(conn, patience)
     def begin(self, cur, busy):
-        take_lock(cur.execute, busy)
+        when_free(cur.execute, 'BEGIN IMMEDIATE', busy=busy)
         return time.time() + self.ahead
+    def at_once(self, op, cur, now, busy): return when_free(op, cur, now, busy=busy)
     def snapshot(self, cur): cur.execute('BEGIN')
     def now(self, cur): return time.time() + self.ahead
     def alone(self, cur): return  # a writer is alone anyway
@@ -126,6 +129,7 @@ class PostgreSQL:
         cur.execute('BEGIN; SELECT extract(epoch FROM clock_timestamp())')  # one trip to the server
         cur.nextset()
         return self.clock.hear(float(cur.fetchone()[0]), asked) + self.ahead
+    def at_once(self, op, cur, now, busy): return op(cur, now)
     def snapshot(self, cur): cur.execute('BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY')
     def now(self, cur):
         at = self.clock.read()
@@ -323,7 +327,7 @@ class _Write:
 
 # %% ../../nbs/jobs/04_commit.ipynb #114ab482
 def single(op):
-    "Say of an operation that it runs one statement, and that nothing need be undone if it comes to less than was hoped"
+    "Say of an operation that it runs one statement, to its end, and that nothing need be undone if it comes to less than was hoped"
     op.single = True
     return op
 
@@ -441,7 +445,7 @@ ended = '57P01'  # it was told to end the connection, and answers the next messa
 
 @patch
 def _transact(self:Committer, batch, again=True):
-    alone = len(batch) == 1 and isinstance(self.kind, PostgreSQL) and getattr(batch[0].op, 'single', False)
+    alone = len(batch) == 1 and getattr(batch[0].op, 'single', False)
     try:
         cur = self._writing(self._look(), not alone)
         now = self.kind.now(cur) if alone else self.kind.begin(cur, self.busy)
@@ -452,8 +456,8 @@ def _transact(self:Committer, batch, again=True):
         if not again or isinstance(self.kind, SQLite): raise self._error(e) from e
         return self._transact(batch, again=False)
     try:
-        results = _results([w.op for w in batch], cur, now)
-        if not alone: self.kind.commit(cur)
+        if alone: results = [self.kind.at_once(batch[0].op, cur, now, self.busy)]
+        else: results = _results([w.op for w in batch], cur, now); self.kind.commit(cur)
     except BaseException as e:
         self._undo()
         state = getattr(e, 'sqlstate', None)

@@ -36,7 +36,10 @@ def _plain(o) -> bool:
     t = type(o)
     if t is str or t is int or t is bool or o is None: return True
     if t is float: return math.isfinite(o)
-    if t is dict: return all(type(k) is str and _plain(v) for k, v in o.items())
+    if t is dict:
+        for k, v in o.items():
+            if type(k) is not str or not _plain(v): return False
+        return True
     return (t is list or t is tuple) and all(map(_plain, o))
 
 _encode = json.JSONEncoder(separators=(',', ':')).encode

@@ -120,7 +120,7 @@ class Adding:
         if payloads and len(payloads) == len(jobs): s._add_alike()(cur, **_rows(jobs[:1], common)[0], payloads=dumps(payloads))
         else:
             stmt = s.statement(('add', s.t.jobs.name), lambda: s.t.jobs.insert().values({c: bind(c) for c in _new}))
-            stmt.many(cur, rows) if len(rows := _rows(jobs, common)) > 1 else stmt(cur, **rows[0])
+            stmt.many(cur, rows) if len(rows := _rows(jobs, common)) > 1 else stmt.run(cur, rows[0])
         return common
 
     @staticmethod

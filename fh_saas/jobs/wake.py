@@ -196,8 +196,8 @@ def lease(self:Wakes, tenant_id:str, visitor:str, span:float=30) -> tuple: # `se
     w = wakes_table
     stmt = self.statement(('wake lease',), lambda: w.update().where(w.c.tenant_id == bind('tenant'), _due(w)).values(visitor=bind('me'), visit_until=bind('until'), swept_at=bind('now')).returning(w.c.seq))
     def op(cur, now):
-        row = stmt(cur, tenant=tenant_id, me=visitor, until=timestamp(now+span), now=timestamp(now), ahead=timestamp(now+max_lease)).fetchone()
-        return row and (row[0], timestamp(now))
+        rows = stmt(cur, tenant=tenant_id, me=visitor, until=timestamp(now+span), now=timestamp(now), ahead=timestamp(now+max_lease)).fetchall()
+        return (*rows[0], timestamp(now)) if rows else None
     return self.write(single(op))
 
 # %% ../../nbs/jobs/15_wake.ipynb #a372a671
