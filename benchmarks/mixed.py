@@ -8,9 +8,11 @@ import argparse, json, os, sqlite3, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from .run import answer, here, launch, machine, median
+from fh_saas.jobs.retries import Permanent
 from .tasks import noop
 
 async def anoop(n): return n
+def breaks(n): raise Permanent(f'{n} is no number')
 def minute(n): time.sleep(60)
 def computes(n):
     until = time.monotonic() + 60
@@ -32,6 +34,7 @@ class Load:
 loads = {
     'alone': Load(),
     'async jobs': Load(short=anoop),
+    'jobs that fail': Load(short=breaks),
     'one attempt each': Load(options=dict(max_retries=1)),
     'a timeout each': Load(options=dict(timeout=60)),
     'a job of a minute runs': Load(beside=1),
@@ -72,7 +75,7 @@ def measure(load, jobs, limit):
     start = time.perf_counter()
     for m in flowing: engine.pause(m.store, False)
     looks = [sqlite3.connect(place/f't{n}.db') for n in range(load.tenants)]
-    def done(): return sum(c.execute("SELECT count(*) FROM tenant_jobs WHERE job_type = 'short' AND status = 'completed'").fetchone()[0] for c in looks)
+    def done(): return sum(c.execute("SELECT count(*) FROM tenant_jobs WHERE job_type = 'short' AND status IN ('completed', 'failed')").fetchone()[0] for c in looks)
     while (n := done()) < each*load.tenants and time.perf_counter() < start + limit: time.sleep(0.05)
     return dict(value=n/(time.perf_counter() - start))
 
