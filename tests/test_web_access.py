@@ -650,3 +650,18 @@ def test_the_audit_names_each_job_of_an_act_on_many(web):
     ask(c, 'POST', '/jobs/list', form=dict(do='delete', job=many))
     said = ' '.join(e.what for e in web.jobs.audit.entries())
     assert not web.m['acme'].list_jobs() and all(i in said for i in many)
+
+def test_a_button_starts_nothing_for_a_tenant_that_is_suspended(web):
+    @web.app.route('/home', methods=['GET'])
+    def home(): return JobButton(web.m['acme'], 'go', sync, path='a')
+    c = web.client('acme-operator')
+    what = BeautifulSoup(c.get('/home').text, 'html.parser').find('input', {'name': 'what'})['value']
+    web.host.set_state('acme', 'paused')
+    web.jobs.directory._known.clear()
+    x = c.post('/jobs/-/start', data=dict(csrf=c.csrf, what=what))
+    assert x.status_code == 409 and 'takes no new jobs' in x.text and web.m['acme'].list_jobs() == []
+    assert 'takes no new jobs' in c.post('/jobs/-/start', data=dict(csrf=c.csrf, what=what), headers={'HX-Request': 'true'}).text and web.m['acme'].list_jobs() == []
+    web.host.set_state('acme', 'active')
+    web.jobs.directory._known.clear()
+    c.post('/jobs/-/start', data=dict(csrf=c.csrf, what=what))
+    assert len(web.m['acme'].list_jobs()) == 1

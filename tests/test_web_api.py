@@ -386,3 +386,13 @@ def test_a_busy_database(web):
     own.rollback() if not lite else own.execute('ROLLBACK')
     own.close()
     assert web.c.post(start, json=dict(path='b')).status_code == 202 and web.c.post(f'{at}/{id}/cancel').status_code == 200
+
+def test_a_suspended_tenant_takes_nothing_new_and_shows_what_it_has(web):
+    job = web.start()
+    web.host.set_state('acme', 'paused')
+    web.jobs.directory._known.clear()
+    p = said(web.c.post(start, json=dict(path='b.csv')), 409, 'wrong-state', "'acme' is paused")
+    assert 'nothing was submitted' in p['detail'] and [j.id for j in web.m.list_jobs()] == [job] and web.c.get(f'{at}/{job}').status_code == 200
+    web.host.set_state('acme', 'active')
+    web.jobs.directory._known.clear()
+    assert web.c.post(start, json=dict(path='b.csv')).status_code == 202

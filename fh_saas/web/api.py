@@ -49,7 +49,7 @@ def _object(a:Asked) -> dict:
     return dict(a.sent)
 
 def _start(name, func, a:Asked):
-    args, m, key = _object(a), a.manager, a.req.headers.get('idempotency-key')
+    args, m, key = _object(a), a.taking, a.req.headers.get('idempotency-key')
     if odd := [k for k in a.query if k != 'tenant']: raise Problem(422, f"{clean(odd[0], 80)!r} is no parameter here: arguments come as a JSON object", 'invalid')
     unique = {} if key is None else dict(unique=_key(key, a))
     job_id, bg_task = m.submit_with(name, func, args, triggered_by=a.by, **unique)

@@ -14,6 +14,7 @@ import time
 from types import SimpleNamespace
 from fastcore.basics import patch
 from ..db_host import HostDatabase, TenantCatalog
+from ..db_tenant import TenantSuspended
 from ..jobs.engine import default_engine
 from ..jobs.payload import clean
 from ..utils_bgtsk import BackgroundTaskManager
@@ -22,8 +23,8 @@ from .problems import Problem
 # %% ../../nbs/web/02_directory.ipynb #7ad4c47a
 class Whereabouts:
     "Where a tenant's jobs are, and whose: all that a manager needs of a database"
-    def __init__(self, url, host:HostDatabase=None, tenant_id:str=None):
-        self.engine = SimpleNamespace(url=url)
+    def __init__(self, url, host:HostDatabase=None, tenant_id:str=None, state:str='active'):
+        self.engine, self.state = SimpleNamespace(url=url), state
         if tenant_id: self.host, self.tenant_id = host, tenant_id
 
 known_for = 2.0 # seconds for which the host is not asked again about a tenant
@@ -59,7 +60,7 @@ def manager(self:Directory,
 def _of_host(self:Directory, tenant):
     self._known.pop(tenant, None)
     if (t := self.host.find(tenant)) is None: raise Problem(404, f"no tenant {clean(tenant, 80)!r}", 'not-found')
-    m = BackgroundTaskManager(Whereabouts(self.host.url_of(t), self.host, t.id))
+    m = BackgroundTaskManager(Whereabouts(self.host.url_of(t), self.host, t.id, t.state))
     while len(self._known) >= 1000: self._known.pop(next(iter(self._known)), None)
     self._known[tenant] = m, time.monotonic() + known_for
     return m
@@ -70,3 +71,13 @@ def _of_opened(self:Directory, tenant):
     if tenant is None and len(found) == 1: tenant, = found
     if (store := found.get(tenant)) is None: raise Problem(404, f"no database {clean(tenant, 80)!r} is open here" if tenant else f"{len(found)} databases are open here: whose jobs are meant?", 'not-found')
     return BackgroundTaskManager(Whereabouts(store.url))
+
+# %% ../../nbs/web/02_directory.ipynb #34a9ed75
+@patch
+def taking(self:Directory, tenant) -> BackgroundTaskManager:
+    "As `manager`, for a new job; `TenantSuspended` if the tenant takes none"
+    m = self.manager(tenant)
+    state = getattr(m.db, 'state', 'active')  # a database of no host has none
+    if state in ('paused', 'deleting'): raise TenantSuspended(f"tenant {m.db.tenant_id!r} is {state} and takes no new jobs: nothing was submitted; an operator can resume it")
+    return m
+

@@ -60,8 +60,7 @@ def back(a:Asked, otherwise:str) -> RedirectResponse:
     return RedirectResponse((at.path + (f'?{at.query}' if at.query else '')) if local else otherwise, 303)
 
 def _start(a:Asked):
-    what = meant(a.jobs, a.sent.get('what'))
-    m = a.manager
+    what, m = meant(a.jobs, a.sent.get('what')), a.taking
     if what['tenant'] != m.store.tenant: raise Problem(404, "this button belongs to another tenant's page: load the page again; nothing was started", 'not-found')
     t = m.engine.registry.named(what['task'])
     filled = {k: _typed(t, k, a.sent.get(k)) for k in what['fields'] if a.sent.get(k) not in (None, '')}

@@ -44,6 +44,9 @@ class Asked:
     @cached_property
     def manager(self) -> BackgroundTaskManager: return self.jobs.directory.manager(self.access.tenant)
 
+    @cached_property
+    def taking(self) -> BackgroundTaskManager: return self.jobs.directory.taking(self.access.tenant) # The same, for a new job
+
     @property
     def by(self) -> str: # For `triggered_by`
         return 'api' if self.access.by_token else f"manual:{self.access.user or 'unknown'}"[:100]
