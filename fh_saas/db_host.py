@@ -155,7 +155,7 @@ class HostDatabase:
     job_table, job_class = 'sys_jobs', SystemJob
     def __init__(self,
         db_url:str=None, # URL; from the environment if left out
-        synchronous:str='FULL', # SQLite's synchronous level, for the host and its tenants: see `fh_saas.db_connect`
+        synchronous:str='FULL', # SQLite's level for the host and what its tenants' handles write: see `fh_saas.db_connect`; jobs have that of `Settings`
         create:bool=True, # Make it a host if it is none yet?
     ):
         self.url, self.synchronous, self._db = check_url(db_url or env_url()), synchronous, None

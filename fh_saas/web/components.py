@@ -1,6 +1,6 @@
 """A job on a page of yours: a button that starts it, a bar that moves, and what has become of it when the user comes back.
 
-A component is a function of a tenant's manager, as the route has it anyway, and gives FT like any other. On the page it keeps itself up to date: it asks every three seconds by htmx, and stops when its job has ended. With `live=True` the server tells it. Without JavaScript its buttons are forms and a link loads the page again.
+A component is a function of a tenant's manager, as the route has it anyway, and gives FT like any other. It does not know who looks at the page: for one who may not act leave out `JobButton`, and say `acts=False`. What is pressed is checked in any case. On the page it keeps itself up to date: it asks every three seconds by htmx, and stops when its job has ended. With `live=True` the server tells it. Without JavaScript its buttons are forms and a link loads the page again.
 
 Docs: https://abhisheksreesaila.github.io/fh-saas/web/components.html.md"""
 
