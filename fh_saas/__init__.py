@@ -18,6 +18,7 @@ Modules:
 - `fh_saas.jobs.masking`: Secrets are not shown: not in an error, not in a log line, not on a page.
 - `fh_saas.jobs.notice`: What is said around a commit, so that somebody looks after a new job.
 - `fh_saas.jobs.pages`: Browse and search any number of jobs, a page at a time, and count them, in a time that does not grow with the table.
+- `fh_saas.jobs.registered`: Which tasks some living process can run, as far as the host knows.
 - `fh_saas.jobs.retries`: How long a failed job waits, and how a task says what its failure means.
 - `fh_saas.jobs.statistics`: How many jobs wait, for how long, and how long they take: by queue and by task.
 - `fh_saas.jobs.steering`: Cancel, retry, rerun, move and delete jobs, one or many.

@@ -1,11 +1,17 @@
 "Tasks with options, names and aliases, and every way to submit them, over both databases."
-import asyncio
+import asyncio, uuid
+from types import SimpleNamespace
 import pytest
 from fastsql import Database
-from fh_saas.jobs import tasks
+from fh_saas.db_host import HostDatabase, timestamp
+from fh_saas.db_tenant import delete_tenant, get_or_create_tenant_db
+from fh_saas.jobs import registered, tasks
+from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.options import InvalidJob
+from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.tasks import Registry, TaskNameTaken, UnknownTask, task
 from fh_saas.utils_bgtsk import BackgroundTaskManager
+from fh_saas.workers.fleet import Fleet
 
 
 @pytest.fixture
@@ -147,3 +153,68 @@ def test_many_with_options(m):
     ids = m.submit_many(plain, [dict(n=1), dict(n=2, k='b')], queue='q', priority=4, tags=['x'], triggered_by='api', **far)
     jobs = [m.get_job(i) for i in ids]
     assert {(j.queue, j.priority, j.tags, j.triggered_by) for j in jobs} == {('q', 4, ',x,', 'api')} and [j.concurrency_key for j in jobs] == ['1a', '2b']
+
+# --- What other processes know
+
+@pytest.fixture(params=['sqlite', 'postgresql'])
+def host(request, tmp_path):
+    h = HostDatabase(f'sqlite:///{tmp_path}/host.db' if request.param == 'sqlite' else request.getfixturevalue('new_pg')())
+    yield h
+    for t in h.tenants(): delete_tenant(t.id, h, force=True)
+    h.close()
+
+@pytest.fixture
+def elsewhere(host, monkeypatch):
+    "A manager in a process that runs nothing and knows no task, beside the engines of others; `seen` is its states"
+    monkeypatch.setattr(registered, 'believed', -1.0)
+    web, others, fleet = Engine(Settings(concurrency=0), Registry()), [], Fleet(host)
+    m = BackgroundTaskManager(get_or_create_tenant_db(f'knows-{uuid.uuid4().hex[:6]}', host=host), web)
+    for name in ('import', 'export', None): m.store.add(dict(id=f'{name}', job_type='old_type', task=name, payload='{}'))
+    def other(*names):
+        others.append(e := Engine(Settings(concurrency=1), r := Registry()))
+        for n in names: r.add(print, n)
+        return e
+    yield SimpleNamespace(m=m, fleet=fleet, other=other, host=host, seen=lambda: {id: m.state(m.get_job(id)) for id in ('import', 'export', 'None')})
+    for e in (web, *others): fleet.leave(e.worker); e.stop(0)
+
+def test_a_job_waits_for_its_task_if_no_living_process_knows_it(elsewhere):
+    e = elsewhere
+    assert {*e.seen().values()} == {'pending'}  # nobody runs jobs: they wait, and not for a task
+    e.fleet.beat(one := e.other('import'))
+    assert e.seen() == {'import': 'pending', 'export': 'waiting', 'None': 'waiting'}
+    e.fleet.beat(two := e.other('export', 'old_type'))
+    assert {*e.seen().values()} == {'pending'}
+    e.fleet.beat(two, state='stopping')
+    assert e.seen()['export'] == 'waiting'
+    e.fleet.beat(two, state='quiet')
+    assert e.seen()['export'] == 'pending'
+    e.fleet.db.write(lambda cur, now: cur.execute(f"UPDATE fh_saas_workers SET beat_at = '{timestamp(now - 16)}' WHERE id = '{two.worker}'") and None)
+    assert e.seen()['export'] == 'waiting'  # it was killed
+    one.registry.add(print, 'export')
+    e.fleet.beat(one)
+    assert e.seen()['export'] == 'pending'
+
+def test_who_runs_jobs_counts_what_it_knows_itself(elsewhere):
+    e = elsewhere
+    own = e.other('export')
+    m = BackgroundTaskManager(e.m.db, own)
+    own.pause(m.store)
+    assert [m.state(m.get_job(id)) for id in ('import', 'export')] == ['waiting', 'pending']
+    e.fleet.beat(e.other('import'))
+    assert [m.state(m.get_job(id)) for id in ('import', 'export')] == ['pending', 'pending']
+
+def test_a_release_that_does_not_say_what_it_knows_may_know_everything(elsewhere):
+    e = elsewhere
+    e.fleet.beat(one := e.other('import'))
+    e.fleet.db.write(lambda cur, now: cur.execute("UPDATE fh_saas_workers SET tasks = NULL") and None)
+    assert {*e.seen().values()} == {'pending'}
+    e.fleet.db.write(lambda cur, now: cur.execute("ALTER TABLE fh_saas_workers DROP COLUMN tasks") and None)
+    assert {*e.seen().values()} == {'pending'}  # the table of an older release
+    assert [w.id for w in Fleet(e.host).workers()] == [one.worker]
+
+def test_a_function_that_only_this_process_has_is_not_waited_for(new_manager):
+    m, held = new_manager(handoff=60), 3
+    def nested(): return held
+    ids = [m.submit('t', f, run_at='2100-01-01')[0] for f in (nested, lambda: 1)]
+    assert [m.state(m.get_job(id)) for id in ids] == ['scheduled', 'scheduled']
+    assert {m.get_job(id).task for id in ids} <= m.engine.able

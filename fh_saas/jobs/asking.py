@@ -17,6 +17,7 @@ from ..db_host import JobRecord, seconds, timestamp
 from .options import InvalidJob, whole, word
 from .masking import masked
 from .payload import clean, from_json
+from .registered import known_elsewhere
 from .states import Status, final, shown_state
 from .store import JobNotFound  # noqa: F401 what get_job raises, for those who catch it
 from .tasks import Task
@@ -48,10 +49,17 @@ def list_jobs(self:Asking,
 
 @patch
 def state(self:Asking, job:JobRecord) -> str:
-    "The job's state in words: its status, or `waiting` (for a task nobody here has registered), `scheduled`, `retrying`, `snoozed`, `cancelling`"
-    shown = shown_state(job, timestamp(time.time() + self.store.kind.ahead), self.engine.registry.names[1])
+    "The job's state in words: its status, or `waiting` (for a task that no living process has registered), `scheduled`, `retrying`, `snoozed`, `cancelling`"
+    shown = shown_state(job, timestamp(time.time() + self.store.kind.ahead), self._known() if job.status == Status.pending else None)
     # a job that waits for its response has no moment of its own
     return 'pending' if shown == 'scheduled' and seconds(job.run_at) <= seconds(job.created_at) + self.engine.settings.handoff + 0.001 else shown
+
+@patch
+def _known(self:Asking): # None: nobody can say
+    engine, store = self.engine, self.store
+    tenancy = engine.tenancy(store)
+    elsewhere = known_elsewhere(tenancy.wakes) if tenancy else None
+    return engine.able_in(store) | (elsewhere or set()) if engine.settings.concurrency or engine.manual else elsewhere
 
 # %% ../../nbs/jobs/19_asking.ipynb #885bcfeb
 @patch

@@ -76,6 +76,9 @@ def shut(self:Desk) -> bool: # Is nothing to be started here now?
     return self.paused or bool(self.tenancy) and (not self.tenancy.serving or self.limits.paused)
 
 @patch(as_prop=True)
+def own(self:Desk) -> tuple: return self.local.names[1] + tuple(sorted(self._own)) # Names of functions that are for this database only
+
+@patch(as_prop=True)
 def names(self:Desk) -> tuple: # As `Registry.names`, without what is paused
     (names, types), (local, local_types) = self.registry.names, self.local.names
     names, types = names + local + tuple(sorted(self._own)), types + local_types

@@ -125,6 +125,12 @@ def knows(self:Engine, store:Store) -> bool: return store in self._desks
 def stores(self:Engine) -> list[Store]: return list(self._desks)
 
 @patch
+def able_in(self:Engine, store:Store) -> set: return {*self.registry.names[1], *self._desks[store].own} # Names of tasks, and types of old rows, that mean something here in a database
+
+@patch(as_prop=True)
+def able(self:Engine) -> set: return {*self.registry.names[1]}.union(*(d.own for d in list(self._desks.values()))) # The same, in any of them
+
+@patch
 def serves(self:Engine, queue:str) -> bool:
     "Does this process run jobs of that queue?"
     return bool(self.settings.concurrency) and (self.line.queues is None or queue in self.line.queues)

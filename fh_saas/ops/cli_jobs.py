@@ -14,12 +14,11 @@ import json
 from contextlib import contextmanager
 from fastcore.script import CliError
 from ..db_connect import FhSaasError
-from ..db_host import timestamp
 from ..db_tenant import open_tenant_db
 from ..jobs.engine import Engine
 from ..jobs.masking import mask, secret_values
 from ..jobs.settings import Settings
-from ..jobs.states import Status, shown_state
+from ..jobs.states import Status
 from .terminal import did, plain, table, the_host
 from ..utils_bgtsk import BackgroundTaskManager
 
@@ -43,8 +42,8 @@ def jobs(
 ):
     "The jobs of a tenant, the newest first"
     if status and status not in [*Status]: raise CliError(f"--status {plain(status)}: use one of {', '.join(Status)}")
-    with _manager(host, tenant) as m: found = m.list_jobs(type, status, limit, **{k: v for k, v in dict(queue=queue, tag=tag).items() if v})
-    table([dict(id=j.id, type=j.job_type, state=shown_state(j, timestamp()), queue=j.queue, progress=j.progress_percent, failed=f'{j.retry_count}/{j.max_retries}', created=j.created_at, error=j.error_message and j.error_message[:60]) for j in found], 'there are none')
+    with _manager(host, tenant) as m: found = [(j, m.state(j)) for j in m.list_jobs(type, status, limit, **{k: v for k, v in dict(queue=queue, tag=tag).items() if v})]
+    table([dict(id=j.id, type=j.job_type, state=state, queue=j.queue, progress=j.progress_percent, failed=f'{j.retry_count}/{j.max_retries}', created=j.created_at, error=j.error_message and j.error_message[:60]) for j, state in found], 'there are none')
 
 # %% ../../nbs/ops/01_cli_jobs.ipynb #6d0b8240
 def job(tenant:str, job_id:str, host:str=None):
