@@ -224,7 +224,8 @@ async def handle(self:Engine, store:Store, job_id:str, func):
     desk = self._desks.get(store)
     if self.stopping or self.quiet or desk is None or desk.paused or not self.settings.concurrency: return  # asks nobody: this is the event loop
     try:
-        if is_async(func) and not getattr(func, '__task_isolated__', False): await self._handle_async(store, job_id, func)
+        known = self.registry.met(func)
+        if known.is_async if known else is_async(func) and not getattr(func, '__task_isolated__', False): await self._handle_async(store, job_id, func)
         else: await self._told(self._want(store, job_id, func, True))
     except Exception: log.exception('tenant=%s job=%s: not run now; it stays in its database and will be', store.tenant, job_id)
 

@@ -134,7 +134,7 @@ class Registry:
 def meet(self:Registry, func, name:str=None, **options) -> Task:
     "The task of `func` under `name`, else under its qualified name; an error if another function has that name"
     if not callable(func): raise TypeError(f"{func!r} is not callable: a task is a function")
-    if not (name or options) and (t := self._met(func)): return t
+    if not (name or options) and (t := self.met(func)): return t
     name = name or getattr(func, '__task_name__', None) or getattr(_bare(func), '__qualname__', None)
     if not name: raise NoTaskName(f"a {type(func).__name__} object has no name of its own: register it with task('a_name')(…)")
     old = self._other(name, func)
@@ -151,7 +151,8 @@ def _other(self:Registry, name, func) -> Task:
     return old
 
 @patch
-def _met(self:Registry, func): # Each submit asks
+def met(self:Registry, func) -> Task: # None if it is not registered under its own name
+    "The task of `func`, if it is this very function that has the name; each submit asks"
     t = self._tasks.get(getattr(func, '__task_name__', None) or getattr(func, '__qualname__', None))
     return t if t is not None and t.func is func else None
 
@@ -159,7 +160,7 @@ def _met(self:Registry, func): # Each submit asks
 @patch
 def add(self:Registry, func, name:str=None, **options) -> Task:
     "Register `func`"
-    if not (name or options) and (t := self._met(func)): return t
+    if not (name or options) and (t := self.met(func)): return t
     with self._lock:
         t = self.meet(func, name, **options)
         for n in t.aliases: self._other(n, func)
