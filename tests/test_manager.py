@@ -326,6 +326,22 @@ def test_a_database_in_memory_is_refused_with_the_reason():
 
 # --- Attempts
 
+@pytest.mark.parametrize('kind', ['sync', 'async'])
+def test_a_traceback_begins_in_the_task(manager, kind):
+    def breaks():
+        try: int('x')
+        except ValueError as e: raise RuntimeError('worse') from e
+    async def abreaks(): breaks()
+    id, bg = manager.submit('t', breaks if kind == 'sync' else abreaks, max_retries=1)
+    call(bg)
+    log = manager.get_job(id).error_log
+    assert "ValueError: invalid literal for int() with base 10: 'x'" in log and log.rstrip().endswith('RuntimeError: worse') and log.count('Traceback (most recent call last)') == 2
+    assert 'attempt.py' not in log and log.index('in breaks') < log.index('ValueError')
+    id, bg = manager.submit('t', breaks, max_retries=1)
+    manager.store.write(lambda cur, now: cur.execute("UPDATE tenant_jobs SET payload = '[]'") and None)  # it never comes to the task
+    call(bg)
+    assert 'Traceback' in manager.get_job(id).error_log and 'not an object' in manager.get_job(id).error_message
+
 def test_three_failing_calls_leave_failed(manager):
     calls = Calls()
     id, bg = manager.submit('t', calls.task(fail=9), max_retries=3)

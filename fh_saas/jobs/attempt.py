@@ -165,7 +165,13 @@ def _meaning(self:Attempt, e):
     return e if what is None else what
 
 @patch
-def _said(self:Attempt, e) -> tuple: return describe(e, self.ctx.masked)
+def _said(self:Attempt, e) -> tuple: return describe(e, self.ctx.masked, _from_task(e))
+
+def _from_task(e): # None if it never came to the task's own code
+    "The traceback, from the task's own code on"
+    tb = e.__traceback__
+    while tb is not None and tb.tb_frame.f_code in (Attempt._call.__code__, Attempt.acall.__code__): tb = tb.tb_next
+    return tb
 
 @patch
 def _recorded(self:Attempt, e=None) -> Outcome: # None if it has not

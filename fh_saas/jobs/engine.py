@@ -211,8 +211,9 @@ def _claim(self:Engine, store, job_id, func) -> Attempt:
 
 def run_until_done(coro):
     "The result of `coro`, also in a thread whose event loop is running"
-    try: asyncio.get_running_loop()
-    except RuntimeError: return asyncio.run(coro)
+    try: here = asyncio.get_running_loop()
+    except RuntimeError: here = None
+    if here is None: return asyncio.run(coro)  # not in the handler: an error of the task would have that one for its context
     future = Future()
     threading.Thread(target=lambda: settle(future, asyncio.run(coro)), daemon=True).start()
     return future.result()
