@@ -136,3 +136,14 @@ def test_claims_that_cannot_be_given_back_are_tried_again(manager):
     e.line.size = size
     e.attend(manager.store)
     wait_until(lambda: all(manager.get_job(i).status == 'completed' for i in ids), 10)
+
+@pytest.mark.parametrize('met', [True, False])
+def test_an_async_task_runs_in_the_loop_of_its_response(manager, met):
+    seen = []
+    async def where(): seen.append(asyncio.get_running_loop())
+    if met: manager.engine.registry.add(where, where.__qualname__)
+    async def request():
+        job_id, bg_task = await manager.asubmit('t', where)
+        await bg_task()
+        return asyncio.get_running_loop() is seen[0]
+    assert asyncio.run(request())

@@ -723,6 +723,17 @@ def test_a_lone_job_is_one_statement_that_commits_itself(new_sqlite):
     assert [s.split()[0] for s in asked[1:]] == ['INSERT', 'BEGIN', 'INSERT', 'COMMIT'] and {r['id'] for r in store.list()} == {*'abcd'}
     store.close()
 
+def test_an_outcome_and_its_attempt_are_there_together_or_not_at_all(store):
+    add(store, id='a')
+    row, asked = store.claim_one('a', 'token', 'w', 30), []
+    op = store.finishing_all([(row, Outcome('completed', result='1'), None)])
+    if isinstance(store.kind, SQLite):
+        store._writer.set_trace_callback(asked.append)
+        store.write(op)
+        assert [s.split()[0] for s in asked] == ['BEGIN', 'UPDATE', 'INSERT', 'COMMIT']
+    else: assert op.single and store.write(op) is None
+    assert store.get('a')['status'] == 'completed' and [a['outcome'] for a in store.attempts('a')] == ['completed']
+
 def test_where_there_is_no_shared_memory_a_commit_waits_for_readers(new_sqlite, monkeypatch):
     "On such a file system SQLite keeps its rollback journal"
     monkeypatch.setattr(db_connect, '_wal', lambda conn, busy: None)
