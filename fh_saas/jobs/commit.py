@@ -33,6 +33,7 @@ class Statement:
     def __call__(self, cur, **params): return self.run(cur, params)
 
     def run(self, cur, params):
+        "As a call, with the parameters in a dict"
         cur.execute(self.sql, self.pack(self.fixed | params if self.fixed else params))
         return cur
 
