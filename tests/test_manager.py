@@ -337,6 +337,13 @@ def test_a_traceback_begins_in_the_task(manager, kind):
     log = manager.get_job(id).error_log
     assert "ValueError: invalid literal for int() with base 10: 'x'" in log and log.rstrip().endswith('RuntimeError: worse') and log.count('Traceback (most recent call last)') == 2
     assert 'attempt.py' not in log and log.index('in breaks') < log.index('ValueError')
+    class Odd(Permanent):
+        @property
+        def __traceback__(self): raise RuntimeError('is nobody’s business')
+    def odd(): raise Odd('no such account')
+    id, bg = manager.submit('t', odd)
+    call(bg)
+    assert manager.get_job(id).status == 'failed' and 'no such account' in manager.get_job(id).error_message
     id, bg = manager.submit('t', breaks, max_retries=1)
     manager.store.write(lambda cur, now: cur.execute("UPDATE tenant_jobs SET payload = '[]'") and None)  # it never comes to the task
     call(bg)

@@ -1,7 +1,8 @@
 "Tasks with options, names and aliases, and every way to submit them, over both databases."
-import asyncio, uuid
+import asyncio, threading, time, uuid
 from types import SimpleNamespace
 import pytest
+from conftest import wait_until
 from fastsql import Database
 from fh_saas.db_host import HostDatabase, timestamp
 from fh_saas.db_tenant import delete_tenant, get_or_create_tenant_db
@@ -208,9 +209,28 @@ def test_a_release_that_does_not_say_what_it_knows_may_know_everything(elsewhere
     e.fleet.beat(one := e.other('import'))
     e.fleet.db.write(lambda cur, now: cur.execute("UPDATE fh_saas_workers SET tasks = NULL") and None)
     assert {*e.seen().values()} == {'pending'}
+    m = BackgroundTaskManager(e.m.db, e.other('other'))
+    m.engine.pause(m.store)
+    assert m.state(m.get_job('export')) == 'pending'  # who runs jobs does not know what the other one knows, either
+    for text in ('5', 'null', 'garbage', '', '{}', '[1]', '[["import"]]'):
+        e.fleet.db.write(lambda cur, now: cur.execute(f"UPDATE fh_saas_workers SET tasks = '{text}'") and None)
+        assert {*e.seen().values()} == {'pending'} and [w.tasks for w in e.fleet.workers()] == [None], text
     e.fleet.db.write(lambda cur, now: cur.execute("ALTER TABLE fh_saas_workers DROP COLUMN tasks") and None)
     assert {*e.seen().values()} == {'pending'}  # the table of an older release
     assert [w.id for w in Fleet(e.host).workers()] == [one.worker]
+
+def test_a_host_that_does_not_answer_keeps_no_event_loop_waiting(elsewhere, monkeypatch):
+    e, asked, go_on = elsewhere, threading.Event(), threading.Event()
+    e.fleet.beat(e.other('import'))
+    before, ask = registered.known_elsewhere(e.fleet.db), registered._ask
+    monkeypatch.setattr(registered, '_ask', lambda *args: (asked.set(), go_on.wait(10), ask(*args))[-1])
+    async def page(): return e.m.state(e.m.get_job('export'))
+    begun = time.monotonic()
+    assert asyncio.run(page()) == 'waiting' and before == {'import'}  # as was heard before
+    assert asked.wait(5) and e.m.state(e.m.get_job('export')) == 'waiting' and time.monotonic() - begun < 5  # nor any other, while one asks
+    e.fleet.beat(e.other('export'))
+    go_on.set()
+    wait_until(lambda: e.seen()['export'] == 'pending', 5)
 
 def test_a_function_that_only_this_process_has_is_not_waited_for(new_manager):
     m, held = new_manager(handoff=60), 3

@@ -734,6 +734,25 @@ def test_an_outcome_and_its_attempt_are_there_together_or_not_at_all(store):
     else: assert op.single and store.write(op) is None
     assert store.get('a')['status'] == 'completed' and [a['outcome'] for a in store.attempts('a')] == ['completed']
 
+@pytest.mark.parametrize('how', ['the connection is replaced', 'nothing is rolled back'])
+def test_a_transaction_that_an_interrupt_has_left_open_swallows_no_job(new_sqlite, monkeypatch, how):
+    store, other = Store(url := new_sqlite(), busy=0.5), Store(url, busy=0.5)
+    def op(cur, now): raise KeyboardInterrupt
+    def undo(): raise KeyboardInterrupt  # and another one, at the worst moment
+    if how == 'nothing is rolled back': monkeypatch.setattr(store, '_undo', undo)
+    else:
+        class Interrupted:
+            def __init__(self, conn): self.conn = conn
+            def __getattr__(self, name): return getattr(self.conn, name)
+            def rollback(self): raise KeyboardInterrupt
+        store.write(lambda cur, now: None)
+        store._writer = Interrupted(store._writer)
+    with pytest.raises(KeyboardInterrupt): store.write(op)
+    monkeypatch.undo()
+    add(store, id='a')
+    assert other.get('a')['status'] == 'pending' and add(other, id='b')
+    store.close(); other.close()
+
 def test_where_there_is_no_shared_memory_a_commit_waits_for_readers(new_sqlite, monkeypatch):
     "On such a file system SQLite keeps its rollback journal"
     monkeypatch.setattr(db_connect, '_wal', lambda conn, busy: None)

@@ -661,7 +661,10 @@ def test_a_button_starts_nothing_for_a_tenant_that_is_suspended(web):
     x = c.post('/jobs/-/start', data=dict(csrf=c.csrf, what=what))
     assert x.status_code == 409 and 'takes no new jobs' in x.text and web.m['acme'].list_jobs() == []
     assert 'takes no new jobs' in c.post('/jobs/-/start', data=dict(csrf=c.csrf, what=what), headers={'HX-Request': 'true'}).text and web.m['acme'].list_jobs() == []
+    id, _ = web.m['acme'].submit('t', sync, path='b')  # through a handle that was open before
+    x = c.post(f'/jobs/job/{id}/rerun', data=dict(csrf=c.csrf, shown='{"path": "b"}', arguments='{"path": "b"}'))
+    assert x.status_code == 409 and len(web.m['acme'].list_jobs()) == 1
     web.host.set_state('acme', 'active')
     web.jobs.directory._known.clear()
     c.post('/jobs/-/start', data=dict(csrf=c.csrf, what=what))
-    assert len(web.m['acme'].list_jobs()) == 1
+    assert len(web.m['acme'].list_jobs()) == 2

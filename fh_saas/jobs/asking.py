@@ -50,16 +50,16 @@ def list_jobs(self:Asking,
 @patch
 def state(self:Asking, job:JobRecord) -> str:
     "The job's state in words: its status, or `waiting` (for a task that no living process has registered), `scheduled`, `retrying`, `snoozed`, `cancelling`"
-    shown = shown_state(job, timestamp(time.time() + self.store.kind.ahead), self._known() if job.status == Status.pending else None)
+    engine, store = self.here
+    shown = shown_state(job, timestamp(time.time() + store.kind.ahead), _known(engine, store) if job.status == Status.pending else None)
     # a job that waits for its response has no moment of its own
-    return 'pending' if shown == 'scheduled' and seconds(job.run_at) <= seconds(job.created_at) + self.engine.settings.handoff + 0.001 else shown
+    return 'pending' if shown == 'scheduled' and seconds(job.run_at) <= seconds(job.created_at) + engine.settings.handoff + 0.001 else shown
 
-@patch
-def _known(self:Asking): # None: nobody can say
-    engine, store = self.engine, self.store
+def _known(engine, store): # None: nobody can say
     tenancy = engine.tenancy(store)
-    elsewhere = known_elsewhere(tenancy.wakes) if tenancy else None
-    return engine.able_in(store) | (elsewhere or set()) if engine.settings.concurrency or engine.manual else elsewhere
+    elsewhere = known_elsewhere(tenancy.wakes) if tenancy else frozenset()
+    if engine.settings.concurrency or engine.manual: return None if elsewhere is None else engine.able_in(store) | elsewhere
+    return elsewhere or None  # nobody runs jobs: they wait for that
 
 # %% ../../nbs/jobs/19_asking.ipynb #885bcfeb
 @patch

@@ -165,7 +165,7 @@ def _meaning(self:Attempt, e):
     return e if what is None else what
 
 @patch
-def _said(self:Attempt, e) -> tuple: return describe(e, self.ctx.masked, _from_task(e))
+def _said(self:Attempt, e) -> tuple: return describe(e, self.ctx.masked, _from_task)
 
 def _from_task(e): # None if it never came to the task's own code
     "The traceback, from the task's own code on"

@@ -96,7 +96,7 @@ class SQLite:
         try: st = os.stat(url.database.removeprefix('file:'))
         except OSError: return None
         return st.st_dev, st.st_ino
-    def alive(self, conn): return True
+    def alive(self, conn): return not conn.in_transaction  # a second interrupt may have come while the first one was undone
     def writer(self, conn):
         # with a rollback journal a commit waits for those who read, as long as SQLite itself waits
         if conn.execute('PRAGMA journal_mode').fetchone()[0] == 'wal': set_timeout(conn, patience)
@@ -482,4 +482,6 @@ def _results(ops, cur, now) -> list:
 @patch
 def _undo(self:Committer):
     try: self._writer.rollback()
-    except Exception: self._drop()  # it is rolled back by the end of its connection
+    except BaseException as e:
+        self._drop()  # it is rolled back by the end of its connection
+        if not isinstance(e, Exception): raise

@@ -92,12 +92,12 @@ def clean(text:str, limit:int) -> str:
 
 def describe(e:BaseException,
     hide=str, # Called with the full text, to take secrets out: cut first, half of one might stay
-    tb=None, # Its traceback, from where it is of interest; all of it if left out
+    since=None, # Called with it: its traceback from where it is of interest, or None for all of it
 ) -> tuple[str, str]: # One line, and the traceback
     "An exception in words, whatever its `str` does"
     try: msg = str(e)
     except BaseException as worse: msg = f'(its message cannot be shown: {type(worse).__name__})'
     line = ' '.join(f'{type(e).__name__}: {msg}'.split()) if msg else type(e).__name__
-    try: log = ''.join(traceback.format_exception(type(e), e, tb or e.__traceback__))
+    try: log = ''.join(traceback.format_exception(type(e), e, since and since(e) or e.__traceback__))
     except BaseException as worse: log = f'{line}\n(its traceback cannot be shown: {type(worse).__name__})'
     return clean(hide(clean(line, 100_000)), 500), clean(hide(clean(log, 200_000)), 32_000)

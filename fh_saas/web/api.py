@@ -125,7 +125,7 @@ def _act(action, a:Asked):
     job = m.get_job(a.path['job_id'])
     return JSONResponse(facts(job, m.state(job)))
 
-def _rerun(a:Asked): m = a.manager; return accepted(a, m, m.rerun(a.path['job_id'], _object(a)))
+def _rerun(a:Asked): m = a.taking; return accepted(a, m, m.rerun(a.path['job_id'], _object(a)))
 
 def _bulk(a:Asked):
     sent = _object(a)

@@ -125,7 +125,7 @@ def _act(action, a:Asked):
     return RedirectResponse(a.url(f'{a.jobs.pages}/list', done='delete', n=1) if action == 'delete' else a.url(f"{a.jobs.pages}/job/{a.path['job_id']}"), 303)
 
 def _rerun(a:Asked):
-    m, id = a.manager, a.path['job_id']
+    m, id = a.taking, a.path['job_id']
     m.get_job(id)
     try: shown_ = json.loads(a.sent.get('shown') or '{}')
     except ValueError: raise Problem(422, "this form was changed on its way: load the page again", 'invalid') from None

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..db_connect import FhSaasError, add_columns, db_errors, lock_schema, writing
 from ..db_host import HostDatabase, seconds, timestamp
 from ..jobs.engine import Engine
-from ..jobs.registered import lost_after, names_as_text, workers_table
+from ..jobs.registered import lost_after, names_as_text, names_of, workers_table
 from ..jobs.store import bind, rows_of
 from ..jobs.wake import wakes_of
 
@@ -60,7 +60,7 @@ class Fleet:
         stmt = self.db.statement(('workers',), lambda: sa.select(w).order_by(w.c.started_at, w.c.id))
         with self.db.cursor() as cur: now, rows = self.db.kind.now(cur), rows_of(stmt(cur))
         for r in rows:
-            r['queues'], r['jobs'], r['tasks'] = json.loads(r['queues']), json.loads(r['jobs']), json.loads(r['tasks'] or 'null')
+            r['queues'], r['jobs'], r['tasks'] = json.loads(r['queues']), json.loads(r['jobs']), names_of(r['tasks'])
             if seconds(r['beat_at']) < now - lost_after: r |= dict(state='lost', running=0, jobs=[])
         return [WorkerRecord(**r) for r in rows]
 
