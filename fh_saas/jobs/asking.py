@@ -47,6 +47,7 @@ def list_jobs(self:Asking,
     only = {k: str(v) for k, v in dict(job_type=job_type, status=status, **only).items() if v}
     return [self.job_class(**r) for r in self.store.list(limit, offset, **only)]
 
+# %% ../../nbs/jobs/19_asking.ipynb #81cc37dd
 @patch
 def state(self:Asking, job:JobRecord) -> str:
     "The job's state in words: its status, or `waiting` (for a task that no living process has registered), `scheduled`, `retrying`, `snoozed`, `cancelling`"

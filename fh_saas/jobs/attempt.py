@@ -165,15 +165,6 @@ def _meaning(self:Attempt, e):
     return e if what is None else what
 
 @patch
-def _said(self:Attempt, e) -> tuple: return describe(e, self.ctx.masked, _from_task)
-
-def _from_task(e): # None if it never came to the task's own code
-    "The traceback, from the task's own code on"
-    tb = e.__traceback__
-    while tb is not None and tb.tb_frame.f_code in (Attempt._call.__code__, Attempt.acall.__code__): tb = tb.tb_next
-    return tb
-
-@patch
 def _recorded(self:Attempt, e=None) -> Outcome: # None if it has not
     "Has the task committed its own completion?"
     if self.ctx.completed is None and self.task.isolate is None: return None
@@ -195,3 +186,13 @@ def _cancelled(self:Attempt, e):
     if isinstance(e, (asyncio.CancelledError, Snooze, TimedOut)): e = Cancel('cancelled on request')
     line, trace = self._said(e)
     return Outcome('cancelled', error=line.removeprefix('Cancel: '), log=None if isinstance(e, Cancel) else trace)
+
+# %% ../../nbs/jobs/08_attempt.ipynb #da39f1dd
+@patch
+def _said(self:Attempt, e) -> tuple: return describe(e, self.ctx.masked, _from_task)
+
+def _from_task(e): # None if it never came to the task's own code
+    "The traceback, from the task's own code on"
+    tb = e.__traceback__
+    while tb is not None and tb.tb_frame.f_code in (Attempt._call.__code__, Attempt.acall.__code__): tb = tb.tb_next
+    return tb

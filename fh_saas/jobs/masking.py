@@ -70,6 +70,7 @@ def _folded(text) -> str:
 
 _counts = re.compile(r'(?i)tokens["\']?\s{0,9}[:=]\s{0,9}$')
 
+# %% ../../nbs/jobs/02_masking.ipynb #52daac56
 def _find(o, found, secret=False):
     if isinstance(o, dict):
         for k, v in o.items(): _find(v, found, secret or is_secret(k, v))
