@@ -7,8 +7,8 @@ while the rest of the load stands beside them; `ratio` is to the same jobs alone
 import argparse, json, os, sqlite3, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
-from .run import answer, here, launch, machine, median
 from fh_saas.jobs.retries import Permanent
+from .run import answer, here, launch, machine, median
 from .tasks import noop
 
 async def anoop(n): return n

@@ -723,6 +723,17 @@ def test_a_lone_job_is_one_statement_that_commits_itself(new_sqlite):
     assert [s.split()[0] for s in asked[1:]] == ['INSERT', 'BEGIN', 'INSERT', 'COMMIT'] and {r['id'] for r in store.list()} == {*'abcd'}
     store.close()
 
+def test_a_lone_job_that_waited_for_the_lock_has_the_moment_at_which_it_got_it(new_sqlite):
+    store = Store(url := new_sqlite(), busy=5)
+    with closing(sqlite3.connect(sa.make_url(url).database, isolation_level=None, check_same_thread=False)) as other:
+        other.execute('BEGIN IMMEDIATE')
+        begun = time.time()
+        (t := threading.Timer(0.6, other.execute, ['COMMIT'])).start()
+        add(store, id='a')
+        t.join()
+    assert seconds(store.get('a')['created_at']) > begun + 0.4
+    store.close()
+
 def test_an_outcome_and_its_attempt_are_there_together_or_not_at_all(store):
     add(store, id='a')
     row, asked = store.claim_one('a', 'token', 'w', 30), []

@@ -52,14 +52,16 @@ def list_jobs(self:Asking,
 def state(self:Asking, job:JobRecord) -> str:
     "The job's state in words: its status, or `waiting` (for a task that no living process has registered), `scheduled`, `retrying`, `snoozed`, `cancelling`"
     engine, store = self.here
-    shown = shown_state(job, timestamp(time.time() + store.kind.ahead), _known(engine, store) if job.status == Status.pending else None)
+    shown = shown_state(job, timestamp(time.time() + store.kind.ahead), _known(engine, store, job) if job.status == Status.pending else None)
     # a job that waits for its response has no moment of its own
     return 'pending' if shown == 'scheduled' and seconds(job.run_at) <= seconds(job.created_at) + engine.settings.handoff + 0.001 else shown
 
-def _known(engine, store): # None: nobody can say
-    tenancy = engine.tenancy(store)
+def _known(engine, store, job): # None: nobody can say
+    runs, tenancy = engine.settings.concurrency or engine.manual, engine.tenancy(store)
+    here = engine.able_in(store) if runs else set()
+    if (job.task or job.job_type) in here: return here  # without a question to the host
     elsewhere = known_elsewhere(tenancy.wakes) if tenancy else frozenset()
-    if engine.settings.concurrency or engine.manual: return None if elsewhere is None else engine.able_in(store) | elsewhere
+    if runs: return None if elsewhere is None else here | elsewhere
     return elsewhere or None  # nobody runs jobs: they wait for that
 
 # %% ../../nbs/jobs/19_asking.ipynb #885bcfeb

@@ -103,7 +103,7 @@ class SQLite:
     def begin(self, cur, busy):
         when_free(cur.execute, 'BEGIN IMMEDIATE', busy=busy)
         return time.time() + self.ahead
-    def at_once(self, op, cur, now, busy): return when_free(op, cur, now, busy=busy)
+    def at_once(self, op, cur, now, busy): return when_free(lambda: op(cur, self.now(cur)), busy=busy)  # who has waited has a later moment than `now`
     def snapshot(self, cur): cur.execute('BEGIN')
     def now(self, cur): return time.time() + self.ahead
     def alone(self, cur): return  # a writer is alone anyway

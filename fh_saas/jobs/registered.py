@@ -10,7 +10,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/registered.html.md"""
 __all__ = ['log', 'lost_after', 'workers_table', 'most_names', 'believed', 'names_as_text', 'names_of', 'known_elsewhere']
 
 # %% ../../nbs/jobs/18_registered.ipynb #fa56cad1
-import asyncio, json, logging, threading, time, weakref
+import asyncio, json, logging, os, threading, time, weakref
 import sqlalchemy as sa
 from ..db_connect import reading
 from ..db_host import timestamp
@@ -43,6 +43,7 @@ class _Heard:
     def __init__(self): self.until, self.names, self.there, self.lock = 0.0, None, False, threading.Lock()
 
 _heard = weakref.WeakKeyDictionary()
+os.register_at_fork(after_in_child=_heard.clear)  # who asks at this moment asks in the parent
 
 def known_elsewhere(
     wakes, # Of the host: `wakes_of`

@@ -78,6 +78,6 @@ def taking(self:Directory, tenant) -> BackgroundTaskManager:
     "As `manager`, for a new job; `TenantSuspended` if the tenant takes none"
     m = self.manager(tenant)
     state = getattr(m.db, 'state', 'active')  # a database of no host has none
-    if state in ('paused', 'deleting'): raise TenantSuspended(f"tenant {m.db.tenant_id!r} is {state} and takes no new jobs: nothing was submitted; an operator can resume it")
+    if state in ('paused', 'deleting'): raise TenantSuspended(f"tenant {m.db.tenant_id!r} is {state} and takes no new jobs: nothing was submitted{'; an operator can resume it' if state == 'paused' else ''}")
     return m
 
