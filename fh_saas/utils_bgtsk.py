@@ -20,7 +20,7 @@ __all__ = ['log', 'TenantJob', 'BackgroundTaskManager', 'JobTask']
 import asyncio, difflib, inspect, logging, time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Callable
 from fastcore.basics import patch
@@ -125,6 +125,11 @@ def _attempts(t, v) -> dict:
     try: return dict(max_retries=t.defaults.get('max_retries', 3) if v is _three else checks['max_retries'](v))
     except InvalidJob as e: raise InvalidJob(f"{e}; the task's own arguments go by keyword") from None
 
+@lru_cache(256, typed=True)
+def _alike(t, job_type, max_retries) -> dict: # Not to be changed
+    "What all jobs of a task have in common that are submitted like this one"
+    return {'job_type': text('job_type', job_type, 200), 'task': t.name, **t.defaults, **_attempts(t, max_retries)}
+
 @patch
 def _meant(self:BackgroundTaskManager, job_type, task_func) -> tuple: # Job type and function
     "A task may be given by its function or its registered name alone: its jobs are filed under its name"
@@ -143,9 +148,8 @@ def _handoff(self:BackgroundTaskManager, served):
     return self.engine.settings.handoff if served and current_job() is None else 0
 
 @patch
-def _stored(self:BackgroundTaskManager, op, handoff=None, conn=None) -> dict: # As `Adding` says
-    here, queue = self.here, op.jobs[0].get('queue', 'default')
-    engine, store = here
+def _stored(self:BackgroundTaskManager, here, op, handoff=None, conn=None) -> dict: # As `Adding` says
+    (engine, store), queue = here, op.jobs[0].get('queue', 'default')
     limits, served, tenancy = open_for(queue, engine, store), engine.serves(queue), engine.tenancy(store)
     op.delay, op.quota, op.after = self._handoff(served) if handoff is None else handoff, limits.pending, ringing(tenancy, queue, served)
     if conn is None: store.refuse_beside_own()
@@ -155,7 +159,7 @@ def _stored(self:BackgroundTaskManager, op, handoff=None, conn=None) -> dict: # 
     except DatabaseBusy as e: self._dropped(op); self._explain(e, conn)
     except BaseException: self._dropped(op); raise
     if 'found' in said and conn is None: self._dropped(op)
-    self._committed(here, op, said, served, begun, conn)
+    self._committed(here, op, said, tenancy, served, begun, conn)
     return said
 
 # %% ../nbs/02_utils_bgtsk.ipynb #f79de6c0
@@ -165,10 +169,10 @@ def _dropped(self:BackgroundTaskManager, op):
     for job in op.jobs: engine.drop(store, job['id'])
 
 @patch
-def _committed(self:BackgroundTaskManager, here, op, said, served, begun, conn=None):
+def _committed(self:BackgroundTaskManager, here, op, said, tenancy, served, begun, conn=None):
     "Who runs these jobs learns of them; once they are committed, if that is somebody else's decision"
     (engine, store), at, queue = here, moment(op, said), op.jobs[0].get('queue', 'default')
-    tenancy, joined = engine.tenancy(store), conn is not None  # `told` must not keep a connection that the app forgets
+    joined = conn is not None  # `told` must not keep a connection that the app forgets
     def told(there=True):
         if not there: return self._dropped(op)
         _tell(store, op, said)
@@ -195,9 +199,9 @@ def submit(self:BackgroundTaskManager,
     **task_kwargs, # Arguments of the function, as JSON can carry them; and options, see below
 ) -> tuple[str, BackgroundTask]: # The id of the committed job, and the task to return with the response
     "Store a job, and give what runs it"
-    job_type, task_func = self._meant(job_type, task_func)
-    op, conn = self._made(job_type, task_func, max_retries, task_kwargs)
-    return self._handle(op, self._stored(op, conn=conn), task_func)
+    here, (job_type, task_func) = self.here, self._meant(job_type, task_func)
+    op, conn = self._made(here, job_type, task_func, max_retries, task_kwargs)
+    return self._handle(op, self._stored(here, op, conn=conn), task_func)
 
 @patch
 def submit_with(self:BackgroundTaskManager, job_type:str, task_func:Callable,
@@ -206,9 +210,9 @@ def submit_with(self:BackgroundTaskManager, job_type:str, task_func:Callable,
     **options, # As for `submit`
 ) -> tuple[str, BackgroundTask]:
     "As `submit`, for arguments that come from outside"
-    job_type, task_func = self._meant(job_type, task_func)
-    op, conn = self._made(job_type, task_func, max_retries, options, arguments)
-    return self._handle(op, self._stored(op, conn=conn), task_func)
+    here, (job_type, task_func) = self.here, self._meant(job_type, task_func)
+    op, conn = self._made(here, job_type, task_func, max_retries, options, arguments)
+    return self._handle(op, self._stored(here, op, conn=conn), task_func)
 
 @patch
 def _handle(self:BackgroundTaskManager, op, said, task_func):
@@ -217,12 +221,11 @@ def _handle(self:BackgroundTaskManager, op, said, task_func):
 
 # %% ../nbs/02_utils_bgtsk.ipynb #4a139a1e
 @patch
-def _made(self:BackgroundTaskManager, job_type, task_func, max_retries, task_kwargs, arguments=None) -> tuple: # What writes the row, and the transaction it belongs to
-    engine, store = self.here
-    alone, held = stands_for_itself(task_func), captures(task_func)
-    registry = engine.registry_for(store, held)
-    t = engine.alone(task_func) if alone else registry.meet(task_func)
-    attempts = _attempts(t, max_retries)
+def _made(self:BackgroundTaskManager, here, job_type, task_func, max_retries, task_kwargs, arguments=None) -> tuple: # What writes the row, and the transaction it belongs to
+    engine, store = here
+    t, registry = self._task(engine, store, task_func)
+    alike = _alike if t.named and type(job_type) is str and isinstance(max_retries, int) else _alike.__wrapped__
+    alike = alike(t, job_type, max_retries)
     options = {k: task_kwargs.pop(k) for k in [*task_kwargs] if k in _given and (arguments is not None or k not in (t.params or ()))}
     conn = options.pop('conn', None)
     if (payload := options.pop('payload', None) if arguments is None else arguments) is not None:
@@ -231,15 +234,20 @@ def _made(self:BackgroundTaskManager, job_type, task_func, max_retries, task_kwa
         task_kwargs = payload
     try: body = t.pack(task_kwargs)
     except BadPayload as e: raise _hinted(e, t, task_kwargs) from None
-    job = {'id': gen_id(), 'job_type': text('job_type', job_type, 200), 'payload': body, 'task': t.name, **_by(), **t.defaults, **attempts, **checked(**options)}
-    op = _operation(store, job, t, alone or held)
-    if alone or held: engine.keep(store, job['id'], t, alone)
-    if not alone:
-        registry.add(task_func)
-        registry.file_under(job_type, t.name)
+    job = {'id': gen_id(), 'payload': body, **alike, **_by()}
+    if options: job |= checked(**options)
+    op = _operation(store, job, t)
+    if not t.named: engine.keep(store, job['id'], t, registry is None)
+    if registry is not None: registry.enter(t, job_type)
     return op, conn
 
 # %% ../nbs/02_utils_bgtsk.ipynb #fd73de68
+@patch
+def _task(self:BackgroundTaskManager, engine, store, func) -> tuple: # The task, and who knows it by its name: None if nobody does
+    if (t := engine.registry.met(func)) and t.named: return t, engine.registry
+    if stands_for_itself(func): return engine.alone(func), None
+    return (registry := engine.registry_for(store, captures(func))).meet(func), registry
+
 def _by() -> dict: return {} if (job := current_job()) is None else dict(triggered_by=f'job:{job.id}')
 
 def _hinted(e, t, given):
@@ -248,12 +256,12 @@ def _hinted(e, t, given):
     near = difflib.get_close_matches(odd, [*_options, 'conn', 'max_retries'], 1) if odd else []
     return BadPayload(f"{e}{f'; did you mean the option {near[0]!r}?' if near else ''}")
 
-def _operation(store, job, t, own=False) -> Adding:
+def _operation(store, job, t) -> Adding:
     "What writes the row of a new job: plainly, or unless the same one is there"
     unique = job.pop('unique', None)
     if callable(key := job.get('concurrency_key')): job['concurrency_key'] = t.key(job['payload'], key)
     if not unique: return Adding(store, [job])
-    if own: raise InvalidJob(f"unique: {t.func!r} has no name that other jobs could have too: give submit a function with @task")
+    if not t.named: raise InvalidJob(f"unique: {t.func!r} has no name that other jobs could have too: give submit a function with @task")
     return Once(store, job | dict(unique_key=unique_key(unique, t.name, t.signature.full(job['payload']))), unique)
 
 # %% ../nbs/02_utils_bgtsk.ipynb #5138e2c7
@@ -268,8 +276,8 @@ def submit_many(self:BackgroundTaskManager,
 ) -> list[str]: # The ids of the committed jobs
     "Store many jobs in one commit, all or none; they are due at once"
     if payloads is None: task_func, payloads = None, task_func
-    (engine, store), (job_type, task_func) = self.here, self._meant(job_type, task_func)
-    registry = engine.registry
+    here, (job_type, task_func) = self.here, self._meant(job_type, task_func)
+    (engine, store), registry = here, here[0].registry
     if stands_for_itself(task_func) or captures(task_func): raise InvalidJob(f"{task_func!r} has no name under which other processes find it: give submit_many a function with @task")
     t, filed, payloads = registry.meet(task_func), text('job_type', job_type, 200), [*(payloads or [])]
     if unknown := options.keys() - {'triggered_by', 'queue', 'priority', 'run_at', 'timeout', 'tags', 'concurrency_key'}: raise InvalidJob(f"submit_many: {', '.join(sorted(unknown))} is no option here; arguments come in payloads")
@@ -279,9 +287,8 @@ def submit_many(self:BackgroundTaskManager,
     jobs = [dict(common, id=gen_id(), job_type=filed, payload=t.pack(p), task=t.name) for p in payloads]
     if callable(key := common.get('concurrency_key')): jobs = [job | dict(concurrency_key=t.key(job['payload'], key)) for job in jobs]
     if not jobs: return []
-    registry.add(task_func)
-    registry.file_under(job_type, t.name)
-    self._stored(Adding(store, jobs), 0, conn)
+    registry.enter(t, job_type)
+    self._stored(here, Adding(store, jobs), 0, conn)
     return [j['id'] for j in jobs]
 
 # %% ../nbs/02_utils_bgtsk.ipynb #1a4dd1dd
@@ -293,14 +300,13 @@ async def asubmit(self:BackgroundTaskManager,
     **task_kwargs, # As for `submit`
 ) -> tuple[str, BackgroundTask]: # The id of the committed job, and the task to return with the response
     "As `submit`, from an event loop, which goes on while the job is committed together with those of other requests"
-    job_type, task_func = self._meant(job_type, task_func)
-    op, conn = self._made(job_type, task_func, max_retries, task_kwargs)
-    return self._handle(op, await self._astored(op, conn), task_func)
+    here, (job_type, task_func) = self.here, self._meant(job_type, task_func)
+    op, conn = self._made(here, job_type, task_func, max_retries, task_kwargs)
+    return self._handle(op, await self._astored(here, op, conn), task_func)
 
 @patch
-async def _astored(self:BackgroundTaskManager, op, conn=None):
-    here, queue = self.here, op.jobs[0].get('queue', 'default')
-    engine, store = here
+async def _astored(self:BackgroundTaskManager, here, op, conn=None):
+    (engine, store), queue = here, op.jobs[0].get('queue', 'default')
     tenancy, served = engine.tenancy(store), engine.serves(queue)
     def in_thread(f, *args): return asyncio.wrap_future(engine.writers.submit(f, *args))
     begun = time.monotonic()
@@ -311,7 +317,7 @@ async def _astored(self:BackgroundTaskManager, op, conn=None):
     try: said = added(await store.awrite_soon(op, engine.writers.submit, None if conn is None else lambda op: store.join(conn, op)))
     except DatabaseBusy as e: self._dropped(op); self._explain(e, conn)
     except Exception: self._dropped(op); raise
-    if conn is not None: self._committed(here, op, said, served, begun, conn); return said  # a connection is used where it is
+    if conn is not None: self._committed(here, op, said, tenancy, served, begun, conn); return said  # a connection is used where it is
     if 'found' in said: self._dropped(op)
     _tell(store, op, said)
     engine.attend(store, soon(at := moment(op, said), op.delay))

@@ -19,7 +19,7 @@ from fh_saas.jobs.retries import Permanent, RetryAfter, Snooze
 from fh_saas.jobs.states import shown_state
 from fh_saas.jobs.store import JobNotFound
 from fh_saas.jobs.tasks import BadPayload, NoTaskName, Registry, TaskNameTaken, task
-from fh_saas.utils_bgtsk import BackgroundTaskManager, InvalidJob, TenantJob
+from fh_saas.utils_bgtsk import BackgroundTaskManager, InvalidJob, TenantJob, Unique
 from conftest import wait_until
 
 @pytest.fixture(scope='module')
@@ -260,6 +260,23 @@ def test_a_callable_without_a_name_is_refused_with_the_way_out(lite):
     with pytest.raises(NoTaskName, match='task'): lite.submit('t', F())
     lite.engine.registry.add(f := F(), 'named')
     assert lite.list_jobs() == [] and lite.engine.registry.find('named', 't').func is f
+
+def noted_alike(n): return n
+
+def test_what_jobs_of_a_task_have_in_common_is_each_ones_own(lite):
+    def rows(*ids): return [(j.job_type, j.max_retries, j.queue, j.priority, j.concurrency_key) for j in map(lite.get_job, ids)]
+    register = functools.partial(lite.engine.registry.add, noted_alike, 'noted_alike')
+    register(queue='a', max_retries=7, unique=Unique(by=True), concurrency_key=lambda n: f'key {n}')
+    def one(*args, **kw): return lite.submit(*args, **kw)[0]
+    first = one('t', noted_alike, n=1), one('t', noted_alike, 3, n=2, queue='b', priority=4), one('t', noted_alike, n=3), one('u', noted_alike, n=4), one('t', noted_alike, 1, n=5)
+    assert rows(*first) == [('t', 7, 'a', 2, 'key 1'), ('t', 3, 'b', 4, 'key 2'), ('t', 7, 'a', 2, 'key 3'), ('u', 7, 'a', 2, 'key 4'), ('t', 1, 'a', 2, 'key 5')]
+    for n in (True, 1.0, [], '1'):  # equal to, or told apart by less than, what went well before
+        with pytest.raises(InvalidJob, match='max_retries'): lite.submit('t', noted_alike, n, n=6)
+    for t in ([], ' ', 3):
+        with pytest.raises(InvalidJob, match='job_type'): lite.submit(t, noted_alike, n=6)
+    assert one('t', noted_alike, n=1) == first[0]  # unique, as before
+    register(queue='c', max_retries=2, unique=None, concurrency_key=None)
+    assert rows(one('t', noted_alike, n=1)) == [('t', 2, 'c', 2, None)]
 
 @pytest.mark.parametrize('kw', [dict(max_retries=-1), dict(max_retries='3'), dict(max_retries=True), dict(max_retries=1.5), dict(max_retries=None), dict(max_retries=2**40), dict(job_type=''), dict(job_type=None),
     dict(job_type=7), dict(job_type='x'*300), dict(job_type='a\x00'), dict(job_type='\ud800'), dict(priority=0), dict(priority=5), dict(priority='high'), dict(queue=''), dict(queue=1), dict(run_at='soon'),

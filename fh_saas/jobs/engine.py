@@ -138,6 +138,7 @@ def serves(self:Engine, queue:str) -> bool:
 # %% ../../nbs/jobs/14_engine.ipynb #8287a3a2
 @patch
 def _used(self:Engine, store):
+    if time.monotonic() < self._open.get(store, 0.0) + resting/20: return  # noted a moment ago
     with self._lock:
         self._open.pop(store, None)
         self._open[store] = time.monotonic()

@@ -91,7 +91,7 @@ def rerun(self:Steering, job_id:str,
     job = {c: v for c in ('job_type', 'task', 'max_retries', 'queue', 'priority', 'triggered_by', 'timeout', 'concurrency_key', 'tags') if (v := getattr(old, c)) is not None}
     job |= dict(id=gen_id(), payload=t.pack(args) if t else to_json(args, 'payload'), rerun_of=old.id)
     if t and callable(key := t.defaults.get('concurrency_key')): job['concurrency_key'] = t.key(job['payload'], key)
-    self._stored(Adding(self.store, [job]), handoff=0)
+    self._stored(self.here, Adding(self.store, [job]), handoff=0)
     return job['id']
 
 # %% ../../nbs/jobs/20_steering.ipynb #5208e8c8

@@ -149,15 +149,15 @@ def _again(store):
 @patch
 def write_soon(self:Store, op, write=None):
     "As `write` (or by `write`), again and again while `op` comes to `Busy`"
-    pauses = _again(self)
-    while (said := (write or self.write)(op)) is Busy: time.sleep(next(pauses))
+    write, pauses = write or self.write, None
+    while (said := write(op)) is Busy: time.sleep(next(pauses := pauses or _again(self)))
     return said
 
 @patch
 async def awrite_soon(self:Store, op, call=None, write=None):
     "As `write_soon`, for a coroutine"
-    pauses = _again(self)
-    while (said := write(op) if write else await self.awrite(op, call)) is Busy: await asyncio.sleep(next(pauses))
+    pauses = None
+    while (said := write(op) if write else await self.awrite(op, call)) is Busy: await asyncio.sleep(next(pauses := pauses or _again(self)))
     return said
 
 # %% ../../nbs/jobs/05_store.ipynb #59d1c6e1

@@ -56,6 +56,7 @@ class Task:
         self.aliases, self.on_error, self.isolate, self.rate, self.defaults = tuple(aliases), on_error or {}, isolate, rate, defaults
         self.signature = Signature(func, JobContext)
         self.params, self.job_param = self.signature.params, self.signature.context
+        self.named = not (stands_for_itself(func) or captures(func))  # can other processes find it by its name?
         if inspect.isgeneratorfunction(bare := _bare(func)) or inspect.isasyncgenfunction(bare): raise InvalidJob(f"task {name!r} is a generator: nothing would take what it yields; return a list, or submit a job for each")
         if odd := [n for n, p in (self.params or {}).items() if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]: raise InvalidJob(f"task {name!r} takes {odd[0]!r} by position only: arguments of a job have names")
 
@@ -80,6 +81,7 @@ def arguments(self:Task, payload:dict, job:JobContext=None) -> dict:
 @patch
 def pack(self:Task, payload:dict) -> str:
     "The arguments of a submit as JSON text"
+    if self.job_param is None and self.signature.takes(payload): return self.signature.pack(payload)
     return self._checked(payload, None, self.signature.pack)
 
 @patch
@@ -176,6 +178,12 @@ def file_under(self:Registry, job_type:str, name:str):
     with self._lock:
         self._types[job_type] = None if job_type in self._types else name
         self._refresh()
+
+@patch
+def enter(self:Registry, t:Task, job_type:str):
+    "Register what is submitted, and what it is filed under"
+    if self._tasks.get(t.name) is not t: self.add(t.func)
+    if self._types.get(job_type) != t.name: self.file_under(job_type, t.name)
 
 @patch
 def _refresh(self:Registry):
