@@ -130,7 +130,8 @@ def when_free(
 # %% ../nbs/00_db_connect.ipynb #1d15817f
 levels = ('FULL', 'NORMAL', 'EXTRA')
 _engines = weakref.WeakSet()
-# SQLite's locks belong to the process: a child that inherits an open connection believes that it holds them, and loses its writes
+# SQLite's locks belong to the process: a child that inherits an open connection believes that it holds them, and loses its writes.
+# A connection to a server would be shared: one process reads what the other has asked
 os.register_at_fork(before=lambda: [eng.dispose() for eng in list(_engines)])
 
 def _wal(conn, busy):
@@ -186,7 +187,8 @@ def _pg_args(u, busy, brief, lazy):
 
 def _pg_engine(u, busy, **kw):
     _psycopg()
-    return sa.create_engine(u, creator=lambda: _pg_connect(u, busy, autocommit=False), pool_pre_ping=True, **kw)
+    _engines.add(eng := sa.create_engine(u, creator=lambda: _pg_connect(u, busy, autocommit=False), pool_pre_ping=True, **kw))
+    return eng
 
 def _pg_connect(u, busy, autocommit=True, lazy=False):
     "A connection; while the server has none to spare, wait for others to give theirs back"

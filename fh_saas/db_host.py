@@ -236,11 +236,14 @@ def register(self:HostDatabase, tenant:TenantCatalog) -> TenantCatalog: # The on
     return self.find(tenant.id)
 
 @patch
-def set_state(self:HostDatabase, tenant_id:str, state:str):
+def set_state(self:HostDatabase, tenant_id:str, state:str,
+    expected:str=None, # Only if it is in this one
+) -> bool: # False: it is in another
     "Move a tenant to another state"
     if state not in tenant_states: raise ValueError(f"state {state!r} is none of {', '.join(tenant_states)}")
     if self.find(tenant_id) is None: raise TenantNotFound(f"no tenant {tenant_id!r}")
-    with writing(self.engine) as conn: conn.execute(_catalog.update().where(_catalog.c.id == tenant_id).values(state=state))
+    that = [_catalog.c.id == tenant_id] + [_catalog.c.state == expected]*bool(expected)
+    with writing(self.engine) as conn: return conn.execute(_catalog.update().where(*that).values(state=state)).rowcount > 0
 
 # %% ../nbs/00_db_host.ipynb #c94ca90d
 @patch

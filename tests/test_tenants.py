@@ -1,17 +1,21 @@
 "One database per tenant, on a SQLite and on a PostgreSQL host: names, the cache, states, identity, secrets."
-import gc, logging, multiprocessing, os, shutil, sqlite3, threading, time
+import gc, logging, multiprocessing, os, shutil, sqlite3, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 import pytest
 import sqlalchemy as sa
+import fh_saas.db_tenant
 from fh_saas.db_connect import (DatabaseCorrupt, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, InvalidDatabaseURL, UnsupportedDatabase, open_engine, reading, writing)
-from fh_saas.db_host import HostDatabase, TenantNotFound, env_url, gen_id, shown, timestamp
+from fh_saas.db_host import HostDatabase, TenantCatalog, TenantNotFound, env_url, gen_id, shown, timestamp
 from fh_saas.db_tenant import (InvalidTenantId, TenantBusy, TenantDatabase, TenantMismatch, TenantSuspended, check_tenant_id, close_tenant_db,
     delete_tenant, get_or_create_tenant_db, list_tenants, open_tenant_db, resume_tenant, suspend_tenant)
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.states import Outcome
 from fh_saas.jobs.store import Store
+from fh_saas.ops.tenants import migrate_tenants
 from fh_saas.utils_bgtsk import BackgroundTaskManager
+from children.launch import here
 from conftest import free_port
 
 @pytest.fixture(scope='module')
@@ -549,3 +553,128 @@ def test_a_password_is_in_no_repr_error_or_log(pg_server, new_host, env, caplog,
     assert len(said) > 20 and not [s for s in map(shown_everywhere, said) if canary in s] and canary not in caplog.text
     with reading(host.engine) as conn: assert canary not in str(conn.exec_driver_sql('SELECT * FROM core_tenants').fetchall())
     engine.stop(0)
+
+# --- What happens meanwhile
+
+def test_nobody_gets_a_handle_that_was_not_checked(lite, monkeypatch):
+    "Two requests open a tenant's database for the first time at the same moment, and it is another's"
+    many(lite, 2)
+    at = {i: Path(lite.url_of(lite.find(i)).database) for i in ('t0', 't1')}
+    for i in at: close_tenant_db(i, lite)
+    shutil.copy(at['t1'], at['t0'])
+    both, real = threading.Barrier(2, timeout=10), fh_saas.db_tenant.read_meta
+    def slow(conn):
+        if both.n_waiting < 2 and not both.broken:
+            try: both.wait()
+            except threading.BrokenBarrierError: pass
+        return real(conn)
+    monkeypatch.setattr(fh_saas.db_tenant, 'read_meta', slow)
+    def opened():
+        with pytest.raises(TenantMismatch, match="'t1'"): open_tenant_db('t0', lite)
+    with ThreadPoolExecutor(2) as pool: [f.result() for f in [pool.submit(opened) for _ in range(2)]]
+    both.abort()
+    opened()
+
+def test_a_database_that_two_tenants_are_said_to_have_is_opened_for_its_own(lite):
+    many(lite, 1)
+    lite.register(TenantCatalog('other', 'other', lite.find('t0').db_url))
+    with open_tenant_db('t0', lite):
+        with pytest.raises(TenantMismatch, match="'t0', not to 'other'"): open_tenant_db('other', lite)
+        open_tenant_db('t0', lite).close()
+
+def test_children_of_a_process_do_not_read_each_others_answers(host, prefix):
+    names = [f'{prefix}{n}' for n in range(4)]
+    for n in names: get_or_create_tenant_db(n, host=host).close()
+    host.open_dbs.close(host.url_of(host.find(names[0])))
+    script = here/'forks_host.py'
+    done = subprocess.run([sys.executable, script, host.url.render_as_string(hide_password=False), ','.join(names)], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == (f'4 children, {names[0]}\n', 0), done.stdout + done.stderr
+
+def job_in(host, id, **kw):
+    with closing(Store(host.url_of(host.find(id)))) as s: s.add(dict(id='a', job_type='t', task='t', max_retries=3) | kw)
+
+@pytest.mark.parametrize('waits', ['due', 'scheduled', 'none'])
+def test_a_job_that_is_begun_after_all_keeps_its_tenant(host, prefix, waits, monkeypatch):
+    "Who runs jobs hears of a state within a second, and may begin one until then"
+    get_or_create_tenant_db(prefix, host=host).close()
+    if waits != 'none': job_in(host, prefix, **dict(run_at='2100-01-01T00:00:00.000000') if waits == 'scheduled' else {})
+    def heeding(s):
+        assert host.find(prefix).state == 'deleting' and s == fh_saas.db_tenant.heeded > 1
+        if waits == 'due':
+            with closing(Store(host.url_of(host.find(prefix)))) as s: assert s.claim_one('a', 'tok', 'w', 30)
+        slept.append(waits)
+    slept = []
+    monkeypatch.setattr(fh_saas.db_tenant.time, 'sleep', heeding)
+    if waits == 'due':
+        with pytest.raises(TenantBusy, match='1 running'): delete_tenant(prefix, host)
+    else: delete_tenant(prefix, host)
+    assert (slept, host.find(prefix) is None) == ([waits]*(waits != 'none'), waits != 'due')
+
+def test_a_delete_that_was_cut_off_is_finished_by_the_same_call(host, prefix, monkeypatch):
+    get_or_create_tenant_db(prefix, host=host).close()
+    with monkeypatch.context() as m:
+        m.setattr(HostDatabase, 'unregister', lambda *args: 1/0)
+        with pytest.raises(ZeroDivisionError): delete_tenant(prefix, host)
+    assert host.find(prefix).state == 'deleting'
+    delete_tenant(prefix, host)
+    assert host.find(prefix) is None
+
+def test_the_database_that_goes_is_the_tenants_own(lite, pg_server):
+    "It may lie on another server than the host"
+    name = f'fh_saas_test_{gen_id()[-12:]}'
+    eng = open_engine(pg_server, isolation_level='AUTOCOMMIT', poolclass=sa.NullPool)
+    with eng.connect() as conn: conn.exec_driver_sql(f'CREATE DATABASE {name}')
+    lite.register(TenantCatalog('far', 'far', sa.make_url(pg_server).set(database=name).render_as_string(hide_password=False)))
+    with open_tenant_db('far', lite) as db: put(db, 'x')
+    delete_tenant('far', lite)
+    with eng.connect() as conn: assert not conn.execute(sa.text('SELECT 1 FROM pg_database WHERE datname = :n'), dict(n=name)).first()
+
+# --- Upgrades of all
+
+def upgraded(host, upgrade, **kw): return {t: e and type(e).__name__ for t, e in migrate_tenants(host, upgrade, '2', **kw)}
+
+def test_an_upgrade_leaves_a_tenant_in_the_state_in_which_it_is(lite):
+    many(lite, 5)
+    suspend_tenant('t4', lite)
+    def upgrade(db):
+        seen.append((db.tenant_id, lite.find(db.tenant_id).state))
+        if db.tenant_id == 't0':  # while those behind it wait for their turn
+            suspend_tenant('t1', lite)
+            lite.set_state('t2', 'deleting')
+            delete_tenant('t3', lite)
+            suspend_tenant('t0', lite)
+    seen = []
+    assert upgraded(lite, upgrade, workers=1) == dict.fromkeys(('t0', 't1', 't2', 't3', 't4'))
+    assert seen == [(t, 'migrating') for t in ('t0', 't1', 't4')]
+    assert {t.id: t.state for t in lite.tenants()} == dict(t0='paused', t1='paused', t2='deleting', t4='paused')
+
+@pytest.mark.parametrize('where', ['in the upgrade', 'before its end'])
+def test_an_upgrade_that_was_cut_off_comes_back_to_the_state_before(host, prefix, where, monkeypatch):
+    for n in (0, 1): get_or_create_tenant_db(f'{prefix}{n}', host=host).close()
+    suspend_tenant(f'{prefix}1', host)
+    states = lambda: {t.id[-1]: t.state for t in host.tenants()}
+    def upgrade(db): ran.append(db.tenant_id[-1]) or where == 'in the upgrade' and len(ran) < 3 and 1/0
+    ran, real = [], HostDatabase.set_state
+    with monkeypatch.context() as m:
+        m.setattr(HostDatabase, 'set_state', lambda self, id, state, *args: real(self, id, state, *args) if state == 'migrating' else 1/0)
+        assert upgraded(host, upgrade) == {f'{prefix}{n}': 'ZeroDivisionError' for n in (0, 1)}
+    assert states() == {'0': 'migrating', '1': 'migrating'}
+    assert upgraded(host, upgrade) == dict.fromkeys((f'{prefix}0', f'{prefix}1'))
+    assert states() == {'0': 'active', '1': 'paused'} and sorted(ran) == (['0', '0', '1', '1'] if where == 'in the upgrade' else ['0', '1'])
+
+def test_an_upgrade_waits_until_no_job_is_begun(host, prefix, monkeypatch):
+    for n in (0, 1): get_or_create_tenant_db(f'{prefix}{n}', host=host).close()
+    job_in(host, f'{prefix}1')
+    monkeypatch.setattr(fh_saas.ops.tenants.time, 'sleep', lambda s: said.append(('waited', s)))
+    said = []
+    assert upgraded(host, lambda db: said.append(db.tenant_id), workers=1) == dict.fromkeys((f'{prefix}0', f'{prefix}1'))
+    assert said == [f'{prefix}0', ('waited', fh_saas.db_tenant.heeded), f'{prefix}1']
+
+def test_of_two_upgrades_at_once_one_is_done(lite, monkeypatch):
+    many(lite, 1)
+    real = fh_saas.ops.tenants._note
+    def other(eng, **notes):
+        real(eng, **notes)
+        if 'state_before' in notes: lite.set_state('t0', 'migrating')  # by another process, at this moment
+    monkeypatch.setattr(fh_saas.ops.tenants, '_note', other)
+    assert upgraded(lite, lambda db: 1/0) == dict(t0='FhSaasError') and lite.find('t0').state == 'migrating'
