@@ -179,7 +179,7 @@ def _committed(self:BackgroundTaskManager, here, op, said, tenancy, served, begu
         engine.attend(store, soon(at, op.delay))
         if joined or served and slow(tenancy, begun): ring(tenancy, at, queue)
     if conn is None: return told()
-    engine.follow(Followed(store, [said.get('found') or op.jobs[-1]['id']], conn, told))
+    engine.follow(Followed(store, [said.get('found') or op.jobs[-1]['id']], conn, told, 'found' in said and said.get('run_at') or None))
 
 def _tell(store, op, said):
     if events.subscribers and 'found' not in said: events.tell(*(event_of('submitted', store.tenant, job, status='pending') for job in op.jobs))

@@ -1,5 +1,5 @@
 "Workers as processes of their own, over the databases of many tenants; and what operators do to them meanwhile."
-import gc, json, os, shutil, signal, sqlite3, time, uuid
+import gc, json, os, shutil, signal, sqlite3, subprocess, sys, time, uuid
 from pathlib import Path
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -573,3 +573,24 @@ def test_limits_are_counted_by_one_at_a_time(new_url):
         except QuotaExceeded: return False
     with ThreadPoolExecutor(4) as pool: assert sum(pool.map(add, stores)) == 1
     for s in stores: s.close()
+
+
+# --- Several processes under one
+
+watching = '''
+import os, signal, subprocess, sys
+from fh_saas.workers import worker
+real, n = subprocess.Popen, []
+def starts(*args, **kw):
+    p = real(*args, **kw)
+    n.append(p.pid)
+    if len(n) == 2: os.kill(os.getpid(), signal.SIGTERM)  # before anybody knows of this one
+    return p
+subprocess.Popen = starts
+status = worker.supervise([sys.executable, '-c', 'import time; time.sleep(60)'], 3)
+print(len(n), status, [os.path.exists(f'/proc/{p}') for p in n])
+'''
+
+def test_a_signal_that_comes_while_processes_are_started_reaches_all_of_them():
+    done = subprocess.run([sys.executable, '-c', watching], capture_output=True, text=True, timeout=20)
+    assert done.stdout == '2 15 [False, False]\n', done.stdout + done.stderr

@@ -1,10 +1,12 @@
 "Tenants that are made anew and files that are replaced while processes still remember the ones before"
-import subprocess, sys
+import subprocess, sys, time
 import pytest
-from fh_saas.db_host import HostDatabase
-from fh_saas.db_tenant import delete_tenant, get_or_create_tenant_db
+from fh_saas.db_host import HostDatabase, gen_id
+from fh_saas.db_tenant import delete_tenant, get_or_create_tenant_db, open_tenant_db
 from fh_saas.jobs.store import Store
+from fh_saas.jobs.tasks import Registry
 from fh_saas.jobs.tenancy import Held, Tenancy, settle_held
+from fh_saas.utils_bgtsk import BackgroundTaskManager
 
 swapping = '''
 import shutil, sys, threading, time
@@ -83,3 +85,36 @@ def test_facts_of_the_epoch_before_do_not_hold_what_an_operator_has_released(hos
     settle_held(host, 'acme', discard=False)
     with pytest.raises(Held) as e: late.check(notes(host))
     assert not late.hold(e.value) and host.find('acme').held is None
+
+# --- On a server a database that was made anew has the name of the one before, and no file to tell them apart
+
+@pytest.fixture
+def far(new_pg):
+    h = HostDatabase(new_pg())
+    yield h
+    for t in h.tenants(): delete_tenant(t.id, h, force=True)
+    h.close()
+
+@pytest.mark.parametrize('first', ['a submit', 'a look', 'a visit'])
+def test_a_tenant_that_was_made_anew_is_served_by_those_who_knew_the_one_before(far, new_engine, first):
+    name, registry = f'x{gen_id()[-10:]}', Registry()
+    registry.add(greet)
+    get_or_create_tenant_db(name, host=far).close()
+    m = BackgroundTaskManager(db := open_tenant_db(name, far), new_engine(registry))
+    db.close()
+    id, bg = m.submit('t', greet)
+    bg.func(*bg.args)
+    assert m.get_job(id).result == '"hello"'
+    delete_tenant(name, far, force=True)
+    get_or_create_tenant_db(name, host=far).close()
+    if first == 'a look':
+        with pytest.raises(Exception): m.list_jobs()  # the first one finds out
+        assert m.list_jobs() == []
+    if first == 'a visit':
+        m.engine.attend(m.store)
+        time.sleep(0.5)
+    id, bg = m.submit('t', greet)
+    bg.func(*bg.args)
+    assert (m.get_job(id).status, len(m.list_jobs())) == ('completed', 1)
+
+def greet(): return 'hello'

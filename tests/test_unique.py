@@ -320,3 +320,20 @@ def test_many_retried_at_once_are_one_of_a_kind(manager):
     assert manager.retry_all(status='failed', dry_run=True) == 1 == manager.retry_all(status='failed')
     manager.wait(ids[2], 20)
     assert [manager.get_job(i).attempt for i in ids] == [1, 1, 2]
+
+@pytest.mark.parametrize('end', ['commit', 'rollback'])
+def test_a_job_that_is_replaced_in_a_transaction_runs_when_it_is_committed(manager, end):
+    "It was there before, so that it is there says nothing"
+    m = manager
+    u = Unique(key='k', then='replace')
+    id, _ = m.submit('t', sync, account=1, unique=u, run_at='2100-01-01')
+    try:
+        with m.transaction() as tx:
+            again, handle = m.submit('t', sync, account=2, unique=u, run_at='2020-01-01', conn=tx)
+            time.sleep(1)  # whoever follows the transaction has looked
+            assert len(m.engine._followed) == 1
+            if end == 'rollback': raise ZeroDivisionError
+    except ZeroDivisionError: wait_until(lambda: not m.engine._followed, 10)
+    assert (again, handle.is_new) == (id, False)
+    if end == 'commit': assert m.wait(id, 10).status == 'completed' and m.result(id) == 2
+    else: assert (j := m.get_job(id)).run_at.startswith('2100') and j.status == 'pending'

@@ -28,10 +28,11 @@ class Attempt:
     "One execution of a job that was claimed"
     desk = loop = async_task = outcome = done = last_note = lane = seat = None
     counted, since = False, 0.0  # does it hold a slot, and since when does it wait for a thread?
+    waiter, handed = None, False  # the future of the coroutine that runs it, if a response brought it; is it on its way there?
     suspect = False  # holds the slot of a job that was lost with its process before
     _told = 0  # how often the event loop's task was cancelled because the job was, or its time was over
     deadline = gate = None  # by when it must end, and what goes through here first: its end, or giving it up after that
-    refused = False  # the database would not take its outcome as it was
+    tried = refused = False  # was its outcome to be written already; would the database not take it as it was?
     def __init__(self,
         store:Store, # Where the job lives
         row:dict, # As it was claimed

@@ -38,6 +38,7 @@ class Room:
     by_task:dict = field(default_factory=dict) # At most so many of each of these tasks,
     sure_of_task:dict = field(default_factory=dict) # and of those so many in their last attempt
     sure_of_queue:dict = field(default_factory=dict) # The same for each of these queues
+    named:object = lambda task, job_type=None: task # The name that `rates` and `off` have for what a row calls its task
 
     @property
     def free(self) -> bool: # Is there no limit but `n`?
@@ -224,7 +225,7 @@ def claiming(self:Store,
     "An operation for `write`: move due jobs to running, the most urgent first; the rows"
     def op(cur, now):
         n, most, left = self._limits(cur, now, room)
-        able = names if not left else tuple(t for t in names if left.get(t, 1) > 0)
+        able = names if not left else tuple(t for t in names if left.get(room.named(t), 1) > 0)
         got, picked, new = [], Picked(), n > 0
         while new and len(got) < n:
             rows = self._due(cur, now, room, n - len(got), most, (able, old_types, room.suspects))
@@ -283,12 +284,14 @@ def _chosen(self:Store, cur, rows, room, n, most, left, picked):
     counts, starts, taken, held, picked.passed = picked.counts, picked.starts, [], self._held(cur, rows), False
     for r in ordered:
         q, task, key = r['queue'], r['task'], r['concurrency_key']
+        name = room.named(task, r['job_type'])
         if picked.n >= n: break
-        if task in room.off or last_attempt(r) and (room.sure is not None and picked.n >= room.sure or starts.get(task, 0) >= room.sure_of_task.get(task, n) or counts.get(q, 0) >= room.sure_of_queue.get(q, n)): continue
-        if counts.get(q, 0) >= min(room.of(q), most.get(q, n)) or starts.get(task, 0) >= min(left.get(task, n), room.by_task.get(task, n)): continue
+        if name in room.off or last_attempt(r) and (room.sure is not None and picked.n >= room.sure or starts.get(task, 0) >= room.sure_of_task.get(task, n) or counts.get(q, 0) >= room.sure_of_queue.get(q, n)): continue
+        if counts.get(q, 0) >= min(room.of(q), most.get(q, n)) or starts.get(name, 0) >= left.get(name, n) or starts.get(task, 0) >= room.by_task.get(task, n): continue
         if key is not None and (key in held or key in picked.keys): picked.passed = True; continue
         if key is not None: picked.keys.add(key)
-        counts[q], starts[task], picked.n = counts.get(q, 0) + 1, starts.get(task, 0) + 1, picked.n + 1
+        for t in {task, name}: starts[t] = starts.get(t, 0) + 1
+        counts[q], picked.n = counts.get(q, 0) + 1, picked.n + 1
         taken.append(r)
     return taken
 
@@ -378,9 +381,15 @@ def finishing(self:Store,
 @patch
 def has_ended(self:Store, job:dict) -> bool:
     "Is the end of this attempt on the disk?"
+    return self.ended_as(job) is not None
+
+@patch
+def ended_as(self:Store, job:dict) -> str: # The kind of its outcome; None if it has none
+    "What is on record of this attempt"
     a = self.t.attempts
     stmt = self.statement(('has ended', a.name), lambda: sa.select(a.c.outcome).where(a.c.job_id == bind('job'), a.c.number == bind('number')))
-    with self.cursor() as cur: return stmt(cur, job=job['id'], number=job['attempt']).fetchone() is not None
+    with self.cursor() as cur: row = stmt(cur, job=job['id'], number=job['attempt']).fetchone()
+    return row and row[0]
 
 @patch
 def finish(self:Store, job:dict, o:Outcome, note=None) -> bool: # False: the claim was lost, and nothing was written
@@ -513,17 +522,24 @@ def rescue(self:Store, n:int=100) -> list[tuple]: # `(row, outcome)` of each
     return self.write(op)
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #c1e6fe2d
+def _given_back(j, *which):
+    asked, at = j.c.cancel_requested_at.is_not(None), bind('at', type_=sa.String)
+    return j.update().where(*which, j.c.claim_token == bind('token'), j.c.status == RUNNING).values(
+        status=sa.case((asked, 'cancelled'), else_='pending'), completed_at=sa.case((asked, at)), cancel_requested_at=sa.null(),
+        run_at=sa.case((j.c.run_at > at, at), else_=j.c.run_at),  # it was left to its response, which has come
+        claim_token=sa.null(), lease_until=sa.null(), worker=sa.null(), started_at=sa.null(), attempt=j.c.attempt - 1)
+
 @patch
 def release(self:Store, rows:list):
     "An operation for `write`: give back claims of jobs that were never begun, as if they had not been made"
     j = self.t.jobs
-    def build():
-        asked = j.c.cancel_requested_at.is_not(None)
-        return j.update().where(j.c.id == bind('job'), j.c.claim_token == bind('token'), j.c.status == RUNNING).values(
-            status=sa.case((asked, 'cancelled'), else_='pending'), completed_at=sa.case((asked, bind('at', type_=sa.String))), cancel_requested_at=sa.null(),
-            claim_token=sa.null(), lease_until=sa.null(), worker=sa.null(), started_at=sa.null(), attempt=j.c.attempt - 1)
-    stmt = self.statement(('release', j.name), build)
+    stmt = self.statement(('release', j.name), lambda: _given_back(j, j.c.id == bind('job')))
     return lambda cur, now: stmt.many(cur, [dict(job=r['id'], token=r['claim_token'], at=timestamp(now)) for r in rows])
+
+@patch
+def unclaim(self:Store, cur, now, token:str):
+    "The same for all jobs of a claim of which nobody knows whether it was committed"
+    self.statement(('unclaim', self.t.jobs.name), lambda: _given_back(self.t.jobs))(cur, token=token, at=timestamp(now))
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #0764d354
 def _in(t, now):

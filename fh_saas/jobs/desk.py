@@ -33,6 +33,7 @@ class Desk:
     # rung: the host says when there is something to do here; met: a manager works with it
     rung, met, tenancy, only, _free = False, False, None, None, Limits()
     suspected = 0.0  # when a suspect was looked for
+    doubtful = ()  # tokens of claims of which a server did not say whether they were committed
     def __init__(self, store:Store, registry:Registry, settings:Settings, worker:str):
         self.store, self.registry, self.settings, self.worker = store, registry, settings, worker
         self.local = Registry()  # functions that hold on to something are for this database only
@@ -83,7 +84,8 @@ def names(self:Desk) -> tuple: # As `Registry.names`, without what is paused
     (names, types), (local, local_types) = self.registry.names, self.local.names
     names, types = names + local + tuple(sorted(self._own)), types + local_types
     if not (off := self.limits.off): return names, types
-    return tuple(n for n in names if n not in off), tuple(t for t in types if t not in off)
+    named, off = self.registry.named_as, off | {self.registry.named_as(t) for t in off}
+    return tuple(n for n in names if named(n) not in off), tuple(t for t in types if t not in off and named(None, t) not in off)
 
 # %% ../../nbs/jobs/11_desk.ipynb #5864fd66
 @patch
@@ -154,20 +156,25 @@ def turn(self:Desk,
     spare:Room=Room(0), # The limits for `wanted`, if there is no `room`
 ) -> tuple: # Attempts of `wanted`, other attempts to run, and, if there were fewer than there is room for, as `Store.due_in`
     "Everything there is to write, in one transaction"
-    names, me = self.names, (gen_id(), self.worker, self.settings.lease)
+    names, me = self.names, (token := gen_id(), self.worker, self.settings.lease)
     done = self.store.finishing_all([(a.row, a.outcome, a.last_note) for a in ends]) if ends else None
     these = self.store.claiming_these(wanted, *me, replace(room or spare, n=len(wanted), sure=None)) if wanted else None
     claim = self.store.claiming(*names, *me, room) if room else None
-    check = self._checking(bool(these or claim))
+    check, doubtful = self._checking(bool(these or claim)), self.doubtful
     def op(cur, now):
+        for t in doubtful: self.store.unclaim(cur, now, t)
         if done: done(cur, now)
         notes = check(cur) if check else None
         got, rows, due = these(cur, now) if these else [], claim(cur, now) if claim else [], None
         if claim and len(rows) < room.n: due = self.store.due_in(cur, now, *names, room.closed, self.only)
         if stepped := notes and (got or rows or ends): self.store.step(cur, notes)  # who has nothing to say writes nothing
         return got, rows, due, notes if stepped else None
-    op.single = done is not None and done.single and not (these or claim or check)
-    got, rows, due, notes = self.store.write(op)
+    op.single = done is not None and done.single and not (these or claim or check or doubtful)
+    try: got, rows, due, notes = self.store.write(op)
+    except FhSaasError:
+        if (these or claim) and not isinstance(self.store.kind, SQLite): self.doubtful = (*self.doubtful, token)[:4]  # those after the first reach no server
+        raise
+    self.doubtful = tuple(t for t in self.doubtful if t not in doubtful)
     if notes: self._checked(notes)
     return {r['id']: r for r in got}, self._take(rows), due
 

@@ -66,7 +66,7 @@ class Engine(Recorder, Rounds):
     @property
     def load(self) -> int:
         "Jobs in hand: running, or next in line for a thread"
-        return self.line.running + self.line.waiting
+        return self.line.running + self.line.waiting + self.line.handed
 
 # %% ../../nbs/jobs/14_engine.ipynb #c5d31a2e
 @patch
@@ -255,13 +255,25 @@ async def _told(self:Engine, future):
 # %% ../../nbs/jobs/14_engine.ipynb #598e54ba
 @patch
 async def _handle_async(self:Engine, store, job_id, func):
-    claim = self._want(store, job_id, func, False)
-    try: a = await asyncio.shield(claim)
-    except asyncio.CancelledError: claim.add_done_callback(lambda f: f.result() and self.house.submit(self._release, [f.result()])); raise
+    a = await self._handed(self._want(store, job_id, func, False), self._desks[store])
+    if a and not self.line.begin(a):
+        a.waiter, a.counted = asyncio.get_running_loop().create_future(), True
+        self.line.put(a.desk, [a])
+        if self.line.ready(): self._go_on()  # a place has become free meanwhile
+        if a := await self._handed(a.waiter, a.desk): a.handed = False
     if a is None: return
     running = asyncio.create_task(self._arun_told(a))
     try: await self._until_stop(running)
     except asyncio.CancelledError: running.cancel(); await asyncio.wait({running}, timeout=2); raise
+
+@patch
+async def _handed(self:Engine, future, desk) -> Attempt: # None if the job is not to be run here
+    "The attempt that is to be run in this coroutine, which may be cancelled while it waits"
+    try: return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        with desk._lock: desk.wanted = [w for w in desk.wanted if w[2] is not future]
+        future.add_done_callback(lambda f: f.result() and self.house.submit(self._release, [f.result()]))
+        raise
 
 @patch
 async def _arun_told(self:Engine, a):
@@ -297,7 +309,8 @@ def _go_on(self:Engine):
 
 @patch
 def _begin(self:Engine, a):
-    if a.outcome is not None or a.ctx.lost: return self._off(a)  # it was released while it waited for its turn
+    if a.outcome is not None or a.ctx.lost: return self._passed_over(a)
+    if a.waiter is not None: a.handed = True; return settle(a.waiter, a)
     asyncio.get_running_loop().create_task(self._arun(a), context=contextvars.Context())  # whoever calls this is no matter of the job's
 
 # %% ../../nbs/jobs/14_engine.ipynb #813ef7f2
@@ -384,7 +397,7 @@ def _undo(self:Engine, attempts):
     "Give back what was claimed and not begun"
     for desk in {a.desk for a in attempts}:
         mine = [a for a in attempts if a.desk is desk]
-        for a in mine: settle(a.done) if a.done else None
+        for a in mine: self._tell_nobody(a)
         try: desk.give_back(mine); self._pass_on(desk)
         except FhSaasError as e: log.error('tenant=%s: %s jobs could not be given back, their leases will run out: %s', desk.store.tenant, len(mine), e)
 
@@ -403,13 +416,17 @@ def _release(self:Engine, attempts):
     "Give jobs of one database back, or write the outcomes it did not take before; in one commit"
     for a in attempts:
         a.outcome = a.outcome or Outcome('release', error='released while the process was shutting down')
-        if a.async_task and not a.loop.is_closed(): a.loop.call_soon_threadsafe(a.async_task.cancel)
+        try: (task := a.async_task) and a.loop.call_soon_threadsafe(task.cancel)
+        except RuntimeError: pass  # its event loop is closed: nothing runs there any more
     store, ends = attempts[0].store, [a.store.finishing(a.row, a.outcome) for a in attempts]
     try: written = store.write(lambda cur, now: [end(cur, now) for end in ends])
     except Exception as e: written = log.error('tenant=%s: %s jobs could not be released at shutdown, their leases will run out: %s', store.tenant, len(ends), e)
     for a, w in zip(attempts, written or []):
         if w: log.warning('%s: %s at shutdown', a, a.outcome.kind)
-    for a in attempts: a.desk.let_go(a, ended=False); self._off(a)
+    for a, w in zip(attempts, written or [False]*len(attempts)):
+        a.desk.let_go(a, ended=False)
+        self._off(a)
+        if a.done: settle(a.done, a.outcome if w else None)
     self._pass_on(attempts[0].desk)
 
 # %% ../../nbs/jobs/14_engine.ipynb #8625af39

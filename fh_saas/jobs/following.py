@@ -42,7 +42,9 @@ class Followed:
     "Jobs in a transaction that is not ours"
     def __init__(self, store:Store, job_ids:list, conn,
         told, # Called once with True when they are committed, with False when they never will be
+        run_at:str=None, # Of a job that was there before: when it is due, once they are
     ):
+        self.run_at = run_at
         self.store, self.job_ids, self.told, self.begun, self.over, self.decided = store, job_ids, told, time.monotonic(), None, None
         self.pause, self.next, self.hinted = 0.005, 0.0, time.monotonic()
         sqla, self._sqla = connection_of(conn), None
@@ -86,8 +88,9 @@ def look(self:Followed, now) -> bool:
 
 @patch
 def _there(self:Followed) -> bool:
-    try: return bool(self.store.get(self.job_ids[-1]))
+    try: job = self.store.get(self.job_ids[-1])
     except JobNotFound: return False
+    return self.run_at in (None, job['run_at'])
 
 # %% ../../nbs/jobs/15_following.ipynb #c191b96c
 @patch

@@ -101,10 +101,16 @@ def _free_key(self:Recorder, a):
     if a.desk.tenancy: self.house.submit(self._pass_on, a.desk)
 
 @patch
+def _on_record(self:Recorder, a) -> bool:
+    "Was its outcome committed by a server that could not say so?"
+    try: return a.tried and a.store.ended_as(a.row) == a.outcome.kind
+    except FhSaasError: return False
+
+@patch
 def _one_by_one(self:Recorder, ends):
     "Not all could be written together: find out which"
     for a in ends:
-        try: written = a.store.write(a.store.finishing(a.row, a.outcome, a.last_note))
+        try: written = a.store.write(a.store.finishing(a.row, a.outcome, a.last_note)) or self._on_record(a)
         except FhSaasError as e: self._unwritten(a, e)
         except Exception as e: self._refused(a, e)
         else: self._written(a, written)
@@ -152,7 +158,8 @@ def _too_late(self:Recorder, a, done) -> bool:
 @patch
 def _unwritten(self:Recorder, a, error):
     log.warning('%s: its outcome %r cannot be written yet: %s', a, a.outcome.kind, error)
-    if self.closed: self._written(a, False)
+    a.tried = True  # a server may have committed it, and could not say so
+    if self.closed or self._desks.get(a.store) is not a.desk: self._written(a, False)
     else: a.desk.unwritten.append(a)
 
 @patch
@@ -164,7 +171,7 @@ def _try_again(self:Recorder, desk):
         desk.retry_at = time.monotonic() + desk.pause
         again = [desk.unwritten.popleft() for _ in range(len(desk.unwritten))]
         for a in again:
-            if a.ctx.lost or time.monotonic() > a.lease_until: self._written(a, False)
+            if a.ctx.lost or time.monotonic() > a.lease_until: self._written(a, self._on_record(a))
             else: self._record(a, a.outcome)
         self._errand(desk)
 

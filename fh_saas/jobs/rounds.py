@@ -136,7 +136,7 @@ def forget(self:Rounds, store:Store):
     with self._lock:
         desk = self._desks.pop(store, None)
         self._stores.pop((store.url, store.t.jobs.name), None)
-        self._errands.pop(desk, None)
+        for those in (self._errands, self._blocked): those.pop(desk, None)
         self._ring.leave(desk)
     if desk:
         self._settle_wanted(desk)
@@ -197,7 +197,7 @@ def _run(self:Rounds, a:Attempt):
 
 @patch
 def _one(self:Rounds, a) -> Attempt: # The next one, if it is this thread's already
-    if a.outcome is not None or a.ctx.lost: return self._off(a)  # it was released while it waited for this thread
+    if a.outcome is not None or a.ctx.lost: return self._passed_over(a)
     self._ran += 1
     # a turn that waits for Python after each of its statements would get it only every `sys.getswitchinterval()`;
     # beside jobs that compute it is they who would get it
@@ -209,6 +209,19 @@ def _one(self:Rounds, a) -> Attempt: # The next one, if it is this thread's alre
     try: self._after_one(a, o, took, following)
     except Exception: log.exception('%s: a thread goes on after an error', a)  # with the next one, which nobody else knows
     return following
+
+@patch
+def _passed_over(self:Rounds, a):
+    "It was released, or taken from this process, while it waited for its turn"
+    self._off(a)
+    if a.outcome is None: a.desk.let_go(a, ended=False)
+    self._tell_nobody(a)
+
+@patch
+def _tell_nobody(self:Rounds, a):
+    "It is not run here: who waits for it goes on"
+    for future in (a.done, a.waiter): future and settle(future)
+    if a.suspect: self._visit_soon(self.slot.give())
 
 @patch
 def _after_one(self:Rounds, a, o, took, following):
@@ -234,7 +247,8 @@ def _crowded(self:Rounds) -> bool:
 @patch
 def _off(self:Rounds, a, took=None):
     "An attempt gives its slot back"
-    if a.counted: a.counted = False; self.line.done(a, took)
+    if a.counted: a.counted = a.handed = False; self.line.done(a, took)
+    elif a.handed: self.line.hand(a, -1)
 
 @patch
 def _fed(self:Rounds, but=None):
@@ -297,8 +311,9 @@ def _sure(self:Rounds, desk) -> int: return max(0, self.line.free() - sum(sure f
 # %% ../../nbs/jobs/13_rounds.ipynb #136e4ff8
 @patch
 def _room(self:Rounds, desk, n, **kw):
-    l, (by_task, sure) = desk.limits, self.line.room_of_tasks(desk)
-    return Room(n, by_queue=self.line.free_of(), closed=l.closed, most=l.most, most_by_queue=l.most_by_queue, rates={**self.registry.rates, **l.rates}, off=l.off, by_task=by_task, sure_of_task=sure, sure_of_queue=self.line.places_of(),
+    l, (by_task, sure), named = desk.limits, self.line.room_of_tasks(desk), self.registry.named_as
+    rates, off = {**self.registry.rates, **{named(t): r for t, r in l.rates.items()}}, l.off and {named(t) for t in l.off}
+    return Room(n, by_queue=self.line.free_of(), closed=l.closed, most=l.most, most_by_queue=l.most_by_queue, rates=rates, off=off, named=named, by_task=by_task, sure_of_task=sure, sure_of_queue=self.line.places_of(),
         age=self.settings.age, sure=self._sure(desk), **kw)
 
 @patch
@@ -416,8 +431,8 @@ def _given(self:Rounds, desk, got, job_id, func, future, here):
     if (row := got.pop(job_id, None)) is None: return settle(future)  # two handles of one job may have come together
     [a] = desk._take([row], func)
     if here: a.done = future; return a
-    with self.line._lock: self.line.started(a); self.line._count(a, 1)
-    a.counted = True
+    a.waiter = future
+    self.line.hand(a)
     settle(future, a)
 
 # %% ../../nbs/jobs/13_rounds.ipynb #122eb61e
@@ -500,12 +515,22 @@ def _beats(self:Rounds):
                 if (desk.live or desk.unwritten) and not desk.beating: desk.beating = True; self.house.submit(self._beat, desk)
             self._close_idle()
             self._see_to_timeouts()
+            self._see_to_orphans()
             self._visit_soon([d for d in self.line.look() if d in self._blocked])
             self.keep_brisk(bool(self.line.lanes.narrow))
             if self.line.ready(): self.crew.call()  # what waits in a lane that has become wider
         except Exception: log.exception('leases go on to be renewed after an error')  # without them every running job would be taken back
         time.sleep(tick)
     self.keep_brisk(False)
+
+@patch
+def _see_to_orphans(self:Rounds):
+    "Run what was handed to a coroutine whose event loop has ended"
+    for a in self._live():
+        if not a.handed or not a.waiter.get_loop().is_closed(): continue
+        a.waiter, placed = None, a.counted
+        if placed: a.handed = False; self._run(a)
+        else: self.line.hand(a, -1); a.counted = True; self.line.put(a.desk, [a]); self.crew.call()
 
 @patch
 def _beat(self:Rounds, desk):
@@ -521,9 +546,7 @@ def _not_begun(self:Rounds, desk, late):
     "Give back what got no thread"
     try: desk.give_back(late)
     except BaseException: self.line.put(desk, late); raise
-    for a in late:
-        if a.done: settle(a.done)
-        if a.suspect: self._visit_soon(self.slot.give())
+    for a in late: self._tell_nobody(a)
     desk.hungry = True
     self._pass_on(desk)  # another process may have a thread for them
     self._errand(desk)

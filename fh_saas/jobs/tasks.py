@@ -201,6 +201,12 @@ def find(self:Registry, task:str, job_type:str) -> Task: # None if it is not kno
     return self._tasks.get(task) if task else self._tasks.get(job_type) or self._tasks.get(self._types.get(job_type))
 
 @patch
+def named_as(self:Registry, task:str, job_type:str=None) -> str:
+    "The name under which the task of a row is registered, whatever the row calls it; as the row says, if nobody knows it"
+    t = self.find(task, job_type)
+    return t.name if t else task
+
+@patch
 def named(self:Registry, name:str) -> Task:
     "The registered task of that name; `UnknownTask` if there is none"
     if isinstance(name, str) and (t := self._tasks.get(name)): return t

@@ -200,6 +200,7 @@ class Line:
         self.size, self.queues = size, queues
         self.shares = {}  # of queues whose limit holds for all processes together: what falls to this one
         self.running, self.waiting, self._by_queue, self._running_by_queue = 0, 0, {}, {}
+        self.handed = 0  # claimed for a coroutine that is about to begin them
         self._newest, self._last = None, 0.0  # the job that got a thread last, while it holds it, and when it got it
         self._timed, self._slow, self._slow_of, self._pace = 0, 0.0, {}, 1.0  # jobs that were timed, the slowest of the last, of those in a queue with a limit, and their mean
         self._ring, self._jobs, self._lock, self.lanes = Ring(), {}, threading.RLock(), Lanes()
@@ -275,6 +276,22 @@ def started(self:Line, a):
     self.running += 1
     q = a.row['queue']
     self._running_by_queue[q] = self._running_by_queue.get(q, 0) + 1
+
+@patch
+def hand(self:Line, a, n:int=1):
+    "A job is given to the coroutine that will run it; or, with -1, it is not any more"
+    with self._lock: a.handed = n > 0; self.handed += n; self._count(a, n)
+
+@patch
+def begin(self:Line, a) -> bool: # False: there is no place for it, it has to wait in line
+    "A job that was handed over begins"
+    with self._lock:
+        self.hand(a, -1)
+        if self.running >= self.size or self._running_by_queue.get(q := a.row['queue'], 0) >= self.limit(q): return False
+        self.started(a)
+        self._count(a, 1)
+        a.counted = True
+        return True
 
 @patch
 def _count(self:Line, a, n):
@@ -362,7 +379,7 @@ def flows(self:Line) -> bool:
 @patch
 def free(self:Line) -> int:
     "Jobs that could start now"
-    return self.size - self.running - self.waiting + (self.lanes.parked() if self.lanes.narrow else 0)
+    return self.size - self.running - self.waiting - self.handed + (self.lanes.parked() if self.lanes.narrow else 0)
 
 @patch
 def stock(self:Line) -> int:

@@ -255,9 +255,9 @@ def adopt(self:Wakes):
 def sweep(self:Wakes, n:int, older:float) -> list: # Their ids
     "The turn of those `n` at whom nobody has looked for the longest time, if it is more than `older` seconds"
     w = wakes_table
-    first = lambda: sa.select(w.c.tenant_id).where(w.c.fails == 0, sa.or_(w.c.swept_at < bind('before'), w.c.swept_at.is_(None))).order_by(w.c.swept_at).limit(bind('n', type_=sa.Integer))
+    first = lambda: sa.select(w.c.tenant_id).where(w.c.fails == 0, sa.or_(w.c.swept_at < bind('before'), w.c.swept_at.is_(None), w.c.swept_at > bind('ahead'))).order_by(w.c.swept_at).limit(bind('n', type_=sa.Integer))
     stmt = self.statement(('wakes sweep',), lambda: w.update().where(w.c.tenant_id.in_(first())).values(swept_at=bind('now')).returning(w.c.tenant_id))
-    return self.write(lambda cur, now: [t for t, in stmt(cur, now=timestamp(now), before=timestamp(now-older), n=n).fetchall()])
+    return self.write(lambda cur, now: [t for t, in stmt(cur, now=timestamp(now), before=timestamp(now-older), ahead=timestamp(now+max_lease), n=n).fetchall()])
 
 @patch
 def drop(self:Wakes, tenant_id:str):

@@ -133,18 +133,23 @@ def supervise(
     pause:float=1.0, # Seconds before one that has died is started again; doubled each time, up to a minute
 ) -> int: # Exit status
     "Keep `n` processes running, until a signal says stop or all have ended by themselves"
-    stop, procs, codes = threading.Event(), {}, [0]
+    ending, procs, told, codes = queue.SimpleQueue(), {}, set(), [0]  # as for a worker, no Event
     again, waits = dict.fromkeys(range(n), 0.0), dict.fromkeys(range(n), pause)
-    def signalled(sig, frame):
-        stop.set()
-        for p in list(procs.values()): p.send_signal(signal.SIGTERM)
+    def tell(those):
+        for p in those: told.add(p.pid); p.send_signal(signal.SIGTERM)
+    def signalled(sig, frame): ending.put(sig); tell(list(procs.values()))
+    def over():
+        try: return ending.get(timeout=0.2)
+        except queue.Empty: return None
     for sig in (signal.SIGTERM, signal.SIGINT): signal.signal(sig, signalled)
-    while (procs or again) and not stop.wait(0.2):
-        for i in [i for i, at in again.items() if at <= time.monotonic()]: procs[i] = subprocess.Popen(command, start_new_session=True); del again[i]
+    while (procs or again) and not over():
+        for i in [i for i, at in again.items() if at <= time.monotonic()]:
+            if ending.empty(): procs[i] = subprocess.Popen(command, start_new_session=True); del again[i]
         for i, p in [(i, p) for i, p in procs.items() if p.poll() is not None]:
             del procs[i]
             if not p.returncode: continue
             log.error('worker process %s ended with status %s; started again in %g s', p.pid, p.returncode, waits[i])
             again[i], waits[i] = time.monotonic() + waits[i], min(60.0, 2*waits[i])
+    tell([p for p in procs.values() if p.pid not in told])  # one may have been started as the signal came
     for p in procs.values(): codes.append(abs(p.wait()))
     return max(codes)

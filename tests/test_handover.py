@@ -1,0 +1,213 @@
+"Between a claim and the begin of its job, and between its end and the record of it: who waits, who has gone, who is not told."
+import asyncio, sqlite3, threading, time
+from concurrent.futures import Future
+from contextlib import contextmanager
+import psycopg, pytest
+from fh_saas.db_connect import DatabaseUnavailable
+from fh_saas.jobs.engine import Engine
+from fh_saas.jobs.rules import Limits
+from fh_saas.jobs.states import Outcome
+from fh_saas.jobs.turns import Line
+from conftest import wait_until
+
+@pytest.fixture
+def make(new_manager, new_sqlite, new_pg):
+    "Call it with a kind of database and settings for a manager; `queues` as for an engine"
+    def made(kind='sqlite', queues=None, **kw):
+        m = new_manager((new_sqlite if kind == 'sqlite' else new_pg)(), **kw)
+        m.engine.line.queues = queues
+        return m
+    return made
+
+@pytest.fixture(params=['sqlite', 'postgresql'])
+def kind(request): return request.param
+
+@contextmanager
+def locked(m):
+    "Nobody else writes"
+    conn = sqlite3.connect(m.store.url.database, isolation_level=None)
+    conn.execute('BEGIN IMMEDIATE')
+    try: yield
+    finally: conn.close()
+
+def in_hand(m): return m.engine.line.running, m.engine.line.waiting, m.engine.line.handed, {q: n for q, n in m.engine.line._by_queue.items() if n}, len(m.engine._live())
+def calm(m): wait_until(lambda: in_hand(m) == (0, 0, 0, {}, 0), 10, f'{in_hand(m)}')
+
+# --- Async jobs of responses
+
+@pytest.mark.parametrize('limit', ['process', 'queue', 'queue by a rule'])
+def test_async_jobs_of_responses_keep_to_the_limit(kind, make, limit):
+    m = make(kind, {'api': 2, 'default': 9} if limit == 'queue' else None, concurrency=3 if limit == 'process' else 9)
+    if limit == 'queue by a rule': m.engine.line.shares = {'api': 2}
+    now, most, ran = 0, 0, []
+    async def f(n):
+        nonlocal now, most
+        now += 1; most = max(most, now)
+        await asyncio.sleep(0.004)
+        now -= 1; ran.append(n)
+    async def go():
+        for k in range(5):  # when some have been timed, more are claimed than can begin
+            handles = [(await m.asubmit('t', f, n=20*k + n, queue='api'))[1] for n in range(20)]
+            await asyncio.gather(*(h() for h in handles))
+    asyncio.run(go())
+    wait_until(lambda: {j.status for j in m.list_jobs(limit=None)} == {'completed'}, 20)  # those that were refused run afterwards
+    assert most == (3 if limit == 'process' else 2) and sorted(ran) == [*range(100)]
+    calm(m)
+
+def test_what_gets_no_place_is_given_back_and_run_soon(make):
+    m = make(concurrency=1)
+    m.engine.line._timed, m.engine.line._slow = 100, 0.0001  # it claims far ahead
+    async def slow(): await asyncio.sleep(2.5)
+    async def quick(): return 1
+    async def go():
+        handles = [(await m.asubmit('t', f))[1] for f in (slow, quick, quick)]
+        await asyncio.gather(*(h() for h in handles[1:]), asyncio.create_task(handles[0]()))
+    asyncio.run(go())
+    wait_until(lambda: {j.status for j in m.list_jobs()} == {'completed'}, 8, 'due when there is a place, not after the handoff')
+    calm(m)
+
+@pytest.mark.parametrize('when', ['before the claim', 'after it', 'in line'])
+def test_a_job_whose_event_loop_has_ended_is_run_all_the_same(make, when, monkeypatch):
+    m = make(concurrency=1, lease=60)
+    ran = []
+    async def f(): ran.append(1)
+    id, bg = m.submit('t', f)
+    if when == 'before the claim':
+        with locked(m), pytest.raises(TimeoutError): asyncio.run(asyncio.wait_for(bg(), 0.3))
+    else:
+        held, go_on = threading.Event(), threading.Event()
+        real = Engine._given if when == 'after it' else Line.begin
+        def late(*args):
+            if when == 'after it': held.set(); go_on.wait(10)
+            return real(*args) if when == 'after it' else bool(m.engine.line.hand(args[1], -1))
+        monkeypatch.setattr(*(Engine, '_given') if when == 'after it' else (Line, 'begin'), late)
+        if when == 'in line': monkeypatch.setattr(Line, 'take', lambda *a, **kw: None)
+        with pytest.raises(TimeoutError): asyncio.run(asyncio.wait_for(bg(), 0.3))
+        go_on.set()
+        monkeypatch.undo()
+        if when == 'in line': m.engine.crew.call()
+    assert m.wait(id, 40 if when == 'before the claim' else 10).status == 'completed' and ran == [1], when
+    calm(m)
+
+def test_a_response_that_is_cancelled_leaves_no_claim_behind(make):
+    "Its job was asked for, and not claimed yet"
+    m = make()
+    async def f(): return 1
+    id, bg = m.submit('t', f)
+    desk = m.engine._desks[m.store]
+    async def go():
+        desk.turning = True  # another turn is at it
+        try:
+            t = asyncio.create_task(bg())
+            await asyncio.sleep(0.05)
+            assert [w[0] for w in desk.wanted] == [id]
+            t.cancel()
+            await asyncio.wait({t})
+        finally: desk.turning = False
+    asyncio.run(go())
+    assert desk.wanted == [] and m.get_job(id).status == 'pending'
+
+# --- Who is told
+
+def test_an_outcome_of_a_database_that_is_forgotten_is_waited_for_by_nobody(make):
+    m = make()
+    id, _ = m.submit('t', lambda: 1)
+    e, a = m.engine, m.engine._claim(m.store, id, None)
+    e.forget(a.store)
+    e._record(a, Outcome('completed'), done := Future())
+    e._unwritten(a, DatabaseUnavailable('gone'))
+    assert done.result(5) is None and not a.desk.unwritten and e._live() == []
+
+def test_whoever_waits_for_a_direct_call_is_told_when_the_engine_stops(make):
+    m = make(busy=0.2, grace=0)
+    lock = sqlite3.connect(m.store.url.database, isolation_level=None, check_same_thread=False)
+    def f(): lock.execute('BEGIN IMMEDIATE')
+    id, bg = m.submit('t', f)
+    said = []
+    t = threading.Thread(target=lambda: said.append(bg.func(*bg.args)), daemon=True)
+    t.start()
+    wait_until(lambda: m.engine._desks[m.store].unwritten, 10)
+    m.engine.stop(0)
+    t.join(10)
+    lock.close()
+    assert not t.is_alive() and said == [None]
+
+@pytest.mark.parametrize('f', ['sync', 'async'])
+def test_a_job_that_was_lost_while_it_waited_in_line_is_forgotten(make, f):
+    m = make()
+    async def g(): raise AssertionError('it is run')
+    id, _ = m.submit('t', g if f == 'async' else lambda: 1/0)
+    a = m.engine._claim(m.store, id, None)
+    a.ctx.lost, a.done = True, Future()
+    m.engine._begin(a) if f == 'async' else m.engine._one(a)
+    assert a.done.result(5) is None and m.engine._live() == [] and in_hand(m)[:3] == (0, 0, 0)
+
+# --- A server that is lost in the middle of a commit
+
+def breaks_once(m, name, monkeypatch, when):
+    "The answer to the next commit does not come; it was done all the same"
+    real, done = getattr(m.store.kind, name), []
+    def broken(*args):
+        said = real(*args)
+        if not done and when(): done.append(1); raise psycopg.OperationalError('server closed the connection unexpectedly')
+        return said
+    monkeypatch.setattr(m.store.kind, name, broken)
+    return done
+
+def test_claims_whose_commit_was_not_confirmed_are_given_back(make, monkeypatch):
+    m = make('postgresql', lease=60)
+    done = breaks_once(m, 'commit', monkeypatch, lambda: rows(m) and rows(m)[0] == 'running')
+    id, _ = m.submit('t', lambda: 7, 1, run_at='2020-01-01')
+    job = m.wait(id, 10)
+    assert done and (job.status, job.result, job.attempt, [a['outcome'] for a in m.attempts(id)]) == ('completed', '7', 1, ['completed'])
+    assert m.engine._desks[m.store].doubtful == () and m.engine.stale == 0
+
+def rows(m):
+    with psycopg.connect(m.store.url.set(drivername='postgresql').render_as_string(hide_password=False)) as conn: return [s for s, in conn.execute('SELECT status FROM tenant_jobs')]
+
+@pytest.mark.parametrize('how', ['completed', 'failed', 'retry'])
+def test_an_outcome_whose_commit_was_not_confirmed_is_no_dropped_one(make, monkeypatch, how):
+    m = make('postgresql', lease=60)
+    ran = []
+    def f():
+        ran.append(1)
+        if how != 'completed' and len(ran) < 2: raise OSError('no')
+        return 1
+    id, bg = m.submit('t', f, 1 if how == 'failed' else 3)
+    for name in ('commit', 'at_once'): breaks_once(m, name, monkeypatch, lambda: bool(ran))
+    said = bg.func(*bg.args)
+    assert said.kind == how and m.engine.stale == 0
+    assert m.get_job(id).status == ('pending' if how == 'retry' else how) and [a['outcome'] for a in m.attempts(id)] == [how]
+    assert m.engine._live() == []
+
+def test_an_outcome_that_another_has_recorded_is_dropped(make, monkeypatch):
+    "The claim was lost while the server was away"
+    m = make('postgresql', lease=60)
+    id, bg = m.submit('t', lambda: 1)
+    a = m.engine._claim(m.store, id, None)
+    m.store.write(lambda cur, now: cur.execute("UPDATE tenant_jobs SET lease_until = created_at") and None)
+    assert [o.kind for _, o in m.store.rescue()] == ['lost']
+    a.tried = True
+    m.engine._record(a, Outcome('completed', result='1'), done := Future())
+    a.desk.ends.clear()
+    m.engine._one_by_one([a])
+    assert done.result(5) is None and m.engine.stale == 1 and m.get_job(id).status == 'pending'
+
+# --- A task that has got another name
+
+@pytest.mark.parametrize('what', ['rate', 'pause', 'pause of the old name'])
+def test_what_holds_for_a_task_holds_for_rows_under_its_old_names(kind, make, what):
+    m = make(kind)
+    ran = []
+    def send(n): ran.append(n)
+    m.engine.registry.add(send, 'send', aliases=('send_mail',), rate=(3, 60) if what == 'rate' else None)
+    m.engine.registry.file_under('mail', 'send')
+    if what != 'rate': m.engine._desks[m.store]._free = Limits(off=frozenset({'send' if what == 'pause' else 'send_mail'}))
+    m.engine.registry.add(other := lambda n: ran.append(n), 'other')
+    names = [('send', 's'), ('send_mail', 's'), (None, 'mail')]
+    m.store.add_many([dict(id=f'{n}', job_type=t, task=name, payload=f'{{"n":{n}}}', max_retries=3) for n, (name, t) in enumerate(names*3)])
+    m.store.add(dict(id='x', job_type='o', task='other', payload='{"n":"x"}', max_retries=3))
+    m.engine.attend(m.store)
+    assert m.wait('x', 10).status == 'completed'
+    time.sleep(1)
+    assert len(ran) == (4 if what == 'rate' else 1)
