@@ -262,6 +262,7 @@ async def _handle_async(self:Engine, store, job_id, func):
         if self.line.ready(): self._go_on()  # a place has become free meanwhile
         if a := await self._handed(a.waiter, a.desk): a.handed = False
     if a is None: return
+    if a.outcome is not None or a.ctx.lost: return self._passed_over(a)
     running = asyncio.create_task(self._arun_told(a))
     try: await self._until_stop(running)
     except asyncio.CancelledError: running.cancel(); await asyncio.wait({running}, timeout=2); raise

@@ -280,7 +280,10 @@ def started(self:Line, a):
 @patch
 def hand(self:Line, a, n:int=1):
     "A job is given to the coroutine that will run it; or, with -1, it is not any more"
-    with self._lock: a.handed = n > 0; self.handed += n; self._count(a, n)
+    with self._lock:
+        if a.handed == (n > 0): return
+        a.handed, self.handed = n > 0, self.handed + n
+        self._count(a, n)
 
 @patch
 def begin(self:Line, a) -> bool: # False: there is no place for it, it has to wait in line
