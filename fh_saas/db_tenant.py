@@ -191,6 +191,7 @@ def open_db(self:HostDatabase, tenant:TenantCatalog) -> TenantDatabase:
     db.host = self
     return db
 
+# %% ../nbs/01_db_tenant.ipynb #85fce953
 _env_hosts, _env_lock = {}, threading.Lock()
 
 def _host(host):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Optional, TypedDict
 import msgspec, pydantic, pytest
 from fastcore.basics import AttrDict
 from hypothesis import given, strategies as st
-from fh_saas.jobs.arguments import Signature
+from fh_saas.jobs.arguments import BadPayload, Signature
 from fh_saas.jobs.payload import NotJson, loads, to_json
 from fh_saas.jobs.tasks import BadPayload, Task, task
 
@@ -227,3 +227,21 @@ def test_json_means_what_python_writes(v):
 
 def test_a_number_that_python_does_not_write_is_no_json():
     with pytest.raises(NotJson, match='result cannot be encoded'): to_json(10**5000, 'result')
+
+def test_a_model_comes_back_as_it_went_in_or_is_refused():
+    class Opts(pydantic.BaseModel): page_size: int = pydantic.Field(50, alias='pageSize')
+    class Needs(pydantic.BaseModel): n: int = pydantic.Field(alias='N')
+    class Login(pydantic.BaseModel): password: pydantic.SecretStr
+    class Apart(pydantic.BaseModel): n: int = pydantic.Field(1, validation_alias='come', serialization_alias='go')
+    def f(opts:Opts=None, needs:Needs=None, login:Login=None, apart:Apart=None, many:list[Opts | None]=None) -> Opts: pass
+    f.__annotations__ |= dict(opts=Opts | None, needs=Needs | None, login=Login | None, apart=Apart | None, many=list[Opts | None] | None)
+    s = Signature(f)
+    def again(**kw): return s.unpack(json.loads(s.pack(kw)))
+    for given in (Opts(pageSize=500), dict(pageSize=500)): assert again(opts=given)['opts'].page_size == 500
+    assert again(needs=dict(N=1))['needs'] == again(needs=Needs(N=1))['needs'] == Needs(N=1)
+    assert again(many=[Opts(pageSize=7), None, Opts()])['many'] == [Opts(pageSize=7), None, Opts()]
+    for odd in (dict(login=Login(password='s3cret')), dict(login=dict(password='s3cret')), dict(apart=Apart(come=5))):
+        with pytest.raises(BadPayload, match='does not come back from its JSON') as e: s.pack(odd)
+        assert 's3cret' not in str(e.value)
+    assert again(apart=Apart())['apart'] == Apart()
+    assert s.unpack_result(s.pack_result(Opts(pageSize=9))) == Opts(pageSize=9) and json.loads(s.pack_result(Login(password='s3cret'))) == dict(password='**********')  # the work is done

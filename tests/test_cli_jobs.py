@@ -17,6 +17,8 @@ def cli_sync(account, api_key='', job=None):
     if account < 0: raise Permanent('no such account')
     return account
 
+def cli_named(job_id, self=None): return [job_id, self]
+
 @pytest.fixture
 def shop(new_url, new_engine):
     host = HostDatabase(new_url())
@@ -157,3 +159,21 @@ def test_the_environment_does_not_say_who_it_was(monkeypatch):
     import os, pwd
     for name in ('LOGNAME', 'USER', 'LNAME', 'USERNAME'): monkeypatch.setenv(name, 'alice')
     assert person() == f'{pwd.getpwuid(os.getuid()).pw_name} (fh-saas)'
+
+def test_arguments_may_have_any_names(shop, run):
+    m, _, _ = shop
+    id, _ = m.submit('t', cli_named, payload=dict(job_id=1))
+    new = run('rerun', id, 'job_id="6"', 'self=7').strip()
+    assert json.loads(m.get_job(new).payload) == dict(job_id='6', self=7)
+
+def test_jobs_of_a_suspended_tenant_are_seen_and_cancelled_but_not_begun(shop, run):
+    m, url, tenant = shop
+    id, _ = m.submit('t', cli_sync, account=1)
+    host = HostDatabase(url)
+    for state in ('paused', 'migrating'):
+        host.set_state(tenant, state)
+        assert id in run('jobs') and id in run('job', id)
+        assert state in run('rerun', id, code=1)
+    run('cancel', id)
+    assert m.get_job(id).status == 'cancelled' and len(m.list_jobs()) == 1
+    host.close()

@@ -1,5 +1,5 @@
 "What ends an attempt: its time, its memory, its own completion; and what an exception means."
-import asyncio, json, logging, os, sys, threading, time
+import asyncio, json, logging, os, subprocess, sys, threading, time
 from datetime import date
 from pathlib import Path
 import pytest
@@ -831,3 +831,16 @@ def test_nobody_in_a_ring_is_starved_by_those_who_come_and_go(others, data):
         ring.took(who, ring.grant(who, 1, 1))
         ring.leave(who)  # it had a single job, and comes again with the next
     raise AssertionError('it had no turn')
+
+@pytest.mark.parametrize('path', [None, '/somewhere'])
+def test_what_leads_a_process_of_its_own_to_its_modules_is_not_for_what_the_task_starts(lite, path, monkeypatch):
+    monkeypatch.delenv('PYTHONPATH', raising=False) if path is None else monkeypatch.setenv('PYTHONPATH', path)
+    lite.engine.registry = tasks.registry
+    id, bg = lite.submit('t', isolated.surroundings)
+    call(bg)
+    assert lite.result(id) == path
+
+def test_memory_is_limited_below_a_limit_that_is_there():
+    code = "import resource as r; r.setrlimit(r.RLIMIT_AS, (2**36, 2**36)); from fh_saas.jobs.child import _limit; _limit(64); a = r.getrlimit(r.RLIMIT_AS); _limit(2**20); print(0 < a[0] < a[1] == 2**36, r.getrlimit(r.RLIMIT_AS) == (2**36, 2**36))"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=30)
+    assert done.stdout == 'True True\n', done.stderr

@@ -1,6 +1,7 @@
 "Who may see and do what on the web: every route, as a hostile tenant, a hostile site and a hostile payload would try it."
-import asyncio, itertools, json, re, threading, time
+import asyncio, itertools, json, re, shutil, threading, time
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 import pytest
 import sqlalchemy as sa
@@ -145,7 +146,7 @@ def test_another_tenants_jobs_are_not_there(web, touched, role, by):
             foreign = params.get('tenant') in ('globex', 'GLOBEX')
             if not foreign and role == 'viewer' and method != 'GET': assert refused(x); continue
             if path.endswith('/stream') and not foreign: assert x.text == f'retry: 3000\n\nevent: job\ndata: {theirs}\n\nevent: end\ndata: \n\n'; continue
-            assert x.status_code == want and (not is_part(path) or 'not there any more' in x.text), (method, path, params, x.status_code, x.text)
+            assert x.status_code == want and (not is_part(path) or ('no tenant' if path.endswith('/start') else 'not there any more') in x.text), (method, path, params, x.status_code, x.text)
             # nor can one tell it from what does not exist
             other = look(method, path, nobody if id == theirs else id, **{k: 'nowhere' if v in ('globex', 'GLOBEX') else v for k, v in params.items()})
             def plain(x, p): return re.sub('value="[0-9a-f]{40}"', '', x.text).replace(theirs, 'ID').replace(nobody, 'ID').replace(p.get('tenant') or '#', 'T').replace('nowhere', 'T')
@@ -668,3 +669,34 @@ def test_a_button_starts_nothing_for_a_tenant_that_is_suspended(web):
     web.jobs.directory._known.clear()
     c.post('/jobs/-/start', data=dict(csrf=c.csrf, what=what))
     assert len(web.m['acme'].list_jobs()) == 2
+
+def test_the_file_of_another_tenant_is_shown_to_nobody(web):
+    "Somebody has copied globex's over acme's"
+    theirs, _ = web.m['globex'].submit('t', sync, path='theirs')
+    c = web.client('acme-operator')
+    at = {t: Path(web.host.url_of(web.host.find(t)).database) for t in web.m}
+    for db in web.dbs.values(): db.close()
+    for t, m in web.m.items(): web.host.open_dbs.close(web.host.url_of(web.host.find(t))); m.store.close()
+    shutil.copy(at['globex'], new := at['acme'].with_suffix('.new'))
+    for x in ('-wal', '-shm'): Path(f"{at['acme']}{x}").unlink(missing_ok=True)
+    new.replace(at['acme'])
+    web.jobs.directory._known.clear()
+    for path in ('/jobs', '/jobs/list', f'/jobs/job/{theirs}', API, f'{API}/{theirs}', f'/jobs/-/progress/{theirs}'):
+        r = c.get(path)
+        assert r.status_code == 503 and 'theirs' not in r.text and 'globex' not in r.text, (path, r.text[:300])
+    assert c.request('DELETE', f'{API}/{theirs}').status_code == 503
+    assert [j.id for j in web.m['globex'].list_jobs()] == [theirs]
+    assert web.client('globex-operator').get(f'{API}/{theirs}').status_code == 200
+
+def test_why_jobs_are_held_is_an_operators_matter(web):
+    web.host.hold('acme', "it is a copy of tenant 'globex': /backups/globex.db")
+    seen, all_ = web.client('acme-operator').get('/jobs').text, web.client('root').get('/jobs', params=dict(tenant='acme')).text
+    assert 'Open jobs are held' in seen and 'globex' not in seen and '/backups/globex.db' in all_
+
+def test_a_button_of_another_tenants_page_says_so(web):
+    @web.app.route('/home', methods=['GET'])
+    def home(): return JobButton(web.m['globex'], 'go', sync, path='a')
+    c = web.client('acme-operator')
+    what = BeautifulSoup(c.get('/home').text, 'html.parser').find('input', {'name': 'what'})['value']
+    x = c.post('/jobs/-/start', data=dict(csrf=c.csrf, what=what), headers={'HX-Request': 'true'})
+    assert "another tenant's page" in x.text.replace('&#39;', "'").replace('&#x27;', "'") and web.m['acme'].list_jobs() == []

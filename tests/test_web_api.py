@@ -9,9 +9,13 @@ import sqlalchemy as sa
 from fasthtml.common import FastHTML, JSONResponse
 from starlette.testclient import TestClient
 from fh_saas.db_host import HostDatabase, TenantCatalog
+from fh_saas.db_connect import DatabaseBusy
 from fh_saas.jobs import pages
+from fh_saas.jobs.options import Unique
 from fh_saas.jobs.retries import Permanent
 from fh_saas.jobs.settings import Settings
+from fh_saas.jobs.store import Store
+from fh_saas.jobs.tasks import task
 from fh_saas.jobs.tenancy import rules_of
 from fh_saas.testing import JobTester
 from fh_saas.web.access import Access
@@ -31,7 +35,9 @@ def login(password:str, url:str, fail:bool=False):
 def odd(job_id:str, self:str, payload:dict, job_type:str='', queue:str='', unique:bool=False, triggered_by:str='', max_retries:int=0, conn:str='', func:str='', task_func:str=''): return dict(job_id=job_id, self=self, payload=payload, job_type=job_type, queue=queue, unique=unique, triggered_by=triggered_by, max_retries=max_retries, conn=conn, func=func, task_func=task_func)
 def report(job, n:int=0): job.progress(45, 'Processing batch 5 of 11'); job.details.update(rows=n)
 async def nothing(): pass
-tasks = dict(catalog=[product_import, odd], users=[login, report, nothing])
+@task('stock_sync', unique=Unique(by=('account',)))
+def stock_sync(account:int, full:bool=False): return account
+tasks = dict(catalog=[product_import, odd], users=[login, report, nothing], stock=[stock_sync])
 tokens = dict(op=Access('operator', 'acme', 'script'), view=Access('viewer', 'acme', 'reader'), admin=Access('admin', user='root'), other=Access('operator', 'globex', 'script'))
 
 def said(r, status, kind=None, text=''):
@@ -397,3 +403,46 @@ def test_a_suspended_tenant_takes_nothing_new_and_shows_what_it_has(web):
     web.host.set_state('acme', 'active')
     web.jobs.directory._known.clear()
     assert web.c.post(start, json=dict(path='b.csv')).status_code == 202
+
+# --- What a row may hold
+
+@pytest.mark.parametrize('result', ['{"file": "caf\\udce9.csv", "\\ud83d": ["\\ud83d"]}', '"\\ud83d"', '{"a": NaN, "b": [Infinity, 1e999]}', 'NaN'])
+def test_what_no_response_can_carry_is_shown_all_the_same(lite, result):
+    "Half of an emoji, the name of a file that is no UTF-8, numbers that only Python takes for JSON"
+    id = lite.c.post(start, content=b'{"path": "\\ud800"}', headers={'Content-Type': 'application/json'}).json()['job_id']
+    lite.jt.drain()
+    put(lite, id, result=result, details=result)
+    for path in (at, f'{at}/{id}', f'{at}/running'): assert lite.c.get(path).status_code == 200, path
+    admin = lite.client('admin')
+    for path in ('/jobs/list', f'/jobs/job/{id}', '/jobs', f'/jobs/-/progress/{id}', '/jobs/-/list'): assert admin.get(path, params=dict(tenant='acme')).status_code == 200, path
+
+# --- Who did what
+
+def test_a_user_may_be_a_number(new_sqlite, new_web):
+    w = new_web(new_sqlite(), role=lambda req: 'operator', user=lambda req: 5, tenant=lambda req: 'acme')
+    id = w.start()
+    w.m.cancel(id)
+    assert w.client(None).delete(f'{at}/{id}').status_code == 204
+    assert [(e.by, e.action) for e in w.jobs.audit.entries('acme')] == [('5', 'delete')]
+
+def test_a_bulk_act_that_is_cut_off_says_so_and_is_in_the_audit(web, monkeypatch):
+    for n in range(5): web.m.cancel(web.start())
+    act, write, n = Store.act_on_all, Store.write, []
+    def late(self, op):
+        n.append(1)
+        if len(n) > 2: raise DatabaseBusy('locked')
+        return write(self, op)
+    def one_by_one(self, *args):
+        monkeypatch.setattr(Store, 'write', late)
+        try: return act(self, *args, each=1)
+        finally: monkeypatch.setattr(Store, 'write', write)
+    monkeypatch.setattr(Store, 'act_on_all', one_by_one)
+    p = said(web.c.post(f'{at}/bulk', json=dict(action='delete', filter=dict(status='cancelled'))), 503, 'unavailable')
+    assert 'Nothing was changed' not in p['detail'] and 'look first' in p['detail']
+    assert len(web.m.list_jobs()) == 3
+    assert [(e.action, e.what) for e in web.jobs.audit.entries('acme')] == [('bulk', "delete: 2 jobs with {'status': 'cancelled'}, and then it failed")]
+
+def test_a_task_that_is_unique_by_some_arguments_gives_the_job_that_is_there(web):
+    first = web.c.post('/api/v1/stock/stock-sync', json=dict(account=7))
+    again = web.c.post('/api/v1/stock/stock-sync', json=dict(account=7, full=True))
+    assert (first.status_code, again.status_code) == (202, 202) and first.json()['job_id'] == again.json()['job_id']

@@ -28,8 +28,14 @@ def _known(cls) -> bool:
 
 def _packed(v):
     if isinstance(v, PurePath): return str(v)
-    if hasattr(type(v), 'model_dump'): return v.model_dump(mode='json')
+    if hasattr(type(v), 'model_dump'): return v.model_dump(mode='json', by_alias=True, round_trip=True)
     raise NotImplementedError(f'{type(v).__name__} is not JSON')
+
+def _comes_back(v):
+    "As `_packed`, for an argument: a model that reads something else from its JSON, as one with a secret does, is refused"
+    plain = _packed(v)
+    if hasattr(type(v), 'model_dump') and _unpacked(type(v), plain).model_dump() != v.model_dump(): raise TypeError(f'`{type(v).__name__}` does not come back from its JSON as it was')
+    return plain
 
 def _unpacked(cls, v):
     if isinstance(v, cls): return v
@@ -74,11 +80,11 @@ class Wire:
     def pack(self, v):
         "`v` as what JSON has; TypeError if it is not of this type"
         if self.same is not None and type(v) is self.same: return v
-        plain = v if self.open else msgspec.to_builtins(v, enc_hook=_packed)
+        plain = v if self.open else msgspec.to_builtins(v, enc_hook=_comes_back)
         there = self.unpack(plain)
         if self.open: return plain
         # what was understood, so that equal arguments look the same: 1 as 1.0 where a float is wanted, a set in one order
-        as_type = msgspec.to_builtins(there, enc_hook=_packed, str_keys=True, order='deterministic')
+        as_type = msgspec.to_builtins(there, enc_hook=_comes_back, str_keys=True, order='deterministic')
         if odd := _unknown(self.shape, msgspec.to_builtins(plain, str_keys=True)): raise TypeError(f'Object contains unknown field `{odd}`')
         return as_type
 

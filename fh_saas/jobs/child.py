@@ -50,7 +50,8 @@ def _limit(mib):
     "From here on, at most so much more memory"
     import resource
     with open('/proc/self/statm') as f: now = int(f.read().split()[0])*resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + mib*2**20, resource.RLIM_INFINITY))
+    most, hard = now + mib*2**20, resource.getrlimit(resource.RLIMIT_AS)[1]  # which nobody but root can raise
+    resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 def _heed(a):
     "Do as the parent says; end when it has"
@@ -72,6 +73,7 @@ def main():
     lines = _lines(orders)
     order, voice, lock, over = json.loads(next(lines)), os.fdopen(int(sys.argv[1]), 'wb'), threading.Lock(), threading.Event()
     sys.path[:] = order['path']
+    os.environ.pop('PYTHONPATH', None) if order['pythonpath'] is None else os.environ.update(PYTHONPATH=order['pythonpath'])  # the one that led here is not for what the task starts
     _alone()
     logging.getLogger('fh_saas.task').disabled = True  # the parent says it
     def say(what):

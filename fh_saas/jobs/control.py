@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from fastcore.basics import patch
 from ..db_connect import FhSaasError
 from ..db_host import timestamp
+from .commit import SQLite
 from .store import PENDING, RUNNING, Store, bind, bound, rows_of, tagged
 import fh_saas.jobs.claims  # noqa: F401 gives a store `_among`
 
@@ -137,13 +138,21 @@ def act_on_all(self:Store, action:str, only:dict,
     but:tuple=(), # Not jobs of these tasks
     each:int=1000,
 ) -> int: # How many
-    "The same to all jobs that match, `each` of them in a transaction"
+    "The same to all jobs that match, `each` of them in a transaction; an error says how many were `done` before it"
     op, done, find, ids = self._op(action, {}), 0, self.matching(action, only, each, but), ['']
+    # in a file one looks without the write lock, for it may be long; the change itself asks again whether it may be
+    looks_first = isinstance(self.kind, SQLite)
+    def found(cur, now): return find(cur, now, ids[-1])
     def some(cur, now):
-        found = find(cur, now, ids[-1])
-        return found, op(cur, now, found) if found else {}
-    while ids:
-        ids, changed = self.write(some)
-        if changed: each_done(changed)
-        done += len(changed)
+        those = ids if looks_first else found(cur, now)
+        return those, op(cur, now, those) if those else {}
+    try:
+        while ids:
+            if looks_first:
+                with self.cursor() as cur: ids = found(cur, None)
+                if not ids: break
+            ids, changed = self.write(some)
+            if changed: each_done(changed)
+            done += len(changed)
+    except FhSaasError as e: e.done = done; raise
     return done

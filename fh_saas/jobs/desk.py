@@ -76,6 +76,7 @@ def weight(self:Desk): return self.limits.weight
 def shut(self:Desk) -> bool: # Is nothing to be started here now?
     return self.paused or bool(self.tenancy) and (not self.tenancy.serving or self.limits.paused)
 
+# %% ../../nbs/jobs/11_desk.ipynb #72981526
 @patch(as_prop=True)
 def own(self:Desk) -> tuple: return self.local.names[1] + tuple(sorted(self._own)) # Names of functions that are for this database only
 

@@ -276,6 +276,7 @@ async def _handed(self:Engine, future, desk) -> Attempt: # None if the job is no
         future.add_done_callback(lambda f: f.result() and self.house.submit(self._release, [f.result()]))
         raise
 
+# %% ../../nbs/jobs/14_engine.ipynb #3be5ba9e
 @patch
 async def _arun_told(self:Engine, a):
     "Run an attempt, and wait until its outcome is written"

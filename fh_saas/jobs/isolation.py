@@ -44,7 +44,7 @@ def _home(func) -> dict:
 
 def _order(a) -> bytes:
     s = a.store
-    return json.dumps(dict(_home(a.func), path=sys.path, task=a.task.name, memory=a.task.isolate['memory'], row=a.row, tenant=s.tenant,
+    return json.dumps(dict(_home(a.func), path=sys.path, pythonpath=os.environ.get('PYTHONPATH'), task=a.task.name, memory=a.task.isolate['memory'], row=a.row, tenant=s.tenant,
         url=s.url.render_as_string(hide_password=False), table=s.t.jobs.name, synchronous=s.synchronous, busy=s.busy)).encode() + b'\n'
 
 # %% ../../nbs/jobs/07_isolation.ipynb #e380a192

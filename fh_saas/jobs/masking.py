@@ -10,7 +10,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/masking.html.md"""
 __all__ = ['hide', 'is_secret', 'mask', 'secret_values', 'masked']
 
 # %% ../../nbs/jobs/02_masking.ipynb #eac644bc
-import json, os, re, threading
+import json, math, os, re, threading
 
 # %% ../../nbs/jobs/02_masking.ipynb #09714a19
 _lock = threading.Lock()
@@ -89,5 +89,11 @@ def secret_values(
 
 def masked(o):
     "A copy of arguments as they may be shown"
-    if isinstance(o, dict): return {k: '***' if is_secret(k, v) and v not in (None, '') else masked(v) for k, v in o.items()}
-    return [masked(v) for v in o] if isinstance(o, list) else mask(o) if isinstance(o, str) else o
+    if isinstance(o, dict): return {_whole(k): '***' if is_secret(k, v) and v not in (None, '') else masked(v) for k, v in o.items()}
+    if isinstance(o, list): return [masked(v) for v in o]
+    if isinstance(o, float) and not math.isfinite(o): return str(o)  # Python reads it in a row, and nothing else in JSON
+    return mask(_whole(o)) if isinstance(o, str) else o
+
+def _whole(text) -> str:
+    "Half of a pair of surrogates, as a file's name can have it, is no text that can be sent"
+    return text.encode('utf-8', 'backslashreplace').decode()

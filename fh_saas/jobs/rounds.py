@@ -210,6 +210,7 @@ def _one(self:Rounds, a) -> Attempt: # The next one, if it is this thread's alre
     except Exception: log.exception('%s: a thread goes on after an error', a)  # with the next one, which nobody else knows
     return following
 
+# %% ../../nbs/jobs/13_rounds.ipynb #0a385be7
 @patch
 def _passed_over(self:Rounds, a):
     "It was released, or taken from this process, while it waited for its turn"
@@ -223,6 +224,7 @@ def _tell_nobody(self:Rounds, a):
     for future in (a.done, a.waiter): future and settle(future)
     if a.suspect: self._visit_soon(self.slot.give())
 
+# %% ../../nbs/jobs/13_rounds.ipynb #aca96aff
 @patch
 def _after_one(self:Rounds, a, o, took, following):
     if following is None: self._off(a, took)
@@ -523,6 +525,7 @@ def _beats(self:Rounds):
         time.sleep(tick)
     self.keep_brisk(False)
 
+# %% ../../nbs/jobs/13_rounds.ipynb #a019e7f0
 @patch
 def _see_to_orphans(self:Rounds):
     "Run what was handed to a coroutine whose event loop has ended"

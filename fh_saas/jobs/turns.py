@@ -277,6 +277,7 @@ def started(self:Line, a):
     q = a.row['queue']
     self._running_by_queue[q] = self._running_by_queue.get(q, 0) + 1
 
+# %% ../../nbs/jobs/10_turns.ipynb #31ddad47
 @patch
 def hand(self:Line, a, n:int=1):
     "A job is given to the coroutine that will run it; or, with -1, it is not any more"

@@ -14,6 +14,7 @@ import json
 from contextlib import contextmanager
 from fastcore.script import CliError
 from ..db_connect import FhSaasError
+from ..db_host import shown
 from ..db_tenant import open_tenant_db
 from ..jobs.engine import Engine
 from ..jobs.masking import mask, secret_values
@@ -24,11 +25,11 @@ from ..utils_bgtsk import BackgroundTaskManager
 
 # %% ../../nbs/ops/01_cli_jobs.ipynb #09138a97
 @contextmanager
-def _manager(host, tenant):
+def _manager(host, tenant, starts=False):
     h = the_host(host, tenant)
     engine = Engine(Settings.from_env(concurrency=0))
     try:
-        with open_tenant_db(tenant, h) as db: yield BackgroundTaskManager(db, engine)
+        with open_tenant_db(tenant, h) if starts or (t := h.find(tenant)) is None else h.open_db(t) as db: yield BackgroundTaskManager(db, engine)
     finally: engine.stop(0); h.close()
 
 def jobs(
@@ -43,7 +44,7 @@ def jobs(
     "The jobs of a tenant, the newest first"
     if status and status not in [*Status]: raise CliError(f"--status {plain(status)}: use one of {', '.join(Status)}")
     with _manager(host, tenant) as m: found = [(j, m.state(j)) for j in m.list_jobs(type, status, limit, **{k: v for k, v in dict(queue=queue, tag=tag).items() if v})]
-    table([dict(id=j.id, type=j.job_type, state=state, queue=j.queue, progress=j.progress_percent, failed=f'{j.retry_count}/{j.max_retries}', created=j.created_at, error=j.error_message and j.error_message[:60]) for j, state in found], 'there are none')
+    table([dict(id=j.id, type=j.job_type, state=state, queue=j.queue, progress=j.progress_percent, failed=f'{j.retry_count}/{j.max_retries}', created=shown(j.created_at), error=j.error_message and j.error_message[:60]) for j, state in found], 'there are none')
 
 # %% ../../nbs/ops/01_cli_jobs.ipynb #6d0b8240
 def job(tenant:str, job_id:str, host:str=None):
@@ -51,7 +52,7 @@ def job(tenant:str, job_id:str, host:str=None):
     with _manager(host, tenant) as m: j, attempts, logs, args = m.get_job(job_id), m.attempts(job_id), m.logs(job_id), m.arguments(job_id)
     secrets = secret_values(j.payload)
     for k, v in vars(j).items():
-        if v is not None and k not in ('claim_token', 'payload', 'error_log'): print(f'{k:18} {plain(mask(str(v), secrets) if isinstance(v, str) else v)}')
+        if v is not None and k not in ('claim_token', 'payload', 'error_log'): print(f"{k:18} {plain(shown(v) if k.endswith('_at') else mask(str(v), secrets) if isinstance(v, str) else v)}")
     print(f"{'arguments':18} {plain(json.dumps(args, ensure_ascii=False))}")
     if attempts: print(); table([{k: v for k, v in a.items() if k != 'job_id'} for a in attempts], '')
     if logs: print(); table([{k: v for k, v in l.items() if k != 'job_id'} for l in logs], '')
@@ -100,8 +101,12 @@ def _bulk(action, done):
         if job_ids and (everything or any(only.values())): raise CliError("name jobs or a filter, not both")
         with _manager(host, tenant) as m:
             if job_ids: return _each(m, action, job_ids, done)
-            n = getattr(m, f'{action}_all')(everything=everything, dry_run=not yes, **only)
-            if yes: did(m.db.host, action, f"{n} jobs with {', '.join(f'{k} {v}' for k, v in only.items() if v) or 'everything'}", f'{n} jobs {done}', tenant)
+            which = ', '.join(f'{k} {v}' for k, v in only.items() if v) or 'everything'
+            try: n = getattr(m, f'{action}_all')(everything=everything, dry_run=not yes, **only)
+            except FhSaasError as e:
+                if n := getattr(e, 'done', 0): did(m.db.host, action, f'{n} jobs with {which}, and then it failed', f'{n} jobs {done}, and then it failed', tenant)
+                raise
+            if yes: did(m.db.host, action, f'{n} jobs with {which}', f'{n} jobs {done}', tenant)
         if not yes: print(f'{n} jobs match: say --yes')
     return command
 
@@ -127,8 +132,8 @@ def rerun(
         name, eq, text = c.partition('=')
         try: new[name] = json.loads(text)
         except ValueError: raise CliError(f"{plain(c)}: use name=JSON, for example path='\"b.csv\"'") from None
-    with _manager(host, tenant) as m:
-        id = m.rerun(job_id, **new)
+    with _manager(host, tenant, True) as m:
+        id = m.rerun(job_id, new)
         did(m.db.host, 'rerun', f'{job_id} as {id}', id, tenant)
 
 job_commands = dict(jobs=jobs, job=job, stats=stats, cancel=cancel, retry=retry, rerun=rerun, move=move, remove=remove)

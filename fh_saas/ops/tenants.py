@@ -69,6 +69,7 @@ def migrate_tenants(
             for f in as_completed([pool.submit(one, t) for t in host.tenants() if t.state != 'deleting']): yield f.result()
         except BaseException: pool.shutdown(wait=True, cancel_futures=True); raise
 
+# %% ../../nbs/ops/00_tenants.ipynb #7174bcb4
 def _migrate(host, t, upgrade, version):
     if (t := host.find(t.id)) is None or t.state == 'deleting': return  # since they were listed
     url = host.url_of(t)

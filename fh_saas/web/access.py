@@ -94,7 +94,7 @@ async def _session(self:Gate, conn):
     role, tenant, user = await _ask_all(conn, self.role, self.tenant, self.user)
     if role is None: raise Problem(401, "nobody is signed in who may see this", headers={'WWW-Authenticate': 'Bearer'} if self.tokens else {})
     if (id := getattr(tenant, 'tenant_id', None)) or isinstance(tenant, int): tenant = str(id or tenant)
-    return Access(role, tenant, user)
+    return Access(role, tenant, None if user is None else str(user))
 
 # %% ../../nbs/web/01_access.ipynb #f876e160
 closed = "Nobody has said who may see these jobs, so they are shown to this machine only. In the app: setup_jobs(app, role=lambda req: 'operator' if req.session.get('auth') else None)"

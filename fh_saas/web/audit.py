@@ -53,7 +53,7 @@ class Audit:
         prune = self.db.statement(('audit prune',), lambda: t.delete().where(t.c.id < bind('old')))
         def op(cur, now):
             prune(cur, old=f'{int((now - kept_for)*1000):012x}')  # ids begin with their milliseconds
-            add(cur, id=gen_id(), at=timestamp(now), by=clean(by or 'unknown', 100), tenant=tenant and clean(tenant, 200), action=action, what=clean(what or '', 1000))
+            add(cur, id=gen_id(), at=timestamp(now), by=clean(str(by or 'unknown'), 100), tenant=tenant and clean(tenant, 200), action=action, what=clean(what or '', 1000))
         try: self.db.write(op)
         except FhSaasError as e: log.error('tenant=%s: %s by %s is not in the audit: %s', tenant, action, by, e)
 

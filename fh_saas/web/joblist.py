@@ -15,6 +15,7 @@ from ..db_connect import FhSaasError
 from ..db_host import shown
 from ..jobs.control import filters as bulk_filters
 from ..jobs.states import Status, final
+from .api import to_all
 from .components import title
 from .facts import since, summary, words
 from .layout import page, problem_page, row, table
@@ -112,12 +113,13 @@ def _act(a:Asked):
         return _confirm(a, _which(q), q)
     if do not in _done: raise Problem(422, "choose what is to be done", 'invalid')
     if form.get('sure'):
-        n, failed = getattr(m, f'{do}_all')(everything=not (only := _which(q)), **only), 0
-        a.note = f"{do}: {n} jobs with {q or 'everything'}"
+        n, failed = to_all(a, do, q or 'everything', everything=not (only := _which(q)), **only), 0
     else:
-        done = [id for id in ids if _one(getattr(m, do), id)]
+        done = []
+        try:
+            for id in ids: _one(getattr(m, do), id) and done.append(id)
+        finally: a.note = [f"{do}: {', '.join(done[i:i+25])}" for i in range(0, len(done), 25)]  # as many as an entry holds
         n, failed = len(done), len(ids) - len(done)
-        a.note = [f"{do}: {', '.join(done[i:i+25])}" for i in range(0, n, 25)]  # as many as an entry holds
     return RedirectResponse(a.url(f'{a.jobs.pages}/list', q=q, done=do, n=n, **{'not': failed or ''}), 303)
 
 def _which(q): return {k: v for k, v in parse(q).items() if k != 'oldest'}  # all that match are a set, in no order

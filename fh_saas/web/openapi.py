@@ -101,7 +101,9 @@ def openapi(self:Jobs) -> dict:
 
 def _serve(jobs, req):
     g = jobs.gate
-    return JSONResponse(jobs.openapi()) if g.role or g.tokens or is_local(req) else Problem(403, closed).response()
+    if not (g.role or g.tokens or is_local(req)): return Problem(403, closed).response()
+    if not hasattr(jobs, '_described'): jobs._described = jobs.openapi()  # reads each task's signature and source, and anybody may ask
+    return JSONResponse(jobs._described)
 
 @patch
 def add_openapi(self:Jobs): self.add_open(f'{self.api}/openapi.json', _serve)

@@ -10,6 +10,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/web/operations.html.md"""
 __all__ = ['each_page']
 
 # %% ../../nbs/web/14_operations.ipynb #65cb5300
+from urllib.parse import quote
 from fastcore.basics import patch
 from starlette.responses import RedirectResponse
 from ..db_connect import FhSaasError
@@ -122,7 +123,7 @@ def _tenants(a:Asked):
     rules = rules_of(a.jobs.directory.host).all()
     ruled = {t.id: kept_by(rules, t.id) for t in shown_}
     note = P(Strong(f"{len(held)} {'tenant is' if len(held) == 1 else 'tenants are'} held: "), ', '.join(t.id for t in held[:10]), '. Their databases were replaced, and their open jobs wait for you to decide.', cls='fs-note') if held else ''
-    more = Nav(A(f'Next {min(each_page, len(found) - each_page)}', href=f"{a.jobs.pages}/tenants?after={shown_[-1].id}" + (f'&q={q}' if q else '')), aria_label='Pages') if len(found) > each_page else ''
+    more = Nav(A(f'Next {min(each_page, len(found) - each_page)}', href=f"{a.jobs.pages}/tenants?after={shown_[-1].id}" + (f'&q={quote(q)}' if q else '')), aria_label='Pages') if len(found) > each_page else ''
     return page(a, f'{len(all_):,} tenants', note, search, table(_tenant, (_tenant_row(a, t, ruled[t.id]) for t in shown_), "No tenant matches." if all_ else "There are no tenants yet: the app makes one with get_or_create_tenant_db."), more, here='tenants')
 
 # %% ../../nbs/web/14_operations.ipynb #5cbf5a47

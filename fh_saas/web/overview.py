@@ -61,7 +61,7 @@ def many(n, more) -> str: return f"{n:,}{'+' if more else ''}"
 def held_note(a:Asked):
     "A warning, if this tenant's jobs are held back"
     t = a.jobs.directory.host and isinstance(a.access.tenant, str) and a.jobs.directory.host.find(a.access.tenant)
-    if t and t.held: return P(Strong("Open jobs are held. "), t.held, cls='fs-note')
+    if t and t.held: return P(Strong("Open jobs are held. "), t.held if a.access.role == 'admin' else "An operator has to look at this tenant's database.", cls='fs-note')
     return P(f"This tenant is {t.state}: none of its jobs is started.", cls='fs-note') if t and t.state != 'active' else ''
 
 def _choose(a, known):

@@ -48,7 +48,7 @@ def _part_problem(asked_to, req, p:Problem):
     "In the place of a part: with a status that ends the asking, if asking again is no use"
     if asked_to != 'look' and 'hx-request' not in req.headers: return problem_page(req, p)
     if asked_to == 'look' and p.status in (429, 503): return p.response()
-    said = "This job is not there any more." if p.status == 404 else "Sign in again to see this." if p.status == 401 else p.detail
+    said = "This job is not there any more." if p.status == 404 and asked_to != 'start' else "Sign in again to see this." if p.status == 401 else p.detail
     return html(P(said, cls='fs-why', role='alert'), 286 if asked_to == 'look' else 200, {} if asked_to == 'look' else {'HX-Reswap': 'innerHTML' if asked_to == 'start' else 'beforeend'})
 
 # %% ../../nbs/web/08_parts.ipynb #35a8faf2

@@ -63,4 +63,4 @@ def problem_of(e:FhSaasError) -> Problem:
     for types, status, kind in _meanings:
         if isinstance(e, types): return Problem(status, mask(clean(str(e), 1000)), kind, {'Retry-After': '10'} if status in (429, 503) else {})
     log.log(logging.WARNING if isinstance(e, DatabaseBusy) else logging.ERROR, 'a request could not be answered: %s', e)
-    return Problem(503, "The database of these jobs cannot answer now. Nothing was changed; try again.", 'unavailable', {'Retry-After': '2'})
+    return Problem(503, "The database of these jobs cannot answer now: try again. If something was to be changed, look first whether it was, or a part of it.", 'unavailable', {'Retry-After': '2'})

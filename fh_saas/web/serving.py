@@ -148,6 +148,7 @@ async def _sent(req): # A dict, or what a form has
 @patch
 async def answer(self:Jobs, req:Request, f, needs:str, problem, paced:bool=False, action:str=None) -> Response:
     "Who is this, may they, was it one of our pages that asked; then the work"
+    asked = None
     try:
         access = await self.gate(req, needs)
         if paced: self.pace((access.user, str(access.tenant), req.client and req.client.host))
@@ -161,6 +162,7 @@ async def answer(self:Jobs, req:Request, f, needs:str, problem, paced:bool=False
         return _secured(response)
     except FhSaasError as e:
         p = problem_of(e)
+        if action and self.audit and asked and asked.note: await run_in_threadpool(self._note, asked, action, needs)  # it was done in part
         if p.status == 401 and (late := self._guessed(req)): p = late
         return _secured(await run_in_threadpool(problem, req, p))
 

@@ -82,3 +82,6 @@ def forks():
 def hangs():
     import re
     re.match('(a+)+$', 'a'*60 + 'b')
+
+@task(isolate='process')
+def surroundings(): return os.environ.get('PYTHONPATH')
