@@ -441,6 +441,9 @@ def test_a_bulk_act_that_is_cut_off_says_so_and_is_in_the_audit(web, monkeypatch
     assert 'Nothing was changed' not in p['detail'] and 'look first' in p['detail']
     assert len(web.m.list_jobs()) == 3
     assert [(e.action, e.what) for e in web.jobs.audit.entries('acme')] == [('bulk', "delete: 2 jobs with {'status': 'cancelled'}, and then it failed")]
+    monkeypatch.undo()
+    assert web.c.post(f'{at}/bulk', json=dict(action='delete', filter=dict(queue='50 %s'))).json()['count'] == 0
+    assert web.jobs.audit.entries('acme')[0].what == "delete: 0 jobs with {'queue': '50 %s'}"
 
 def test_a_task_that_is_unique_by_some_arguments_gives_the_job_that_is_there(web):
     first = web.c.post('/api/v1/stock/stock-sync', json=dict(account=7))

@@ -130,12 +130,12 @@ def _rerun(a:Asked): m = a.taking; return accepted(a, m, m.rerun(a.path['job_id'
 
 def to_all(a:Asked, action, said, **kw) -> int:
     "Do it to all that match; what was done is in the audit, also if it was cut off"
-    words = f"{action}{' (dry run)' if kw.get('dry_run') else ''}: %s jobs with {said}"
+    def note(n, more=''): a.note = f"{action}{' (dry run)' if kw.get('dry_run') else ''}: {n} jobs with {said}{more}"
     try: n = getattr(a.manager, f'{action}_all')(**kw)
     except FhSaasError as e:
-        if n := getattr(e, 'done', 0): a.note = f'{words % n}, and then it failed'
+        if n := getattr(e, 'done', 0): note(n, ', and then it failed')
         raise
-    a.note = words % n
+    note(n)
     return n
 
 def _bulk(a:Asked):
