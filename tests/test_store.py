@@ -2,6 +2,7 @@
 import os, socket, sqlite3, struct, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from itertools import pairwise
 from types import SimpleNamespace
 from unittest.mock import patch
 import psycopg
@@ -19,7 +20,7 @@ from fh_saas.jobs.payload import describe
 from fh_saas.jobs.states import Outcome, Status, final
 from fh_saas.jobs.claims import max_lease
 from fh_saas.jobs.commit import Clock, SQLite, _compiled, single
-from fh_saas.jobs.store import JobNotFound, Store
+from fh_saas.jobs.store import Adding, JobNotFound, Store
 from conftest import wait_until
 
 hostile = ["' OR '1'='1", "x'; DROP TABLE tenant_jobs; --", '%', '_', '\\', '"', ':a', '%s', '%(id)s', '?', '$1', '\x00', 'a\x00b', '\ud800', 'é\u202e日本', '', 'x'*10_000]
@@ -473,14 +474,79 @@ def test_the_table_refuses_a_bad_new_row(store):
             sql(store, 'INSERT INTO tenant_jobs (id, job_type, status, completed_at) VALUES (:i, :i, :s, :e)', i='a', s=status, e=ended)
     assert store.list() == []
 
-def test_attempts_and_logs_go_with_their_job(store):
-    row = begun(store)
-    store.finish(row, Outcome('completed'), store.note(row, logs=[(1, later(0), 'info', 'x', None)]))
-    sql(store, 'DELETE FROM tenant_jobs')
-    assert store.attempts('a') == store.logs('a') == []
+def parts(store, *ids): return [(len(store.attempts(i)), len(store.logs(i))) for i in ids]
 
-def test_an_attempt_needs_its_job(store):
-    with pytest.raises(sa.exc.IntegrityError): sql(store, "INSERT INTO tenant_job_attempts (job_id, number) VALUES ('nope', 1)")
+def ended(store, *ids):
+    "Completed jobs with an attempt and a log line each"
+    for id in ids:
+        row = begun(store, id)
+        store.finish(row, Outcome('completed'), store.note(row, logs=[(1, later(0), 'info', 'x', None)]))
+
+def is_lite(store): return store.engine.dialect.name == 'sqlite'
+
+def delete_elsewhere(store, where):
+    "How many jobs somebody else deletes: he asks SQLite for no foreign keys, and has another search path on PostgreSQL"
+    url = sa.make_url(store.url)
+    if is_lite(store): conn, table = sqlite3.connect(url.database, isolation_level=None), 'tenant_jobs'
+    else: conn, table = psycopg.connect(url.set(drivername='postgresql').render_as_string(False), autocommit=True, options='-c search_path=pg_catalog'), 'public.tenant_jobs'
+    with closing(conn): return conn.execute(f'DELETE FROM {table} WHERE {where}').rowcount
+
+def test_attempts_and_logs_go_with_their_job(store):
+    ended(store, 'a', 'b', 'c')
+    sql(store, "DELETE FROM tenant_jobs WHERE id = 'a'")
+    assert parts(store, 'a', 'b', 'c') == [(0, 0), (1, 1), (1, 1)]
+    assert delete_elsewhere(store, "id = 'b'") == 1
+    assert parts(store, 'b', 'c') == [(0, 0), (1, 1)]
+    sql(store, 'DELETE FROM tenant_jobs')
+    assert parts(store, 'c') == [(0, 0)]
+
+def test_a_deletion_that_meets_the_end_of_its_job_leaves_no_attempt(store):
+    row = begun(store)
+    deleted = []
+    t = threading.Thread(target=lambda: deleted.append(delete_elsewhere(store, "id = 'a'")))
+    def op(cur, now):
+        assert store.finishing(row, Outcome('completed'))(cur, now)
+        t.start()  # waits for the lock of the row, or of the file
+        time.sleep(0.3)
+        return not deleted
+    assert store.write(op)
+    t.join(10)
+    assert deleted == [1] and parts(store, 'a') == [(0, 0)]
+
+def test_tables_of_schema_6_lose_what_costs_each_attempt(new_url):
+    store = Store(url := new_url())
+    lite, keys = is_lite(store), lambda: [len(sa.inspect(store.engine).get_foreign_keys(f'tenant_job_{p}')) for p in ('attempts', 'logs')]
+    assert keys() == [0, 0]
+    for part, more in (('attempts', 'number INTEGER, started_at VARCHAR, ended_at VARCHAR, outcome VARCHAR, error VARCHAR, worker VARCHAR, waited FLOAT, PRIMARY KEY (job_id, number)'),
+            ('logs', 'attempt INTEGER, line INTEGER, at VARCHAR, level VARCHAR, message VARCHAR, item VARCHAR, PRIMARY KEY (job_id, attempt, line)')):
+        sql(store, f'DROP TABLE tenant_job_{part}')
+        sql(store, f'CREATE TABLE tenant_job_{part} (job_id VARCHAR NOT NULL REFERENCES tenant_jobs (id) ON DELETE CASCADE, {more})')
+    sql(store, 'DROP TRIGGER tenant_job_parts' + ('' if lite else ' ON tenant_jobs'))
+    if not lite: sql(store, 'DROP FUNCTION tenant_job_parts')
+    sql(store, "UPDATE fh_saas_meta SET value = '6' WHERE key = 'schema:tenant_jobs'")
+    ended(store, 'a', 'b')
+    store.close()
+    store = Store(url)
+    assert sql(store, "DELETE FROM tenant_jobs WHERE id = 'a'") == delete_elsewhere(store, "id = 'b'") == 1
+    assert parts(store, 'a', 'b') == [(0, 0), (0, 0)]
+    assert keys() == ([1, 1] if lite else [0, 0])
+    ended(store, 'c')
+    assert parts(store, 'c') == [(1, 1)]
+    store.close()
+
+def test_what_ends_is_found_by_its_key_however_much_runs(new_pg):
+    "The planner's figures are of a time when nothing ran"
+    store, read = Store(new_pg()), []  # rows of the table that this connection has read so far
+    store.write(Adding(store, [dict(id=f'{i:04}', job_type='t', task='t') for i in range(3000)]))
+    def op(cur, now):
+        finish(cur, now)
+        read.append(cur.execute("SELECT coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0) FROM pg_stat_xact_user_tables WHERE relname = 'tenant_jobs'").fetchone()[0])
+    rows = claim(store, 3000)
+    for k in range(0, 3000, 100):
+        finish = store.finishing_all([(r, Outcome('completed', result='1'), None) for r in rows[k:k+100]])
+        store.write(op)
+    assert max(b - a for a, b in pairwise(read)) <= 200 and len(store.list(5000, status='completed')) == 3000
+    store.close()
 
 # --- Group commit
 

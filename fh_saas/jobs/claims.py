@@ -165,13 +165,10 @@ def _rank(age):
 # %% ../../nbs/jobs/05_store_claims.ipynb #d00b80e0
 @patch
 def _among(self:Store, col=None):
-    "Is the job one of `ids`?"
+    "Is the job one of `ids`, a JSON array?"
     col = self.t.jobs.c.id if col is None else col
     if isinstance(self.kind, SQLite): return col.in_(sa.select(sa.func.json_each(bind('ids')).table_valued('value').c.value))
-    return col == sa.any_(bind('ids', type_=sa.ARRAY(sa.String)))
-
-@patch
-def _list(self:Store, ids:list): return dumps(ids) if isinstance(self.kind, SQLite) else ids
+    return col == sa.any_(sa.func.array(sa.select(sa.func.json_array_elements_text(sa.cast(bind('ids'), sa.JSON))).scalar_subquery()))
 
 # as an expression, because PostgreSQL's planner would walk through all that is pending if it knew the condition of the index in it
 def _is(j, status): return sa.func.coalesce(j.c.status, '') == status
@@ -184,7 +181,7 @@ def _mine(self:Store, cur, now, rows, token, worker, lease):
     stmt = self.statement(('mine', j.name), lambda: j.update().where(self._among(), _is(j, 'pending')).values(status='running', claim_token=bind('token'),
         lease_until=bind('lease'), worker=bind('worker'), started_at=bind('now'), attempt=j.c.attempt + 1))
     new = dict(status='running', claim_token=token, lease_until=timestamp(now+lease), worker=worker, started_at=timestamp(now))
-    stmt(cur, ids=self._list([r['id'] for r in rows]), token=token, worker=worker, lease=new['lease_until'], now=new['started_at'])
+    stmt(cur, ids=dumps([r['id'] for r in rows]), token=token, worker=worker, lease=new['lease_until'], now=new['started_at'])
     for r in rows: r |= new; r['attempt'] += 1
     return rows
 
@@ -196,7 +193,7 @@ def claiming_these(self:Store, job_ids:list, token:str, worker:str, lease:float,
     stmt = self._whole(('these', j.name), lambda: sa.select(*_columns(j)).where(self._among(), _is(j, 'pending')).with_for_update(skip_locked=True))
     now_due = self.statement(('now due', j.name), lambda: j.update().where(j.c.id == bind('job'), j.c.status == PENDING).values(run_at=bind('now')))
     def op(cur, now):
-        rows = stmt(cur, ids=self._list(job_ids))
+        rows = stmt(cur, ids=dumps(job_ids))
         if any(r['concurrency_key'] is not None for r in rows) or room and not room.free:
             found, take = rows, room or Room(len(rows))
             rows = self._chosen(cur, found, take, *self._limits(cur, now, take), picked := Picked())
@@ -308,7 +305,7 @@ def _held(self:Store, cur, rows) -> set:
     j = self.t.jobs
     late = {k for k in keys if not self.kind.try_alone(cur, 7309, k)}
     stmt = self.statement(('held', j.name), lambda: sa.select(j.c.concurrency_key).where(j.c.status == RUNNING, self._among(j.c.concurrency_key)))
-    return late | {k for k, in stmt(cur, ids=self._list(keys)).fetchall()}
+    return late | {k for k, in stmt(cur, ids=dumps(keys)).fetchall()}
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #1f1e1275
 @patch
@@ -403,18 +400,19 @@ def _done_sql(self:Store):
     j, a, text = self.t.jobs, self.t.attempts, lambda c: bind(c, type_=sa.String)
     cols = 'job_id', 'number', 'started_at', 'ended_at', 'outcome', 'worker', 'waited'
     def attempts(job_id, waited): return a.insert().from_select(cols, sa.select(job_id, bind('number', type_=sa.Integer), text('started'), text('ended'), text('kind'), text('worker'), sa.cast(waited, sa.Float)))
-    def update():
-        d = self.kind.pairs(bind('results'))
-        return j.update().where(j.c.id == d.c.key, j.c.claim_token == bind('token'), j.c.status == RUNNING).values(status=bind('kind'), completed_at=bind('ended'),
-            result=sa.func.coalesce(d.c.value, j.c.result), error_message=sa.null(), claim_token=sa.null(), lease_until=sa.null(), cancel_requested_at=sa.null())
-    def both():
-        done = update().returning(j.c.id).cte('done')
-        return attempts(done.c.id, sa.cast(bind('waits'), JSONB)[done.c.id].astext)
+    def update(id, result):
+        return j.update().where(j.c.id == id, j.c.claim_token == bind('token'), _is(j, 'running')).values(status=bind('kind'), completed_at=bind('ended'),
+            result=sa.func.coalesce(result, j.c.result), error_message=sa.null(), claim_token=sa.null(), lease_until=sa.null(), cancel_requested_at=sa.null())
+    def both(): # found by their ids, whatever the planner believes: it would look through all that runs for each of them
+        given = sa.select(*(sa.cast(bind(c), JSONB).label(c) for c in ('results', 'waits'))).cte('given')
+        ids, results, waits = (sa.select(c).scalar_subquery() for c in (sa.func.jsonb_object_keys(given.c.results), given.c.results, given.c.waits))
+        done = update(sa.any_(sa.func.array(ids)), results[j.c.id].astext).returning(j.c.id).cte('done')
+        return attempts(done.c.id, waits[done.c.id].astext)
     if not isinstance(self.kind, SQLite): return self.statement(('done', j.name), both), None  # one trip to the server
     def each():
         w = self.kind.pairs(bind('waits'))
         return attempts(w.c.key, w.c.value)
-    return self.statement(('done', j.name), update), self.statement(('attempts', a.name), each)
+    return self.statement(('done', j.name), lambda: update(*self.kind.pairs(bind('results')).c)), self.statement(('attempts', a.name), each)
 
 def _by_claim(ends):
     "Completed jobs by what they have in common; and the others"

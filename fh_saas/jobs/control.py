@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from ..db_connect import FhSaasError
 from ..db_host import timestamp
 from .commit import SQLite
+from .payload import dumps
 from .store import PENDING, RUNNING, Store, bind, bound, rows_of, tagged
 import fh_saas.jobs.claims  # noqa: F401 gives a store `_among`
 
@@ -76,7 +77,7 @@ def _acting(self:Store, action, values):
     "Called as `op(cur, now, ids)`: those to which `action` was done, and their status since"
     j = self.t.jobs
     stmt = self.statement((action, j.name, *sorted(values(j))), lambda: j.update().where(self._among(), _may(j, action)).values(values(j)).returning(j.c.id, j.c.status))
-    return lambda cur, now, ids, **kw: dict(stmt(cur, ids=self._list(ids), now=timestamp(now), **kw).fetchall())
+    return lambda cur, now, ids, **kw: dict(stmt(cur, ids=dumps(ids), now=timestamp(now), **kw).fetchall())
 
 @patch
 def cancelling(self:Store):
@@ -108,7 +109,7 @@ def deleting(self:Store):
     "Called as `op(cur, now, ids)`: jobs that do not run are gone, with their attempts and log lines"
     j = self.t.jobs
     stmt = self.statement(('delete', j.name), lambda: j.delete().where(self._among(), _may(j, 'delete')).returning(j.c.id, j.c.status))
-    return lambda cur, now, ids: dict(stmt(cur, ids=self._list(ids)).fetchall())
+    return lambda cur, now, ids: dict(stmt(cur, ids=dumps(ids)).fetchall())
 
 # %% ../../nbs/jobs/05_store_control.ipynb #56101761
 _why = dict(cancel='has ended', retry='only a failed or cancelled one is tried again, a completed one is run again as a new job with rerun()', delete='cancel it first, and wait for its end', move='only a pending one can be moved')
@@ -120,7 +121,7 @@ def _op(self:Store, action, new): return dict(cancel=self.cancelling, retry=self
 def these(self:Store, ids:list) -> list[dict]:
     "The rows of these jobs, as far as they are there"
     stmt = self.statement(('rows', self.t.jobs.name), lambda: sa.select(self.t.jobs).where(self._among()))
-    with self.cursor() as cur: return rows_of(stmt(cur, ids=self._list(ids)))
+    with self.cursor() as cur: return rows_of(stmt(cur, ids=dumps(ids)))
 
 # %% ../../nbs/jobs/05_store_control.ipynb #4aa39154
 @patch

@@ -56,7 +56,7 @@ def tables(name:str='tenant_jobs') -> SimpleNamespace:
     sa.Index(f'ix_{name}_few_pg', j.c.status, j.c.created_at, j.c.id, postgresql_where=j.c.status.in_([sa.literal_column(f"'{s}'") for s in rare]), info=dict(only='postgresql'))
     one = name.removesuffix('s')
     def part(suffix, keys, *cols):
-        return sa.Table(f'{one}_{suffix}', meta, sa.Column('job_id', sa.String, sa.ForeignKey(j.c.id, ondelete='CASCADE'), primary_key=True),
+        return sa.Table(f'{one}_{suffix}', meta, sa.Column('job_id', sa.String, primary_key=True),
             *(sa.Column(k, sa.Integer, primary_key=True, autoincrement=False) for k in keys), *cols, sqlite_with_rowid=False)
     text = lambda *names: [sa.Column(n, sa.String) for n in names]
     return SimpleNamespace(meta=meta, jobs=j,
@@ -64,8 +64,24 @@ def tables(name:str='tenant_jobs') -> SimpleNamespace:
         attempts=part('attempts', ['number'], *text('started_at', 'ended_at', 'outcome', 'error', 'worker'), sa.Column('waited', sa.Float)),
         logs=part('logs', ['attempt', 'line'], *text('at', 'level', 'message', 'item')))
 
+# %% ../../nbs/jobs/03_model.ipynb #d1eebcd4
+def _go_with_their_job(conn, t):
+    "Attempts and logs of a job that is deleted, by whomever, are deleted with it"
+    j, parts = t.jobs.name, [t.attempts.name, t.logs.name]
+    name = f"{j.removesuffix('s')}_parts"
+    if conn.dialect.name == 'sqlite':
+        each = ' '.join(f'DELETE FROM {p} WHERE job_id = OLD.id;' for p in parts)
+        return conn.execute(sa.DDL(f'CREATE TRIGGER IF NOT EXISTS {name} AFTER DELETE ON {j} BEGIN {each} END'))
+    # in the schema of the job's own table, whatever the search path of who deletes it
+    each = ' '.join(f"EXECUTE 'DELETE FROM ' || quote_ident(TG_TABLE_SCHEMA) || '.{p} WHERE job_id = $1' USING OLD.id;" for p in parts)
+    conn.execute(sa.DDL(f'CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {each} RETURN NULL; END $$'))
+    conn.execute(sa.DDL(f'DROP TRIGGER IF EXISTS {name} ON {j}'))
+    conn.execute(sa.DDL(f'CREATE TRIGGER {name} AFTER DELETE ON {j} FOR EACH ROW EXECUTE FUNCTION {name}()'))
+    for p in parts: # up to version 6 foreign keys did it
+        for fk in sa.Table(p, sa.MetaData(), autoload_with=conn, resolve_fks=False).foreign_key_constraints: conn.execute(sa.schema.DropConstraint(fk))
+
 # %% ../../nbs/jobs/03_model.ipynb #789ff7ca
-schema_version = 6
+schema_version = 7
 
 def ensure_tables(eng:sa.Engine, name:str='tenant_jobs'):
     "Bring the job tables of a database to this version, whoever made them; safe to call from many processes at once"
@@ -86,4 +102,5 @@ def ensure_tables(eng:sa.Engine, name:str='tenant_jobs'):
             if ix.info.get('only', conn.dialect.name) == conn.dialect.name: conn.execute(sa.schema.CreateIndex(ix, if_not_exists=True))
             else: old.append(ix)  # version 2 had it everywhere
         for ix in old: conn.execute(sa.schema.DropIndex(ix, if_exists=True))
+        _go_with_their_job(conn, t)
         write_meta(conn, **{key: schema_version})

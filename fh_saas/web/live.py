@@ -24,6 +24,7 @@ from ..db_connect import FhSaasError
 from ..db_host import JobRecord
 from ..jobs.engine import default_engine
 from ..jobs.events import events
+from ..jobs.payload import dumps
 from ..jobs.states import final
 from ..jobs.store import Store, rows_of
 from .access import same_site
@@ -40,7 +41,7 @@ def pulse(self:Store, ids:list) -> dict: # Id -> what a page shows of it
     "What of these jobs can change, for those that are there"
     j = self.t.jobs
     stmt = self.statement(('pulse', j.name), lambda: sa.select(*(j.c[c] for c in _pulse)).where(self._among()))
-    with self.cursor() as cur: return {r['id']: r for r in rows_of(stmt(cur, ids=self._list(ids)))}
+    with self.cursor() as cur: return {r['id']: r for r in rows_of(stmt(cur, ids=dumps(ids)))}
 
 @patch
 def newest(self:Store) -> str: # Its id, if there is one
