@@ -296,6 +296,23 @@ def test_bulk_takes_what_matches_and_nothing_else(manager):
     assert manager.delete_all(job_type="x' OR '1'='1") == 0 and manager.delete_all(status='cancelled', job_type='b') == 3
     assert {j.id for j in manager.list_jobs()} == {*a}
 
+def test_bulk_leaves_alone_what_has_changed_since_it_looked(lite, monkeypatch):
+    "In a file it looks without the lock; somebody else is faster to get it"
+    gone, moved, kept = (lite.submit('a', dict, n=n, run_at='2100-01-01T00:00:00Z')[0] for n in range(3))
+    lite.cancel(gone)
+    write = lite.store.write
+    def before(do):
+        def late(op):
+            monkeypatch.undo()
+            do()
+            return write(op)
+        monkeypatch.setattr(lite.store, 'write', late)
+    before(lambda: lite.retry(gone))
+    assert lite.delete_all(status='cancelled') == 0
+    before(lambda: lite.move(moved, queue='other'))
+    assert lite.cancel_all(job_type='a', queue='default', since=lite.get_job(moved).created_at + 'Z') == 1
+    assert lite.get_job(gone).status != 'cancelled' and [lite.get_job(i).status for i in (moved, kept)] == ['pending', 'cancelled']
+
 @pytest.mark.parametrize('do', ['cancel_all', 'retry_all', 'delete_all'])
 def test_bulk_without_a_filter_must_be_said(manager, do):
     manager.submit('t', dict, n=1)

@@ -425,20 +425,24 @@ def test_a_user_may_be_a_number(new_sqlite, new_web):
     assert w.client(None).delete(f'{at}/{id}').status_code == 204
     assert [(e.by, e.action) for e in w.jobs.audit.entries('acme')] == [('5', 'delete')]
 
-def test_a_bulk_act_that_is_cut_off_says_so_and_is_in_the_audit(web, monkeypatch):
+@pytest.mark.parametrize('error', [DatabaseBusy('locked'), MemoryError()])
+def test_a_bulk_act_that_is_cut_off_says_so_and_is_in_the_audit(web, monkeypatch, error):
     for n in range(5): web.m.cancel(web.start())
     act, write, n = Store.act_on_all, Store.write, []
     def late(self, op):
         n.append(1)
-        if len(n) > 2: raise DatabaseBusy('locked')
+        if len(n) > 2: raise error
         return write(self, op)
     def one_by_one(self, *args):
         monkeypatch.setattr(Store, 'write', late)
         try: return act(self, *args, each=1)
         finally: monkeypatch.setattr(Store, 'write', write)
     monkeypatch.setattr(Store, 'act_on_all', one_by_one)
-    p = said(web.c.post(f'{at}/bulk', json=dict(action='delete', filter=dict(status='cancelled'))), 503, 'unavailable')
-    assert 'Nothing was changed' not in p['detail'] and 'look first' in p['detail']
+    def delete(): return web.c.post(f'{at}/bulk', json=dict(action='delete', filter=dict(status='cancelled')))
+    if isinstance(error, MemoryError): assert delete().status_code == 500
+    else:
+        p = said(delete(), 503, 'unavailable')
+        assert 'Nothing was changed' not in p['detail'] and 'look first' in p['detail']
     assert len(web.m.list_jobs()) == 3
     assert [(e.action, e.what) for e in web.jobs.audit.entries('acme')] == [('bulk', "delete: 2 jobs with {'status': 'cancelled'}, and then it failed")]
     monkeypatch.undo()

@@ -140,13 +140,15 @@ def act_on_all(self:Store, action:str, only:dict,
     each:int=1000,
 ) -> int: # How many
     "The same to all jobs that match, `each` of them in a transaction; an error says how many were `done` before it"
-    op, done, find, ids = self._op(action, {}), 0, self.matching(action, only, each, but), ['']
-    # in a file one looks without the write lock, for it may be long; the change itself asks again whether it may be
+    op, done, find, ids, j = self._op(action, {}), 0, self.matching(action, only, each, but), [''], self.t.jobs
+    # in a file one looks without the write lock, for it may be long; what has changed since then is asked with it
     looks_first = isinstance(self.kind, SQLite)
+    still = self.statement(('still', j.name, but, *only), lambda: sa.select(j.c.id).where(self._among(), *_within(j, only, but)))
     def found(cur, now): return find(cur, now, ids[-1])
     def some(cur, now):
         those = ids if looks_first else found(cur, now)
-        return those, op(cur, now, those) if those else {}
+        match = [id for id, in still(cur, ids=dumps(ids), **only).fetchall()] if looks_first else those
+        return those, op(cur, now, match) if match else {}
     try:
         while ids:
             if looks_first:
@@ -155,5 +157,5 @@ def act_on_all(self:Store, action:str, only:dict,
             ids, changed = self.write(some)
             if changed: each_done(changed)
             done += len(changed)
-    except FhSaasError as e: e.done = done; raise
+    except BaseException as e: e.done = done; raise  # an interrupt, too
     return done

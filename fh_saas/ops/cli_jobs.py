@@ -103,7 +103,7 @@ def _bulk(action, done):
             if job_ids: return _each(m, action, job_ids, done)
             which = ', '.join(f'{k} {v}' for k, v in only.items() if v) or 'everything'
             try: n = getattr(m, f'{action}_all')(everything=everything, dry_run=not yes, **only)
-            except FhSaasError as e:
+            except BaseException as e: # an interrupt, too
                 if n := getattr(e, 'done', 0): did(m.db.host, action, f'{n} jobs with {which}, and then it failed', f'{n} jobs {done}, and then it failed', tenant)
                 raise
             if yes: did(m.db.host, action, f'{n} jobs with {which}', f'{n} jobs {done}', tenant)

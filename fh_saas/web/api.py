@@ -14,7 +14,6 @@ from functools import partial
 from fastcore.basics import patch
 from starlette.datastructures import FormData
 from starlette.responses import JSONResponse, Response
-from ..db_connect import FhSaasError
 from ..jobs.control import filters
 from ..jobs.options import Unique, text
 from ..jobs.payload import clean, from_json
@@ -132,7 +131,7 @@ def to_all(a:Asked, action, said, **kw) -> int:
     "Do it to all that match; what was done is in the audit, also if it was cut off"
     def note(n, more=''): a.note = f"{action}{' (dry run)' if kw.get('dry_run') else ''}: {n} jobs with {said}{more}"
     try: n = getattr(a.manager, f'{action}_all')(**kw)
-    except FhSaasError as e:
+    except BaseException as e:
         if n := getattr(e, 'done', 0): note(n, ', and then it failed')
         raise
     note(n)

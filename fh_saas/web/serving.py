@@ -160,9 +160,10 @@ async def answer(self:Jobs, req:Request, f, needs:str, problem, paced:bool=False
         response = await f(asked) if inspect.iscoroutinefunction(f) else await run_in_threadpool(f, asked)
         if action and self.audit and response.status_code < 400: await run_in_threadpool(self._note, asked, action, needs)
         return _secured(response)
-    except FhSaasError as e:
-        p = problem_of(e)
+    except Exception as e:
         if action and self.audit and asked and asked.note: await run_in_threadpool(self._note, asked, action, needs)  # it was done in part
+        if not isinstance(e, FhSaasError): raise
+        p = problem_of(e)
         if p.status == 401 and (late := self._guessed(req)): p = late
         return _secured(await run_in_threadpool(problem, req, p))
 
