@@ -107,6 +107,68 @@ def test_a_response_that_is_cancelled_leaves_no_claim_behind(make):
     asyncio.run(go())
     assert desk.wanted == [] and m.get_job(id).status == 'pending'
 
+def test_who_is_cancelled_in_line_leaves_its_job_to_be_run(make):
+    m = make(concurrency=1)
+    ran = []
+    async def hold(): await asyncio.sleep(0.6)
+    async def f(): ran.append(1)
+    async def go():
+        _, first = await m.asubmit('t', hold)
+        a = asyncio.create_task(first())
+        await asyncio.sleep(0.2)
+        id, bg = await m.asubmit('t', f)
+        m.engine._allot = lambda desk: 1  # it claims ahead
+        b = asyncio.create_task(bg())
+        await asyncio.sleep(0.2)
+        assert m.engine.line.waiting == 1
+        b.cancel()
+        await asyncio.wait({a, b})
+        return id
+    id = asyncio.run(go())
+    assert m.wait(id, 2).status == 'completed' and [a['outcome'] for a in m.attempts(id)] == ['completed'] and ran == [1]
+    calm(m)
+
+def test_who_is_cancelled_before_its_claim_fails_leaves_no_error_in_the_loop(make, monkeypatch):
+    m = make()
+    said = []
+    async def f(): return 1
+    async def go():
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: said.append(context))
+        _, bg = await m.asubmit('t', f)
+        write, tried = m.store.write, []
+        def fails(op): time.sleep(0.3); tried.append(1); monkeypatch.undo(); raise DatabaseUnavailable('gone')
+        monkeypatch.setattr(m.store, 'write', fails)
+        t = asyncio.create_task(bg())
+        await asyncio.sleep(0.1)
+        t.cancel()
+        await asyncio.sleep(0.5)
+        assert tried and t.cancelled()
+    asyncio.run(go())
+    assert said == []
+
+@pytest.mark.parametrize('late', ['after the line was emptied', 'at the very end'])
+def test_a_claim_that_lands_while_the_engine_stops_lets_its_response_go(make, monkeypatch, late):
+    m = make(concurrency=1)
+    def full(a):
+        m.engine.line.hand(a, -1)
+        stopper.start()
+        time.sleep(0.3)
+        return False
+    monkeypatch.setattr(m.engine.line, 'begin', full)
+    monkeypatch.setattr(m.engine, '_allot', lambda desk: 1)
+    if late == 'at the very end':
+        for name, nothing in (('pull', []), ('take', None)): monkeypatch.setattr(m.engine.line, name, lambda *args, nothing=nothing, **kw: nothing)
+    stopper = threading.Thread(target=m.engine.stop, args=(1,))
+    async def f(): raise AssertionError('it is run')
+    async def go():
+        id, bg = await m.asubmit('t', f, 1)
+        await asyncio.wait_for(bg(), 10)
+        return id
+    id = asyncio.run(go())
+    stopper.join(20)
+    job = m.get_job(id)
+    assert (job.status, job.retry_count) == ('pending', 0)
+
 # --- Who is told
 
 def test_an_outcome_of_a_database_that_is_forgotten_is_waited_for_by_nobody(make):
@@ -156,14 +218,69 @@ def breaks_once(m, name, monkeypatch, when):
 
 def test_claims_whose_commit_was_not_confirmed_are_given_back(make, monkeypatch):
     m = make('postgresql', lease=60)
-    done = breaks_once(m, 'commit', monkeypatch, lambda: rows(m) and rows(m)[0] == 'running')
+    done = breaks_once(m, 'commit', monkeypatch, lambda: running(m))
     id, _ = m.submit('t', lambda: 7, 1, run_at='2020-01-01')
     job = m.wait(id, 10)
     assert done and (job.status, job.result, job.attempt, [a['outcome'] for a in m.attempts(id)]) == ('completed', '7', 1, ['completed'])
-    assert m.engine._desks[m.store].doubtful == () and m.engine.stale == 0
+    assert not m.engine._desks[m.store].unsure and m.engine.stale == 0
 
 def rows(m):
     with psycopg.connect(m.store.url.set(drivername='postgresql').render_as_string(hide_password=False)) as conn: return [s for s, in conn.execute('SELECT status FROM tenant_jobs')]
+
+def running(m): return rows(m) and rows(m)[0] == 'running'
+
+def test_a_claim_for_a_response_that_was_not_confirmed_is_given_back(make, monkeypatch):
+    "Nothing else is due, and its lease is long"
+    m = make('postgresql', lease=60)
+    async def f(): return 7
+    async def go():
+        id, bg = await m.asubmit('t', f, 1)
+        done = breaks_once(m, 'commit', monkeypatch, lambda: running(m))
+        await asyncio.wait_for(bg(), 10)
+        return id, done
+    id, done = asyncio.run(go())
+    job = m.wait(id, 10)
+    assert done and (job.status, job.attempt, [a['outcome'] for a in m.attempts(id)]) == ('completed', 1, ['completed'])
+
+def test_a_claim_of_a_suspect_that_was_not_confirmed_is_given_back(make, monkeypatch):
+    m = make('postgresql', lease=60)
+    id, _ = m.submit('t', lambda: 7, 2, run_at='2100-01-01')
+    done = breaks_once(m, 'commit', monkeypatch, lambda: running(m))
+    with psycopg.connect(m.store.url.set(drivername='postgresql').render_as_string(hide_password=False)) as conn: conn.execute('UPDATE tenant_jobs SET run_at = created_at, lost = 1, attempt = 1, retry_count = 1')
+    m.engine.attend(m.store)
+    assert m.wait(id, 20).status == 'completed' and done and [a['number'] for a in m.attempts(id)] == [2]
+
+def test_claims_that_never_began_are_in_no_doubt_and_those_that_are_stay_so_until_the_engine_stops(make, monkeypatch):
+    m = make('postgresql', lease=60)
+    id, _ = m.submit('t', lambda: 7, 1, run_at='2100-01-01')
+    desk, kind = m.engine._desks[m.store], m.store.kind
+    with monkeypatch.context() as mp:
+        def begin(*args): raise psycopg.OperationalError('connection refused')
+        mp.setattr(kind, 'begin', begin)
+        for _ in range(6):
+            with pytest.raises(DatabaseUnavailable): desk.claim(id)
+    assert not desk.doubtful and not desk.unsure
+    monkeypatch.setattr(m.engine, '_turn', lambda *args: None)  # nobody has another turn
+    done = breaks_once(m, 'commit', monkeypatch, lambda: running(m))
+    with pytest.raises(DatabaseUnavailable): desk.claim(id)
+    assert done and len(desk.doubtful) == 1 and desk.unsure and m.get_job(id).status == 'running'
+    m.engine.stop(0)
+    job = m.get_job(id)
+    assert (job.status, job.attempt, job.retry_count) == ('pending', 0, 0)
+
+def test_a_heartbeat_and_a_rescue_settle_doubts_before_they_count_jobs_as_lost(make, monkeypatch):
+    m = make('postgresql', lease=60, concurrency=0)
+    desk = m.engine._desks[m.store]
+    for act in (desk.renew, lambda: (m.engine.store(m.store.url), desk.rescue())):
+        id, _ = m.submit('t', lambda: 7, 1)
+        done = breaks_once(m, 'commit', monkeypatch, lambda: running(m))
+        with pytest.raises(DatabaseUnavailable): desk.claim(id)
+        monkeypatch.undo()
+        with psycopg.connect(m.store.url.set(drivername='postgresql').render_as_string(hide_password=False)) as conn: conn.execute("UPDATE tenant_jobs SET lease_until = '2020-01-01T00:00:00'")
+        act(); act()
+        job = m.get_job(id)
+        assert done and (job.status, job.attempt, job.retry_count) == ('pending', 0, 0)
+        m.delete(m.cancel(id).id)
 
 @pytest.mark.parametrize('how', ['completed', 'failed', 'retry'])
 def test_an_outcome_whose_commit_was_not_confirmed_is_no_dropped_one(make, monkeypatch, how):

@@ -87,7 +87,7 @@ async def acall(self:Attempt) -> Outcome:
     except asyncio.CancelledError as e:
         # cancelled from outside: the loop is going down. A task that raises it by itself has failed.
         down = me.cancelling() > self._told
-        o = Outcome('release', error='cancelled while the process was shutting down') if down else self.failed(e)
+        o = Outcome('release', error='cancelled with its response, or at shutdown') if down else self.failed(e)
     except BaseException as e: o = self.failed(e)
     finally:
         if alarm: alarm.cancel()

@@ -33,11 +33,11 @@ class Desk:
     # rung: the host says when there is something to do here; met: a manager works with it
     rung, met, tenancy, only, _free = False, False, None, None, Limits()
     suspected = 0.0  # when a suspect was looked for
-    doubtful = ()  # tokens of claims of which a server did not say whether they were committed
     def __init__(self, store:Store, registry:Registry, settings:Settings, worker:str):
         self.store, self.registry, self.settings, self.worker = store, registry, settings, worker
         self.local = Registry()  # functions that hold on to something are for this database only
         self.live, self.functions, self.paused, self._own, self._strange = {}, {}, False, frozenset(), set()
+        self.doubtful, self.unsure = {}, False  # claims of which a server did not say whether they were committed, as token -> when they are over; is one of them to be asked for?
         self.due, self.asked, self.turning, self.again, self.beating = None, False, False, False, False  # the engine's schedule
         self.ends, self.wanted, self.since, self.called = [], [], 0.0, None  # outcomes and claims by id that wait for the next turn
         self.unwritten, self.retry_at, self.pause = deque(), 0.0, 0.0  # outcomes the database did not take yet
@@ -148,6 +148,36 @@ class Slot:
         with self._lock: waiting, self.waiting, self.taken = self.waiting, [], False
         return waiting
 
+# %% ../../nbs/jobs/11_desk.ipynb #038819f5
+@patch
+def _claimed(self:Desk, claim, token):
+    "Write a claim; if nobody knows what became of it, it is in doubt"
+    tried = []
+    def op(cur, now):
+        tried.append(token)
+        return claim(cur, now)
+    op.single = getattr(claim, 'single', False)
+    try: return self.store.write(op)
+    except Exception:
+        # a commit that waits for a standby may come long after its answer was lost
+        if tried and not isinstance(self.store.kind, SQLite): self.doubtful[token], self.unsure = time.monotonic() + self.settings.lease + 60, True
+        raise
+
+@patch
+def _unclaimed(self:Desk, tokens):
+    if not tokens: return
+    now = time.monotonic()
+    for t in tokens:
+        if self.doubtful.get(t, now) < now: del self.doubtful[t]
+    self.unsure = any(t not in tokens for t in self.doubtful)
+
+@patch
+def undoubt(self:Desk):
+    "Give back the jobs of claims that are in doubt, before anybody counts them as lost"
+    if not (tokens := list(self.doubtful)): return
+    self.store.write(lambda cur, now: [self.store.unclaim(cur, now, t) for t in tokens])
+    self._unclaimed(tokens)
+
 # %% ../../nbs/jobs/11_desk.ipynb #3b679013
 @patch
 def turn(self:Desk,
@@ -161,21 +191,18 @@ def turn(self:Desk,
     done = self.store.finishing_all([(a.row, a.outcome, a.last_note) for a in ends]) if ends else None
     these = self.store.claiming_these(wanted, *me, replace(room or spare, n=len(wanted), sure=None)) if wanted else None
     claim = self.store.claiming(*names, *me, room) if room else None
-    check, doubtful = self._checking(bool(these or claim)), self.doubtful
+    check, doubts = self._checking(bool(these or claim)), list(self.doubtful)
     def op(cur, now):
-        for t in doubtful: self.store.unclaim(cur, now, t)
+        for t in doubts: self.store.unclaim(cur, now, t)
         if done: done(cur, now)
         notes = check(cur) if check else None
         got, rows, due = these(cur, now) if these else [], claim(cur, now) if claim else [], None
         if claim and len(rows) < room.n: due = self.store.due_in(cur, now, *names, room.closed, self.only)
         if stepped := notes and (got or rows or ends): self.store.step(cur, notes)  # who has nothing to say writes nothing
         return got, rows, due, notes if stepped else None
-    op.single = done is not None and done.single and not (these or claim or check or doubtful)
-    try: got, rows, due, notes = self.store.write(op)
-    except FhSaasError:
-        if (these or claim) and not isinstance(self.store.kind, SQLite): self.doubtful = (*self.doubtful, token)[:4]  # those after the first reach no server
-        raise
-    self.doubtful = tuple(t for t in self.doubtful if t not in doubtful)
+    op.single = done is not None and done.single and not (these or claim or check or doubts)
+    got, rows, due, notes = self._claimed(op, token) if these or claim else self.store.write(op)
+    self._unclaimed(doubts)
     if notes: self._checked(notes)
     return {r['id']: r for r in got}, self._take(rows), due
 
@@ -223,7 +250,7 @@ def suspect(self:Desk, slot, room:Room) -> list: # Attempts; None if another one
     "Claim one job that was lost with its process before, if no other of them runs here"
     if not slot.take(self): return None
     rows = []
-    try: rows = self.store.write(self.store.claiming(*self.names, gen_id(), self.worker, self.settings.lease, room))
+    try: rows = self._claimed(self.store.claiming(*self.names, token := gen_id(), self.worker, self.settings.lease, room), token)
     finally: self.freed = [] if rows else slot.give()
     attempts = self._take(rows)
     for a in attempts: a.suspect = True
@@ -233,6 +260,7 @@ def suspect(self:Desk, slot, room:Room) -> list: # Attempts; None if another one
 def rescue(self:Desk):
     "Take back what others have lost"
     self.verify()
+    self.undoubt()
     self.suspected = 0.0
     if self.live: self.renew()  # what runs here is alive, however long the database was out of reach
     for row, o in self.store.rescue():
@@ -261,7 +289,7 @@ def rest(self:Desk,
 def retire(self:Desk) -> bool:
     "Is there nothing here that only this process knows? Then it has no further turn"
     with self._lock:
-        busy = self.turning or self.hungry or self.beating or self.live or self.ends or self.wanted or self.unwritten or self.functions or self._own or self.local.names[0] or self.tenancy and self.tenancy.untold
+        busy = self.turning or self.hungry or self.beating or self.live or self.ends or self.wanted or self.unwritten or self.unsure or self.functions or self._own or self.local.names[0] or self.tenancy and self.tenancy.untold
         if busy or self.met or not self.rung: return False
         self.turning = True
         return True
@@ -282,6 +310,7 @@ def beat(self:Desk):
 @patch
 def renew(self:Desk):
     "Renew the leases of what runs here"
+    self.undoubt()
     with self._lock: live = dict(self.live)
     owned = self.store.heartbeat(self.worker, self.settings.lease)
     self._beat = time.monotonic()

@@ -259,7 +259,8 @@ async def _handle_async(self:Engine, store, job_id, func):
     if a and not self.line.begin(a):
         a.waiter, a.counted = asyncio.get_running_loop().create_future(), True
         self.line.put(a.desk, [a])
-        if self.line.ready(): self._go_on()  # a place has become free meanwhile
+        if self.stopping: self.house.submit(self._undo, self.line.pull())  # `stop` may have looked already
+        elif self.line.ready(): self._go_on()  # a place has become free meanwhile
         if a := await self._handed(a.waiter, a.desk): a.handed = False
     if a is None: return
     if a.outcome is not None or a.ctx.lost: return self._passed_over(a)
@@ -270,11 +271,18 @@ async def _handle_async(self:Engine, store, job_id, func):
 @patch
 async def _handed(self:Engine, future, desk) -> Attempt: # None if the job is not to be run here
     "The attempt that is to be run in this coroutine, which may be cancelled while it waits"
-    try: return await asyncio.shield(future)
+    try: return await self._told(asyncio.shield(future))
     except asyncio.CancelledError:
         with desk._lock: desk.wanted = [w for w in desk.wanted if w[2] is not future]
-        future.add_done_callback(lambda f: f.result() and self.house.submit(self._release, [f.result()]))
+        future.add_done_callback(self._deserted)
         raise
+
+@patch
+def _deserted(self:Engine, future):
+    "The coroutine that was to run a job has gone"
+    if future.cancelled() or future.exception() or (a := future.result()) is None: return
+    if self.stopping: self.house.submit(self._undo, [a])
+    else: self._adopt(a)
 
 # %% ../../nbs/jobs/14_engine.ipynb #3be5ba9e
 @patch
@@ -357,6 +365,7 @@ def stop(self:Engine, grace:float=None):
     while self._landing() and time.monotonic() < until: time.sleep(0.02)
     abandoned = [(a.loop, a.async_task) for a in self._live() if a.async_task]
     releases = [self.house.submit(self._release, list(d.live.values())) for d in list(self._desks.values()) if d.live]
+    releases += [self.house.submit(self._undoubt, d) for d in list(self._desks.values()) if d.doubtful]
     wait(releases, timeout=2*self.settings.busy + 2)
     self.closed = True
     self._leave(abandoned)
@@ -404,6 +413,11 @@ def _undo(self:Engine, attempts):
         except FhSaasError as e: log.error('tenant=%s: %s jobs could not be given back, their leases will run out: %s', desk.store.tenant, len(mine), e)
 
 @patch
+def _undoubt(self:Engine, desk):
+    try: desk.undoubt()
+    except FhSaasError as e: log.error('tenant=%s: nobody knows whether the last claim was committed; the leases of its jobs will run out: %s', desk.store.tenant, e)
+
+@patch
 def _pass_on(self:Engine, desk):
     "Ring for the jobs that this process leaves to others"
     try: desk.tenancy and desk.tenancy.wakes.ring(desk.tenancy.tenant_id)
@@ -429,6 +443,7 @@ def _release(self:Engine, attempts):
         a.desk.let_go(a, ended=False)
         self._off(a)
         if a.done: settle(a.done, a.outcome if w else None)
+        if a.waiter: settle(a.waiter)
     self._pass_on(attempts[0].desk)
 
 # %% ../../nbs/jobs/14_engine.ipynb #8625af39

@@ -398,12 +398,13 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
         self._settle_wanted(desk)
     elif ends or desk.wanted:
         desk.hungry, desk.asked = desk.hungry or desk.asked, False  # what it was asked to look for is claimed with the rest
-    elif not desk.hungry:
+    elif not desk.hungry and not desk.unsure:
         desk.asked = False
         due, lapse = desk.look()
         if lapse is not None and lapse <= 0: desk.rescue(); due = 0
         if due is None or due > 0: return desk.rest(due, lapse)
         desk.hungry = True
+    else: desk.hungry = True  # what became of a claim is settled in the transaction of the next
     desk.seen = self._ended.copy(), desk.ended
     n = self._allot(desk) if claims and (desk.hungry or desk.wanted) else 0
     with desk._lock: wanted[:], desk.wanted[:n] = desk.wanted[:n], []
@@ -530,10 +531,14 @@ def _beats(self:Rounds):
 def _see_to_orphans(self:Rounds):
     "Run what was handed to a coroutine whose event loop has ended"
     for a in self._live():
-        if not a.handed or not a.waiter.get_loop().is_closed(): continue
-        a.waiter, placed = None, a.counted
-        if placed: a.handed = False; self._run(a)
-        else: self.line.hand(a, -1); a.counted = True; self.line.put(a.desk, [a]); self.crew.call()
+        if a.handed and a.waiter.get_loop().is_closed(): self._adopt(a)
+
+@patch
+def _adopt(self:Rounds, a):
+    "Who was to run it is gone: it is run as one that no response brought"
+    a.waiter, placed = None, a.counted
+    if placed: a.handed = False; self._run(a)
+    else: self.line.hand(a, -1); a.counted = True; self.line.put(a.desk, [a]); self.crew.call()
 
 @patch
 def _beat(self:Rounds, desk):
