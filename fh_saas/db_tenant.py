@@ -239,12 +239,16 @@ def close_tenant_db(tenant_id:str, host:HostDatabase=None):
 
 def suspend_tenant(tenant_id:str, host:HostDatabase=None):
     "Refuse to open a tenant's database and start none of its jobs, until `resume_tenant`"
-    _host(host).set_state(tenant_id, 'paused')
+    _move(_host(host), tenant_id, 'paused', 'active', 'migrating')
     close_tenant_db(tenant_id, host)
 
 def resume_tenant(tenant_id:str, host:HostDatabase=None):
     "Make a suspended tenant active again"
-    _host(host).set_state(tenant_id, 'active')
+    _move(_host(host), tenant_id, 'active', 'paused')
+
+def _move(host, tenant_id, state, *expected):
+    if any(host.set_state(tenant_id, state, e) for e in expected) or (now := host.find(tenant_id)) is None or now.state == state: return
+    raise TenantSuspended(f"tenant {tenant_id!r} is {now.state}, not {' or '.join(expected)}: nothing was changed")
 
 # %% ../nbs/01_db_tenant.ipynb #db904863
 def _open_jobs(host, url) -> tuple: # How many run, with a lease that has not run out; and whether any other is open

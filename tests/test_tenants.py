@@ -16,7 +16,7 @@ from fh_saas.jobs.store import Store
 from fh_saas.ops.tenants import migrate_tenants
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from children.launch import here
-from conftest import free_port
+from conftest import free_port, wait_until
 
 @pytest.fixture(scope='module')
 def pg_host(pg_server):
@@ -644,7 +644,7 @@ def test_an_upgrade_leaves_a_tenant_in_the_state_in_which_it_is(lite):
             delete_tenant('t3', lite)
             suspend_tenant('t0', lite)
     seen = []
-    assert upgraded(lite, upgrade, workers=1) == dict.fromkeys(('t0', 't1', 't2', 't3', 't4'))
+    assert upgraded(lite, upgrade, workers=1) == dict.fromkeys(('t0', 't1', 't4'))
     assert seen == [(t, 'migrating') for t in ('t0', 't1', 't4')]
     assert {t.id: t.state for t in lite.tenants()} == dict(t0='paused', t1='paused', t2='deleting', t4='paused')
 
@@ -670,11 +670,92 @@ def test_an_upgrade_waits_until_no_job_is_begun(host, prefix, monkeypatch):
     assert upgraded(host, lambda db: said.append(db.tenant_id), workers=1) == dict.fromkeys((f'{prefix}0', f'{prefix}1'))
     assert said == [f'{prefix}0', ('waited', fh_saas.db_tenant.heeded), f'{prefix}1']
 
-def test_of_two_upgrades_at_once_one_is_done(lite, monkeypatch):
+def test_an_upgrade_sees_what_is_submitted_just_before_it_begins(host, prefix, monkeypatch):
+    get_or_create_tenant_db(prefix, host=host).close()
+    said, real = [], HostDatabase.set_state
+    def state(self, id, new, *args):
+        if new == 'migrating': job_in(host, id)
+        return real(self, id, new, *args)
+    monkeypatch.setattr(HostDatabase, 'set_state', state)
+    monkeypatch.setattr(fh_saas.ops.tenants.time, 'sleep', said.append)
+    assert upgraded(host, lambda db: None) == {prefix: None} and said == [fh_saas.db_tenant.heeded]
+
+def test_a_tenant_whose_state_somebody_else_changes_is_not_upgraded(lite, monkeypatch):
     many(lite, 1)
-    real = fh_saas.ops.tenants._note
-    def other(eng, **notes):
-        real(eng, **notes)
-        if 'state_before' in notes: lite.set_state('t0', 'migrating')  # by another process, at this moment
-    monkeypatch.setattr(fh_saas.ops.tenants, '_note', other)
+    real = fh_saas.ops.tenants._Notes.write
+    def other(self, **notes):
+        real(self, **notes)
+        if 'state_before' in notes: lite.set_state('t0', 'migrating')  # at this moment
+    monkeypatch.setattr(fh_saas.ops.tenants._Notes, 'write', other)
     assert upgraded(lite, lambda db: 1/0) == dict(t0='FhSaasError') and lite.find('t0').state == 'migrating'
+
+def same(host): return HostDatabase(str(host.url.render_as_string(hide_password=False)))
+
+def test_of_two_who_upgrade_at_once_the_second_waits_and_finds_it_done(host, prefix, caplog):
+    for n in range(3): get_or_create_tenant_db(f'{prefix}{n}', host=host).close()
+    ran, go_on = [], threading.Event()
+    def upgrade(db): ran.append(db.tenant_id); go_on.wait(20)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(upgraded, host, upgrade, workers=1)
+        wait_until(lambda: ran)
+        second = pool.submit(upgraded, same(host), lambda db: 1/0)
+        wait_until(lambda: 'waiting for its end' in caplog.text)
+        go_on.set()
+        done = dict.fromkeys(f'{prefix}{n}' for n in range(3))
+        assert first.result(30) == second.result(30) == done and sorted(ran) == [*done]
+    assert {t.state for t in host.tenants()} == {'active'}
+
+@pytest.mark.parametrize('age,waits', [(0, True), (20, False), (-3600, False)])
+def test_who_was_killed_while_it_upgraded_is_not_waited_for_for_long(host, prefix, age, waits):
+    get_or_create_tenant_db(prefix, host=host).close()
+    with writing(host.engine) as conn: fh_saas.ops.tenants.write_meta(conn, upgrading=f'web:1:abc {timestamp(time.time() - age)}')
+    turn = fh_saas.ops.tenants._Turn(host)
+    assert turn.take() != waits
+    with writing(host.engine) as conn: fh_saas.ops.tenants.write_meta(conn, upgrading='')
+    assert upgraded(host, lambda db: None) == {prefix: None}
+    with reading(host.engine) as conn: assert not fh_saas.ops.tenants.read_meta(conn)['upgrading']
+
+def test_who_was_stopped_for_long_begins_no_further_tenant(lite, monkeypatch):
+    many(lite, 3)
+    monkeypatch.setattr(fh_saas.ops.tenants, 'turn_lasts', 0.5)
+    def upgrade(db):
+        ran.append(db.tenant_id)
+        with writing(lite.engine) as conn: fh_saas.ops.tenants.write_meta(conn, upgrading=f'web:1:abc {timestamp(time.time() + 0.4)}')  # another has taken the turn
+        time.sleep(0.3)
+    ran = []
+    assert upgraded(lite, upgrade, workers=1) == dict(t0=None, t1='FhSaasError', t2='FhSaasError') and ran == ['t0']
+
+def test_a_state_before_is_remembered_no_longer_than_the_upgrade(host, prefix):
+    get_or_create_tenant_db(prefix, host=host).close()
+    suspend_tenant(prefix, host)
+    assert upgraded(host, lambda db: None) == {prefix: None} and host.find(prefix).state == 'paused'
+    host.set_state(prefix, 'migrating')
+    assert {t: e for t, e in migrate_tenants(host, lambda db: None, '3')} == {prefix: None} and host.find(prefix).state == 'active'
+
+def test_a_tenant_that_is_being_deleted_or_upgraded_is_not_resumed(lite):
+    many(lite, 1)
+    for state, acts in dict(deleting=(suspend_tenant, resume_tenant), migrating=(resume_tenant,)).items():
+        lite.set_state('t0', state)
+        for act in acts:
+            with pytest.raises(TenantSuspended, match=state): act('t0', lite)
+        assert lite.find('t0').state == state
+    suspend_tenant('t0', lite); suspend_tenant('t0', lite); resume_tenant('t0', lite); resume_tenant('t0', lite)
+    assert lite.find('t0').state == 'active'
+
+def test_a_claim_that_waited_for_the_lock_asks_again_whether_the_tenant_is_active(lite, new_engine):
+    with get_or_create_tenant_db('acme', host=lite) as db:
+        m, ran = BackgroundTaskManager(db, new_engine(poll=0.1, lease=60)), []
+        wait_until(lambda: m.engine.tenancy(m.store).facts)
+        lock = sqlite3.connect(m.store.url.database, isolation_level=None)
+        id, _ = m.submit('t', lambda: ran.append(1), run_at=timestamp(time.time() + 0.5))
+        lock.execute('BEGIN IMMEDIATE')
+        wait_until(lambda: m.engine._desks[m.store].turning, what='no claim waits for the lock')
+        suspend_tenant('acme', lite)
+        time.sleep(1.3)
+        lock.execute('COMMIT')
+        lock.close()
+        wait_until(lambda: not m.engine._desks[m.store].turning)
+        time.sleep(0.3)
+        assert ran == [] and m.get_job(id).status == 'pending'
+        resume_tenant('acme', lite)
+        assert m.wait(id, 20).status == 'completed'

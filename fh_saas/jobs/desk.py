@@ -164,6 +164,12 @@ def _claimed(self:Desk, claim, token):
         raise
 
 @patch
+def _still_open(self:Desk, asked) -> bool:
+    "May jobs be begun, also if the lock was waited for since they were `asked` for?"
+    if self.tenancy and time.monotonic() > asked + 1: self.tenancy.refresh(1.0)
+    return not self.shut
+
+@patch
 def _unclaimed(self:Desk, tokens):
     if not tokens: return
     now = time.monotonic()
@@ -191,13 +197,13 @@ def turn(self:Desk,
     done = self.store.finishing_all([(a.row, a.outcome, a.last_note) for a in ends]) if ends else None
     these = self.store.claiming_these(wanted, *me, replace(room or spare, n=len(wanted), sure=None)) if wanted else None
     claim = self.store.claiming(*names, *me, room) if room else None
-    check, doubts = self._checking(bool(these or claim)), list(self.doubtful)
+    check, doubts, asked = self._checking(bool(these or claim)), list(self.doubtful), time.monotonic()
     def op(cur, now):
         for t in doubts: self.store.unclaim(cur, now, t)
         if done: done(cur, now)
-        notes = check(cur) if check else None
-        got, rows, due = these(cur, now) if these else [], claim(cur, now) if claim else [], None
-        if claim and len(rows) < room.n: due = self.store.due_in(cur, now, *names, room.closed, self.only)
+        notes, may = check(cur) if check else None, self._still_open(asked)
+        got, rows, due = these(cur, now) if these and may else [], claim(cur, now) if claim and may else [], None
+        if claim and may and len(rows) < room.n: due = self.store.due_in(cur, now, *names, room.closed, self.only)
         if stepped := notes and (got or rows or ends): self.store.step(cur, notes)  # who has nothing to say writes nothing
         return got, rows, due, notes if stepped else None
     op.single = done is not None and done.single and not (these or claim or check or doubts)
@@ -249,8 +255,8 @@ def look(self:Desk) -> tuple: # Seconds until something is due, and until a leas
 def suspect(self:Desk, slot, room:Room) -> list: # Attempts; None if another one runs here
     "Claim one job that was lost with its process before, if no other of them runs here"
     if not slot.take(self): return None
-    rows = []
-    try: rows = self._claimed(self.store.claiming(*self.names, token := gen_id(), self.worker, self.settings.lease, room), token)
+    rows, asked, claim = [], time.monotonic(), self.store.claiming(*self.names, token := gen_id(), self.worker, self.settings.lease, room)
+    try: rows = self._claimed(lambda cur, now: claim(cur, now) if self._still_open(asked) else [], token)
     finally: self.freed = [] if rows else slot.give()
     attempts = self._take(rows)
     for a in attempts: a.suspect = True
