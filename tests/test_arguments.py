@@ -228,6 +228,42 @@ def test_json_means_what_python_writes(v):
 def test_a_number_that_python_does_not_write_is_no_json():
     with pytest.raises(NotJson, match='result cannot be encoded'): to_json(10**5000, 'result')
 
+class Base(pydantic.BaseModel): a: int
+class More(Base): b: int = 0
+class Around(pydantic.BaseModel): inner: Base
+class Hidden(pydantic.BaseModel): a: int; key: str = pydantic.Field('', exclude=True)
+class Sum(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra='forbid')
+    net: float
+    tax: float = 0
+    @pydantic.computed_field
+    @property
+    def total(self) -> float: return self.net + self.tax
+class Change(pydantic.BaseModel): name: str | None = None; size: int = 3
+class Outward(pydantic.BaseModel): n: int = pydantic.Field(serialization_alias='N')
+
+def test_nothing_of_a_model_is_lost_without_a_word():
+    def f(base:Base=None, around:Around=None, hidden:Hidden=None, many:list[Base]=(), either:More | Base | None=None): pass
+    s = Signature(f)
+    for lost in (dict(base=More(a=1, b=2)), dict(around=Around(inner=More(a=1, b=2))), dict(hidden=Hidden(a=1, key='k')), dict(hidden=dict(a=1, key='k')), dict(many=[Base(a=1), More(a=1)])):
+        with pytest.raises(BadPayload, match='comes? back'): s.pack(lost)
+    for kept in (dict(base=Base(a=1)), dict(around=Around(inner=Base(a=1))), dict(hidden=Hidden(a=1)), dict(many=[Base(a=1), Base(a=2)])): assert s.unpack(json.loads(s.pack(kept))) == kept
+
+def test_a_model_comes_back_with_the_fields_set_that_were_set():
+    def f(change:Change): pass
+    for change in (Change(), Change(name=None), Change(size=3), Change(name='a', size=4)):
+        back = Signature(f).unpack(json.loads(Signature(f).pack(dict(change=change))))['change']
+        assert back == change and back.model_dump(exclude_unset=True) == change.model_dump(exclude_unset=True)
+
+def test_a_result_shows_what_a_model_computes_and_an_argument_is_read_from_what_it_holds():
+    def f(sum:Sum) -> Sum: return sum
+    def plain(): pass
+    s, v = Signature(f), Sum(net=1, tax=2)
+    assert s.unpack(json.loads(s.pack(dict(sum=v)))) == dict(sum=v)
+    assert json.loads(s.pack_result(v)) == json.loads(Signature(plain).pack_result(v)) == dict(net=1, tax=2, total=3)
+    def g() -> Outward: pass
+    assert Signature(g).unpack_result(Signature(g).pack_result(Outward(n=1))) == Outward(n=1)
+
 def test_a_model_comes_back_as_it_went_in_or_is_refused():
     class Opts(pydantic.BaseModel): page_size: int = pydantic.Field(50, alias='pageSize')
     class Needs(pydantic.BaseModel): n: int = pydantic.Field(alias='N')

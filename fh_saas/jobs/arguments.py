@@ -11,6 +11,7 @@ __all__ = ['BadPayload', 'Wire', 'wire', 'Signature']
 
 # %% ../../nbs/jobs/06_arguments.ipynb #1a1ac825
 import inspect, json, typing
+from collections import Counter
 from pathlib import PurePath
 import msgspec
 from fastcore.basics import patch
@@ -26,17 +27,6 @@ def _known(cls) -> bool:
     "A type that msgspec leaves to us: paths, and the models of pydantic"
     return isinstance(cls, type) and (issubclass(cls, PurePath) or hasattr(cls, 'model_validate_json'))
 
-def _packed(v):
-    if isinstance(v, PurePath): return str(v)
-    if hasattr(type(v), 'model_dump'): return v.model_dump(mode='json', by_alias=True, round_trip=True)
-    raise NotImplementedError(f'{type(v).__name__} is not JSON')
-
-def _comes_back(v):
-    "As `_packed`, for an argument: a model that reads something else from its JSON, as one with a secret does, is refused"
-    plain = _packed(v)
-    if hasattr(type(v), 'model_dump') and _unpacked(type(v), plain).model_dump() != v.model_dump(): raise TypeError(f'`{type(v).__name__}` does not come back from its JSON as it was')
-    return plain
-
 def _unpacked(cls, v):
     if isinstance(v, cls): return v
     if hasattr(cls, 'model_validate_json'): return cls.model_validate_json(msgspec.json.encode(v))
@@ -50,6 +40,35 @@ def _inside(shape):
         if (t := getattr(shape, name, None)) is not None: yield from _inside(t)
     for name in ('types', 'item_types'):
         for t in getattr(shape, name, ()): yield from _inside(t)
+
+# %% ../../nbs/jobs/06_arguments.ipynb #bc79d636
+def _same(a, b) -> bool:
+    "Have two models the same in their fields, also in those that their JSON leaves out?"
+    return type(a) is type(b) and vars(a) == vars(b) and a.model_extra == b.model_extra
+
+def _back(v, **form):
+    "The JSON of a model, and what would come back from it"
+    plain = v.model_dump(mode='json', **form)
+    try: return plain, _unpacked(type(v), plain)
+    except Exception: return plain, None  # its validators may raise anything
+
+_names = dict(by_alias=True), dict(by_alias=False)
+
+def _result(v):
+    "As it is shown, computed fields too; by the names from which it can be read, if there are such"
+    if isinstance(v, PurePath): return str(v)
+    if not hasattr(type(v), 'model_dump'): raise NotImplementedError(f'{type(v).__name__} is not JSON')
+    forms = [_back(v, **names) for names in reversed(_names)]
+    return next((plain for plain, there in forms if _same(there, v)), forms[0][0])
+
+def _argument(v):
+    "As the task will have it: a model that reads something else from its JSON, as one with a secret does, is refused"
+    if not hasattr(type(v), 'model_dump'): return _result(v)
+    # which fields were set is a part of it: an update changes those
+    forms = [_back(v, round_trip=True, exclude_unset=True, **names) for names in _names] + [_back(v, round_trip=True, **names) for names in _names]
+    good = [(plain, there) for plain, there in forms if _same(there, v)]
+    if not good: raise TypeError(f'`{type(v).__name__}` does not come back from its JSON as it was')
+    return next((plain for plain, there in good if there.model_fields_set == v.model_fields_set), good[-1][0])
 
 # %% ../../nbs/jobs/06_arguments.ipynb #d8594204
 def _unknown(shape, v) -> str: # None if there is none
@@ -80,11 +99,13 @@ class Wire:
     def pack(self, v):
         "`v` as what JSON has; TypeError if it is not of this type"
         if self.same is not None and type(v) is self.same: return v
-        plain = v if self.open else msgspec.to_builtins(v, enc_hook=_comes_back)
+        given, got = [], []
+        plain = v if self.open else msgspec.to_builtins(v, enc_hook=lambda m: given.append(type(m)) or _argument(m))
         there = self.unpack(plain)
         if self.open: return plain
         # what was understood, so that equal arguments look the same: 1 as 1.0 where a float is wanted, a set in one order
-        as_type = msgspec.to_builtins(there, enc_hook=_comes_back, str_keys=True, order='deterministic')
+        as_type = msgspec.to_builtins(there, enc_hook=lambda m: got.append(type(m)) or _argument(m), str_keys=True, order='deterministic')
+        if given and (lost := next(iter(Counter(given) - Counter(got)), None)): raise TypeError(f'`{lost.__name__}` comes back as something else')
         if odd := _unknown(self.shape, msgspec.to_builtins(plain, str_keys=True)): raise TypeError(f'Object contains unknown field `{odd}`')
         return as_type
 
@@ -194,7 +215,7 @@ def pack_result(self:Signature, v) -> str: # None for None
     try: return to_json(v, 'result')
     except NotJson as e:
         # the work is done: whatever has a form in JSON is kept, annotated or not
-        try: return to_json(msgspec.to_builtins(v, enc_hook=_packed, str_keys=self.result is not None and not self.result.open), 'result')
+        try: return to_json(msgspec.to_builtins(v, enc_hook=_result, str_keys=self.result is not None and not self.result.open), 'result')
         except TooLarge: raise
         except Exception: raise e from None  # what an object says of itself may be anything
 
