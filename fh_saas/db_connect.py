@@ -8,7 +8,8 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/db_connect.html.md"""
 __all__ = ['patience', 'levels', 'stalled', 'meta_table', 'FhSaasError', 'InvalidDatabaseURL', 'UnsupportedDatabase',
            'DatabaseUnavailable', 'DatabaseBusy', 'DatabaseFull', 'DatabaseReadOnly', 'DatabaseCorrupt',
            'NewerDatabase', 'show_url', 'check_url', 'typed', 'db_errors', 'reading', 'writing', 'set_timeout',
-           'when_free', 'connect', 'open_engine', 'lock_schema', 'read_meta', 'write_meta', 'add_columns']
+           'when_free', 'of_this_process', 'inherited', 'connect', 'open_engine', 'lock_schema', 'read_meta',
+           'write_meta', 'add_columns']
 
 # %% ../nbs/00_db_connect.ipynb #9143cdcc
 import os, sqlite3, time, weakref
@@ -177,6 +178,25 @@ def _psycopg():
     except ImportError: raise DatabaseUnavailable("PostgreSQL needs psycopg 3: pip install 'fh-saas[postgres]'") from None
     return psycopg
 
+_to_servers = weakref.WeakSet()
+
+def of_this_process(conn): # The same
+    "A child of a fork has nothing to do with this connection to a server: whatever it does with it, also closing it, reaches nobody"
+    _to_servers.add(conn)
+    return conn
+
+def inherited(url, pid) -> bool: # Is a connection to a server, which process `pid` has opened, another process's?
+    return pid not in (None, os.getpid()) and url.get_backend_name() == 'postgresql'
+
+def _cut_off():
+    null = os.open(os.devnull, os.O_RDWR)
+    for conn in list(_to_servers):
+        if not conn.closed: os.dup2(null, conn.fileno())
+    os.close(null)
+    _to_servers.clear()
+
+os.register_at_fork(after_in_child=_cut_off)
+
 stalled = 5.0  # seconds between the statements of a short transaction after which PostgreSQL ends it
 
 def _pg_args(u, busy, brief, lazy):
@@ -194,7 +214,7 @@ def _pg_connect(u, busy, autocommit=True, lazy=False):
     "A connection; while the server has none to spare, wait for others to give theirs back"
     own, until = u.translate_connect_args(username='user', database='dbname'), time.monotonic() + busy
     while True:
-        try: return _psycopg().connect(autocommit=autocommit, **own, **u.query, **_pg_args(u, busy, autocommit, lazy))
+        try: return of_this_process(_psycopg().connect(autocommit=autocommit, **own, **u.query, **_pg_args(u, busy, autocommit, lazy)))
         except _psycopg().OperationalError as e:  # which has no code before there is a connection
             if time.monotonic() > until or not any(t in str(e) for t in ('too many clients', 'remaining connection slots')): raise
         time.sleep(0.05)

@@ -18,7 +18,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from fastcore.basics import patch
 from fastsql import Database
-from .db_connect import (FhSaasError, InvalidDatabaseURL, add_columns, check_url, lock_schema,
+from .db_connect import (FhSaasError, InvalidDatabaseURL, add_columns, check_url, inherited, lock_schema, of_this_process,
     open_engine, read_meta, reading, show_url, write_meta, writing)
 
 # %% ../nbs/00_db_host.ipynb #a307a935
@@ -158,7 +158,7 @@ class HostDatabase:
         synchronous:str='FULL', # SQLite's level for the host and what its tenants' handles write: see `fh_saas.db_connect`; jobs have that of `Settings`
         create:bool=True, # Make it a host if it is none yet?
     ):
-        self.url, self.synchronous, self._db = check_url(db_url or env_url()), synchronous, None
+        self.url, self.synchronous, self._db, self._db_of = check_url(db_url or env_url()), synchronous, None, None
         if create and self.url.get_backend_name() == 'sqlite' and not self.url.database.startswith('file:'): Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
         self.engine = open_engine(self.url, synchronous, create=create)
         try:
@@ -170,7 +170,10 @@ class HostDatabase:
     @property
     def db(self) -> Database:
         "A fastsql `Database` on the host, for queries of your own"
-        if self._db is None: self._db = Database(self.url.render_as_string(hide_password=False))
+        if stale := self._db is not None and inherited(self.url, self._db_of): self._db.conn.invalidate()
+        if self._db is None or stale:
+            self._db, self._db_of = Database(self.url.render_as_string(hide_password=False)), os.getpid()
+            if self.url.get_backend_name() == 'postgresql': of_this_process(self._db.conn.connection.driver_connection)
         return self._db
 
     @classmethod

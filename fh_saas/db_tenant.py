@@ -12,13 +12,13 @@ __all__ = ['heeded', 'InvalidTenantId', 'check_tenant_id', 'TenantDatabase', 'Op
            'suspend_tenant', 'resume_tenant', 'delete_tenant']
 
 # %% ../nbs/01_db_tenant.ipynb #306e6dfc
-import re, threading, time, weakref
+import os, re, threading, time, weakref
 from collections import OrderedDict, deque
 from pathlib import Path
 import sqlalchemy as sa
 from fastcore.basics import patch
 from fastsql import Database
-from .db_connect import (DatabaseCorrupt, DatabaseUnavailable, FhSaasError, check_url, lock_schema, open_engine, read_meta, reading, show_url, write_meta, writing)
+from .db_connect import (DatabaseCorrupt, DatabaseUnavailable, FhSaasError, check_url, inherited, lock_schema, open_engine, read_meta, reading, show_url, write_meta, writing)
 from .db_host import HostDatabase, TenantCatalog, TenantNotFound, env_url, timestamp
 
 # %% ../nbs/01_db_tenant.ipynb #a08e43f4
@@ -41,11 +41,24 @@ class TenantDatabase(Database):
     def __init__(self, tenant_id, engine, owner, key):
         self.tenant_id, self.engine = tenant_id, engine
         self.conn_str = engine.url.render_as_string(hide_password=False)
-        self.meta = sa.MetaData()
-        self.conn = engine.connect()
-        self.meta.bind, self.meta.conn, self._tables = engine, self.conn, {}
+        self.meta, self._tables, self._owner, self._key = sa.MetaData(), {}, owner, key
+        self.meta.bind = engine
+        self._connect()
+
+    def _connect(self):
+        self._conn, self._of = self.engine.connect(), os.getpid()
+        self.meta.conn = self._conn
         # the collector may call this at any moment, also while this thread holds a lock: so it only leaves a note
-        self._owner, self._done = owner, weakref.finalize(self, owner.returned.append, (self.conn, key))
+        self._done = weakref.finalize(self, self._owner.returned.append, (self._conn, self._key))
+
+    @property
+    def conn(self) -> sa.Connection:
+        "Of this process"
+        if inherited(self.engine.url, self._of):
+            self._done.detach()
+            self._conn.invalidate()
+            self._connect()
+        return self._conn
 
     def close(self):
         "Give the connection back; what was not committed is rolled back"

@@ -588,7 +588,7 @@ def test_children_of_a_process_do_not_read_each_others_answers(host, prefix):
     host.open_dbs.close(host.url_of(host.find(names[0])))
     script = here/'forks_host.py'
     done = subprocess.run([sys.executable, script, host.url.render_as_string(hide_password=False), ','.join(names)], capture_output=True, text=True, timeout=60)
-    assert (done.stdout, done.returncode) == (f'4 children, {names[0]}\n', 0), done.stdout + done.stderr
+    assert (done.stdout, done.returncode) == (f'4 children, {names[0]}, 4 notes\n', 0), done.stdout + done.stderr
 
 def job_in(host, id, **kw):
     with closing(Store(host.url_of(host.find(id)))) as s: s.add(dict(id='a', job_type='t', task='t', max_retries=3) | kw)

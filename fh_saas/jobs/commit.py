@@ -157,7 +157,10 @@ def _go_on():
     while _held: _held.pop()._pass_on()
 
 def _begin_anew():
-    for c in list(_committers): c._queue, c._queue_lock, c._called = [], threading.Lock(), None; c.anew()  # who waits there waits in the parent
+    for c in list(_committers):
+        c._queue, c._queue_lock, c._called = [], threading.Lock(), None  # who waits there waits in the parent
+        if isinstance(c.kind, PostgreSQL): c._turn, c._writer, c._spare = threading.Lock(), None, []
+        c.anew()
     _go_on()
 
 os.register_at_fork(before=_hold_still, after_in_parent=_go_on, after_in_child=_begin_anew)
@@ -181,6 +184,7 @@ class Committer:
 
     def opened(self): "Called when another database was found in place of the one before"
     def used(self): "Called before each use"
+    def met(self, conn): "Called with each new connection"
     def anew(self): "Called in a child: the threads of its parent are not there"
 
     @property
@@ -227,7 +231,11 @@ def _drop_spare(self:Committer):
 def _open(self:Committer):
     "A connection that nobody uses, or a new one"
     while (conn := self._unused()) is not None and not self.kind.alive(conn): conn.close()
-    return conn or connect(self.url, self.synchronous, self.busy, self.lazy)
+    if conn is not None: return conn
+    conn = connect(self.url, self.synchronous, self.busy, self.lazy)
+    try: self.met(conn)
+    except BaseException: conn.close(); raise
+    return conn
 
 # %% ../../nbs/jobs/04_commit.ipynb #35c7a84a
 @patch
@@ -245,7 +253,10 @@ def _call_next(self:Committer):
     if w is not None: w.done.put(None)
 
 @patch
-def _error(self:Committer, e): return typed(self.url, e) or e
+def _error(self:Committer, e):
+    if getattr(e, 'sqlstate', None) != no_table: return typed(self.url, e) or e
+    self.opened()
+    return DatabaseUnavailable(f"{show_url(self.url)}: the tables of jobs were not there, because the database was made anew; they are now: try again ({e})")
 
 # %% ../../nbs/jobs/04_commit.ipynb #589add0f
 reader_waits = 0.02 # seconds for which a reader waits for the connection to a server
@@ -267,7 +278,6 @@ def cursor(self:Committer,
         yield conn.cursor()
     except BaseException as e:
         if conn is not None: conn.close()
-        if getattr(e, 'sqlstate', None) == no_table: self.opened()
         if (known := self._error(e)) is e: raise
         raise known from e
     if self._spare or self._leave or closed != self._closed or file != self._file: conn.close()
@@ -291,7 +301,6 @@ def _writers_cursor(self:Committer, file):
     try: yield self._writing(file)
     except BaseException as e:
         self._drop()
-        if getattr(e, 'sqlstate', None) == no_table: self.opened()
         if (known := self._error(e)) is e: raise
         raise known from e
     finally: self._pass_on()

@@ -51,6 +51,10 @@ class Store(Committer):
             self.engine.dispose()
             self.notes = self._noted()
 
+    def met(self, conn):
+        # on a server a database that was made anew has the name of the one before, and nothing else tells
+        if not isinstance(self.kind, SQLite) and conn.execute('SELECT to_regclass(%s)', [self.t.jobs.name]).fetchone()[0] is None: self.opened()
+
     def _noted(self) -> dict:
         "What the database says about itself; nothing if it is new"
         conn = connect(self.url, self.synchronous, self.busy)
