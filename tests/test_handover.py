@@ -297,18 +297,19 @@ def test_an_outcome_whose_commit_was_not_confirmed_is_no_dropped_one(make, monke
     assert m.get_job(id).status == ('pending' if how == 'retry' else how) and [a['outcome'] for a in m.attempts(id)] == [how]
     assert m.engine._live() == []
 
-def test_an_outcome_that_another_has_recorded_is_dropped(make, monkeypatch):
+@pytest.mark.parametrize('ours', [Outcome('completed', result='1'), Outcome('failed', error='ValueError: ours')])
+def test_an_outcome_that_another_has_recorded_is_dropped(make, monkeypatch, ours):
     "The claim was lost while the server was away"
     m = make('postgresql', lease=60)
-    id, bg = m.submit('t', lambda: 1)
+    id, bg = m.submit('t', lambda: 1, 1 if ours.kind == 'failed' else 3)
     a = m.engine._claim(m.store, id, None)
     m.store.write(lambda cur, now: cur.execute("UPDATE tenant_jobs SET lease_until = created_at") and None)
-    assert [o.kind for _, o in m.store.rescue()] == ['lost']
+    assert [o.kind for _, o in m.store.rescue()] == ['failed' if ours.kind == 'failed' else 'lost']
     a.tried = True
-    m.engine._record(a, Outcome('completed', result='1'), done := Future())
+    m.engine._record(a, ours, done := Future())
     a.desk.ends.clear()
     m.engine._one_by_one([a])
-    assert done.result(5) is None and m.engine.stale == 1 and m.get_job(id).status == 'pending'
+    assert done.result(5) is None and m.engine.stale == 1 and m.get_job(id).status == ('failed' if ours.kind == 'failed' else 'pending')
 
 # --- A task that has got another name
 
@@ -328,3 +329,11 @@ def test_what_holds_for_a_task_holds_for_rows_under_its_old_names(kind, make, wh
     assert m.wait('x', 10).status == 'completed'
     time.sleep(1)
     assert len(ran) == (4 if what == 'rate' else 1)
+
+@pytest.mark.parametrize('rates', [dict(send=(5, 1), send_mail=(1, 60)), dict(send_mail=(60, 60), send=(9, 1))])
+def test_of_two_rates_for_one_task_the_slower_holds(make, rates):
+    m = make()
+    m.engine.registry.add(lambda n: n, 'send', aliases=('send_mail',))
+    desk = m.engine._desks[m.store]
+    desk._free = Limits(rates=rates)
+    assert m.engine._room(desk, 1).rates == dict(send=min(rates.values(), key=lambda r: r[0]/r[1]))

@@ -73,7 +73,8 @@ def main():
     lines = _lines(orders)
     order, voice, lock, over = json.loads(next(lines)), os.fdopen(int(sys.argv[1]), 'wb'), threading.Lock(), threading.Event()
     sys.path[:] = order['path']
-    os.environ.pop('PYTHONPATH', None) if order['pythonpath'] is None else os.environ.update(PYTHONPATH=order['pythonpath'])  # the one that led here is not for what the task starts
+    os.environ.pop('PYTHONPATH', None)  # the one that led here is not for what the task starts
+    if path := order.get('pythonpath'): os.environ['PYTHONPATH'] = path  # a parent that began before an upgrade says nothing of it
     _alone()
     logging.getLogger('fh_saas.task').disabled = True  # the parent says it
     def say(what):

@@ -378,15 +378,15 @@ def finishing(self:Store,
 @patch
 def has_ended(self:Store, job:dict) -> bool:
     "Is the end of this attempt on the disk?"
-    return self.ended_as(job) is not None
+    return self.ended_as(job) != (None, None)
 
 @patch
-def ended_as(self:Store, job:dict) -> str: # The kind of its outcome; None if it has none
+def ended_as(self:Store, job:dict) -> tuple: # The kind of its outcome, and the error; None and None if it has none
     "What is on record of this attempt"
     a = self.t.attempts
-    stmt = self.statement(('has ended', a.name), lambda: sa.select(a.c.outcome).where(a.c.job_id == bind('job'), a.c.number == bind('number')))
+    stmt = self.statement(('has ended', a.name), lambda: sa.select(a.c.outcome, a.c.error).where(a.c.job_id == bind('job'), a.c.number == bind('number')))
     with self.cursor() as cur: row = stmt(cur, job=job['id'], number=job['attempt']).fetchone()
-    return row and row[0]
+    return tuple(row or (None, None))
 
 @patch
 def finish(self:Store, job:dict, o:Outcome, note=None) -> bool: # False: the claim was lost, and nothing was written

@@ -103,7 +103,7 @@ def _free_key(self:Recorder, a):
 @patch
 def _on_record(self:Recorder, a) -> bool:
     "Was its outcome committed by a server that could not say so?"
-    try: return a.tried and a.store.ended_as(a.row) == a.outcome.kind
+    try: return a.tried and a.store.ended_as(a.row) == (a.outcome.kind, a.outcome.error)
     except FhSaasError: return False
 
 @patch

@@ -311,10 +311,12 @@ def _others(self:Rounds, desk) -> list: # Jobs, those of them that may be in the
 def _sure(self:Rounds, desk) -> int: return max(0, self.line.free() - sum(sure for _, sure, _ in self._others(desk)))
 
 # %% ../../nbs/jobs/13_rounds.ipynb #136e4ff8
+def _pace(rule): _, (n, per) = rule; return n/per  # of two for one task, under its old name and its new, the slower holds
+
 @patch
 def _room(self:Rounds, desk, n, **kw):
     l, (by_task, sure), named = desk.limits, self.line.room_of_tasks(desk), self.registry.named_as
-    rates, off = {**self.registry.rates, **{named(t): r for t, r in l.rates.items()}}, l.off and {named(t) for t in l.off}
+    rates, off = {**self.registry.rates, **{named(t): r for t, r in sorted(l.rates.items(), key=_pace, reverse=True)}}, l.off and {named(t) for t in l.off}
     return Room(n, by_queue=self.line.free_of(), closed=l.closed, most=l.most, most_by_queue=l.most_by_queue, rates=rates, off=off, named=named, by_task=by_task, sure_of_task=sure, sure_of_queue=self.line.places_of(),
         age=self.settings.age, sure=self._sure(desk), **kw)
 
