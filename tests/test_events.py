@@ -1,5 +1,6 @@
 "Events after the commit, and numbers about queues and tasks, over both databases."
 import asyncio, threading, time
+from concurrent.futures import ThreadPoolExecutor
 import pytest
 from fh_saas.db_host import timestamp
 from fh_saas.jobs import events as module
@@ -189,6 +190,22 @@ def test_a_damaged_row_spoils_no_numbers(new_url):
     s.add(dict(id='x', job_type='t', task='t'))
     s.write(lambda cur, now: cur.execute("UPDATE tenant_jobs SET run_at = NULL, created_at = 'soon'") and None)
     assert s.open_jobs()['default'] == dict(due=1, scheduled=0, running=0, oldest_due=None)
+
+def test_what_many_monitors_show_is_counted_once(lite, monkeypatch):
+    s, asked = lite.store, []
+    real = Store.open_jobs
+    def slow(self): asked.append(1); time.sleep(0.2); return real(self)
+    monkeypatch.setattr(Store, 'open_jobs', slow)
+    s.add(dict(id='a', job_type='t', task='t', max_retries=3))
+    with ThreadPoolExecutor(8) as pool: found = [f.result() for f in [pool.submit(s.open_lately) for _ in range(16)]]
+    assert len(asked) == 1 and all(f['default']['due'] == 1 for f in found)
+    found[0]['default']['due'] = 7
+    assert s.open_lately()['default']['due'] == 1 and len(asked) == 1
+    wait_until(lambda: s.open_lately() and len(asked) == 2, 5)
+    monkeypatch.setattr(Store, 'open_jobs', lambda self: asked.append(1) or real(self))
+    time.sleep(2.1)
+    s.add(dict(id='b', job_type='t', task='t', max_retries=3))
+    wait_until(lambda: s.open_lately()['default']['due'] == 2, 5)
 
 def test_a_moment_that_had_passed_was_no_wait(manager):
     id, bg = manager.submit('t', print, run_at='2019-01-01')

@@ -166,3 +166,11 @@ def test_what_is_under_way(store):
     rows = fill(store, [dict(status=s) for s in ['running', 'pending', 'failed', 'pending', 'completed']*3])
     want = [[r['id'] for r in rows if r['status'] == s] for s in ('running', 'pending')]
     assert [r['id'] for r in store.under_way()] == sum(want, []) and [r['id'] for r in store.under_way(2)] == want[0][:2] + want[1][:2]
+
+def test_what_is_under_way_of_some_types_is_found_behind_many_others(store):
+    others = [dict(status='pending', job_type='a')]*60
+    fill(store, others + [dict(status='pending', job_type='b'), dict(status='running', job_type='b'), dict(status='running', job_type='c')] + others)
+    assert [r['job_type'] for r in store.under_way() if r['status'] == 'pending'] == ['a']*50
+    assert sorted((r['status'], r['job_type']) for r in store.under_way(5, ('b', 'c'))) == [('pending', 'b'), ('running', 'b'), ('running', 'c')]
+    assert [r['job_type'] for r in store.under_way(5, ('a',))] == ['a']*5 and store.under_way(5, ("a' OR '1'='1",)) == []
+    assert [r['id'] for r in store.under_way(3, ('a',))] == [r['id'] for r in store.page(3, job_type='a')[0]]

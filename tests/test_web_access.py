@@ -347,6 +347,37 @@ def infested(web):
     web.ids = ids
     return web
 
+def soup(x): return BeautifulSoup(x.text, 'html.parser')
+def said(el): return [s for s in el.stripped_strings if s != 'now' and not s.endswith(' ago')]
+
+def test_a_list_of_some_jobs_asks_for_the_same_when_it_looks_again(web):
+    m = web.m['acme']
+    ids = [m.submit(t, sync, path=t, queue=q, tags=[tag], run_at='2100-01-01')[0] for t, q, tag in (('a', 'x', 'red'), ('b', 'x', 'blue'), ('a', 'y', 'blue'))]
+    m.cancel(ids[0])
+    new = m.rerun(ids[0])
+    at = m.get_job(ids[1]).created_at
+    searches = [dict(job_type='a'), dict(queue='x'), dict(tag='blue'), dict(status=('cancelled', 'failed')), dict(status='cancelled'), dict(rerun_of=ids[0]), dict(q=ids[2]), dict(since=at, until=m.get_job(new).created_at), dict(task='nobody')]
+    for n, only in enumerate(searches):
+        @web.app.route(f'/list{n}', methods=['GET'])
+        def home(): return JobList(m, **only)
+        c = web.client('acme-operator')
+        first = soup(c.get(f'/list{n}')).select_one('.fs-jobs')
+        again = soup(c.get(first['hx-get'])).select_one('.fs-jobs')
+        assert said(again) == said(first) and again['hx-get'] == first['hx-get'] and len(first.select('tbody tr')) == len(m.store.page(**only)[0]), only
+
+def test_a_banner_finds_the_jobs_of_its_page_behind_many_others(web):
+    m = web.m['acme']
+    id = m.submit('ours', sync, path='x', run_at='2100-01-01')[0]
+    for n in range(60): m.submit('other', sync, path='x', run_at='2100-01-01')
+    @web.app.route('/page', methods=['GET'])
+    def page(): return JobBanner(m, 'ours', 'theirs')
+    @web.app.route('/since', methods=['GET'])
+    def since(): return JobBanner(m, 'ours', at=m.get_job(id).created_at)
+    c = web.client('acme-operator')
+    assert len(soup(c.get('/page')).select('.fs-line')) == 1
+    m.cancel(id)
+    assert len(soup(c.get('/page')).select('.fs-line')) == 0 and len(soup(c.get('/since')).select('.fs-line')) == 1
+
 def test_hostile_text_is_only_text(infested, monkeypatch):
     web, seen = infested, 0
     monkeypatch.setattr(live, 'recheck', 0.1)

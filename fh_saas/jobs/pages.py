@@ -16,9 +16,10 @@ from fastcore.basics import patch
 from .commit import SQLite
 from .model import is_rare, rare
 from .options import InvalidJob, moment, text, whole, word
-from .payload import clean
+from .payload import clean, dumps
 from .states import Status
 from .store import Store, bind, bound, rows_of, tagged
+import fh_saas.jobs.claims  # noqa: F401 gives a store `_among`
 
 # %% ../../nbs/jobs/05_store_pages.ipynb #397701c4
 columns = ('job_type', 'task', 'queue', 'triggered_by', 'rerun_of')
@@ -136,13 +137,20 @@ def _stretch(self:Store, cur, at, n, oldest=False) -> list: # None if there are 
 @patch
 def under_way(self:Store,
     n:int=50, # Most of each state
+    types:tuple=(), # Only of these job types, among the newest 5,000 of each state
 ) -> list: # Rows: first those that run, then those that wait, the newest first
     "Jobs that have not ended, as of one moment"
     j = self.t.jobs
-    def build():
-        def some(s): return sa.select(sa.select(j).where(*_in_state(self, j, (s,))).order_by(*_in_order(_position(self, j), False)).limit(bind('n', type_=sa.Integer)).subquery())
-        return sa.union_all(some('running'), some('pending'))
-    with self.cursor() as cur: return rows_of(self.statement(('under way', j.name), build)(cur, n=n))
+    def newest(s, n):
+        pos = _position(self, j)
+        return sa.select(j, *(p.label(f'pos{k}') for k, p in enumerate(pos))).where(*_in_state(self, j, (s,))).order_by(*_in_order(pos, False)).limit(bind(n, type_=sa.Integer)).subquery()
+    def some(s):
+        near = newest(s, 'reach' if types else 'n')
+        rows = sa.select(*(near.c[c.name] for c in j.c))
+        if types: rows = rows.where(self._among(near.c.job_type)).order_by(*(c.desc() for c in near.c if c.name.startswith('pos'))).limit(bind('n', type_=sa.Integer))
+        return sa.select(rows.subquery())
+    stmt = self.statement(('under way', j.name, bool(types)), lambda: sa.union_all(some('running'), some('pending')))
+    with self.cursor() as cur: return rows_of(stmt(cur, n=n, **dict(reach=5000, ids=dumps([*types])) if types else {}))
 
 # %% ../../nbs/jobs/05_store_pages.ipynb #a59a7ac7
 most_counted = 10_000

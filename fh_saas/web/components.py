@@ -23,7 +23,7 @@ from .facts import left, read, since, summary, words
 from .problems import Problem
 from .serving import serving
 from .tags import A, Button, Dd, Div, Dl, Dt, Form, Hidden, Li, Noscript, P, Progress, Section, Span, Strong, Table, Tbody, Td, Th, Thead, Tr, Ul
-import fh_saas.jobs.pages  # noqa: F401 gives a store `page`
+from ..jobs.pages import sought  # with this module a store has `page`
 
 # %% ../../nbs/web/07_components.ipynb #f76327d1
 class NotSetUp(RuntimeError): "No app is set up whose page this could be on."
@@ -119,9 +119,10 @@ def _value(v): return f'{v:,}' if isinstance(v, (int, float)) and not isinstance
 # %% ../../nbs/web/07_components.ipynb #fa931844
 def JobList(m:BackgroundTaskManager, live:bool=False,
     limit:int=10, # Most jobs
-    **only, # Only these: `job_type`, `status`, `queue`, `tag`, `triggered_by`, as for the list of the API
+    **only, # Only these: `job_type`, `status`, `queue`, `tag`, `since`, `q` and so on, as for `Store.page`
 ):
     "The newest jobs as a table"
+    only = {k: ','.join(v) if k == 'status' else v for k, v in sought(**only).items()}
     rows, _ = m.store.page(limit, **only)
     jobs_ = [m.job_class(**r) for r in rows]
     id = 'jobs-' + hashlib.sha256(repr(sorted(only.items())).encode()).hexdigest()[:8]
@@ -145,9 +146,8 @@ def JobBanner(m:BackgroundTaskManager,
     at:str=None, # When the page was loaded: what was submitted since then belongs to it, however soon it was over
 ):
     "What is still under way: a user who returns to a page sees it, and then how it ended"
-    def ours(rows): return [r for r in rows if not types or r['job_type'] in types]
-    rows = ours(m.store.under_way())[:5]
-    if at: seen = [*seen, *(r['id'] for r in ours(m.store.page(20)[0]) if (r['created_at'] or '') >= at)]
+    rows = m.store.under_way(5, types)[:5]
+    if at: seen = [*seen, *(r['id'] for t in types or (None,) for r in m.store.page(20, since=at, job_type=t)[0])]
     there = {r['id'] for r in rows}
     if seen: rows += m.store.these([i for i in dict.fromkeys(seen) if i not in there])
     lines = [m.job_class(**r) for r in rows]

@@ -213,7 +213,7 @@ def _snapshot(m, seen) -> tuple:
     s = m.store
     running = [m.job_class(**r) for r in s.page(50, status='running')[0]]
     ended = [m.job_class(**r) for r in s.these(sorted(seen - {j.id for j in running}))] if seen else []
-    state = dict(queues=s.open_jobs(), running=[facts(j, m.state(j)) for j in running])
+    state = dict(queues=s.open_lately(), running=[facts(j, m.state(j)) for j in running])
     return state, [facts(j, m.state(j)) for j in ended if j.status in final], {j.id for j in running}
 
 async def _monitor(jobs, ws:WebSocket):

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from fastcore.xml import to_xml
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from ..jobs.control import WrongState
+from ..jobs.pages import only_these
 from .components import JobBanner, JobList, JobProgress, JobStatus, meant
 from .problems import Problem
 from .serving import Asked, Jobs, secure
@@ -34,11 +35,9 @@ def _progress(a:Asked, **headers): return html(JobProgress(a.manager, a.path['jo
 
 def _status(a:Asked): return html(JobStatus(a.manager, a.path['job_id'], _live(a)))
 
-_list_filters = 'job_type', 'status', 'queue', 'tag', 'triggered_by'
-
 def _list(a:Asked):
     n = a.query.get('limit', '')
-    return html(JobList(a.manager, _live(a), min(100, int(n)) if n.isascii() and n.isdecimal() and 0 < len(n) < 4 and int(n) else 10, **{k: a.query[k] for k in _list_filters if a.query.get(k)}))
+    return html(JobList(a.manager, _live(a), min(100, int(n)) if n.isascii() and n.isdecimal() and 0 < len(n) < 4 and int(n) else 10, **{k: a.query[k] for k in only_these if a.query.get(k)}))
 
 def _names(a, name): return [x for x in a.query.get(name, '')[:2000].split(',') if x][:20]
 
