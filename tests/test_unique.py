@@ -310,6 +310,36 @@ def test_a_quota_counted_in_an_open_transaction_stops_no_claim(new_pg, new_manag
         assert m.wait(id, 5).status == 'completed'
         with pytest.raises(DatabaseBusy, match='quota'): m.store.add(dict(id='y', job_type='t', max_retries=3), quota=100)
 
+@pytest.mark.parametrize('bulk', [False, True])
+def test_a_retry_and_a_submit_at_once_make_no_two(url, new_engine, bulk):
+    "By processes that know nothing of each other"
+    one, two = (BackgroundTaskManager(Database(url), new_engine(concurrency=0)) for _ in range(2))
+    start = threading.Barrier(2)
+    for m in (one, two): m.submit('t', other, account=0, **far)
+    def again(n, id):
+        start.wait()
+        try: one.retry_all(queue=f'q{n}') if bulk else one.retry(id)
+        except WrongState: pass  # the other was there first
+    def submit(n, id):
+        start.wait()
+        two.submit('t', sync, account=n, unique=True, queue=f'q{n}')
+    with ThreadPoolExecutor(2) as pool:
+        for n in range(60):
+            id, _ = one.submit('t', sync, account=n, unique=True, queue=f'q{n}', **far)
+            one.cancel(id)
+            for f in [pool.submit(again, n, id), pool.submit(submit, n, id)]: f.result()
+            assert len([j for j in one.list_jobs(limit=None) if j.queue == f'q{n}' and j.status == 'pending']) == 1, n
+
+def test_a_retry_waits_for_a_transaction_that_submits_the_same_and_gives_up(new_pg, new_engine):
+    m = BackgroundTaskManager(Database(new_pg()), new_engine(concurrency=0, busy=0.5))
+    id, _ = m.submit('t', sync, account=1, unique=True, **far)
+    m.cancel(id)
+    with m.transaction() as conn:
+        m.submit('t', sync, account=1, unique=True, conn=conn, **far)
+        with ThreadPoolExecutor(1) as pool, pytest.raises(DatabaseBusy, match='unique'): pool.submit(m.retry, id).result(10)
+    with pytest.raises(WrongState): m.retry(id)
+    assert sorted(j.status for j in m.list_jobs()) == ['cancelled', 'pending']
+
 def test_many_retried_at_once_are_one_of_a_kind(manager):
     def f(): raise ZeroDivisionError
     ids = []

@@ -15,7 +15,7 @@ from ..db_connect import FhSaasError
 from ..db_host import timestamp
 from .commit import SQLite
 from .payload import dumps
-from .store import PENDING, RUNNING, Store, bind, bound, rows_of, tagged
+from .store import PENDING, RUNNING, Busy, Store, bind, bound, rows_of, tagged, unique_lock
 import fh_saas.jobs.claims  # noqa: F401 gives a store `_among`
 
 # %% ../../nbs/jobs/05_store_control.ipynb #526743d9
@@ -96,7 +96,12 @@ def retrying(self:Store):
     def values(j):
         more = j.c.retry_count + 1
         return dict(status='pending', completed_at=sa.null(), run_at=bind('now'), cancel_requested_at=sa.null(), max_retries=sa.case((j.c.max_retries < more, more), else_=j.c.max_retries))
-    return self._acting('retry', values)
+    act, j = self._acting('retry', values), self.t.jobs
+    keys = self.statement(('unique keys', j.name), lambda: sa.select(j.c.unique_key).where(self._among(), j.c.unique_key.is_not(None)).distinct())
+    def op(cur, now, ids): # on a server the same job may be submitted at this moment
+        busy = not isinstance(self.kind, SQLite) and any(not self.kind.try_alone(cur, unique_lock, key) for key, in keys(cur, ids=dumps(ids)).fetchall())
+        return Busy if busy else act(cur, now, ids)
+    return op
 
 @patch
 def moving(self:Store, **new): # `queue`, `priority` or both
@@ -128,7 +133,7 @@ def these(self:Store, ids:list) -> list[dict]:
 def act_on(self:Store, action:str, job_id:str, **new) -> dict: # What was changed: id and status
     "Cancel, retry, delete or move one job; `WrongState` if it is in no state for that"
     job_id, op = bound(job_id), self._op(action, new)
-    if changed := self.write(lambda cur, now: op(cur, now, [job_id])): return changed
+    if changed := self.write_soon(lambda cur, now: op(cur, now, [job_id])): return changed
     job = self.get(job_id)
     if action == 'cancel' and job['cancel_requested_at']: return {}  # it was asked for before
     raise WrongState(f"job {job['id']} is {job['status']}: {_why[action]}; nothing was changed")
@@ -148,13 +153,14 @@ def act_on_all(self:Store, action:str, only:dict,
     def some(cur, now):
         those = ids if looks_first else found(cur, now)
         match = [id for id, in still(cur, ids=dumps(ids), **only).fetchall()] if looks_first else those
-        return those, op(cur, now, match) if match else {}
+        changed = op(cur, now, match) if match else {}
+        return Busy if changed is Busy else (those, changed)
     try:
         while ids:
             if looks_first:
                 with self.cursor() as cur: ids = found(cur, None)
                 if not ids: break
-            ids, changed = self.write(some)
+            ids, changed = self.write_soon(some)
             if changed: each_done(changed)
             done += len(changed)
     except BaseException as e: e.done = done; raise  # an interrupt, too

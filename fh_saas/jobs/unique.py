@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..db_connect import FhSaasError
 from ..db_host import timestamp
 from .options import InvalidJob, Unique
-from .store import PENDING, Adding, Busy, Store, bind
+from .store import PENDING, Adding, Busy, Store, bind, unique_lock
 
 # %% ../../nbs/jobs/05_store_unique.ipynb #9e8fa80b
 class NotUnique(FhSaasError):
@@ -47,7 +47,7 @@ class Once(Adding):
 
     def __call__(self, cur, now):
         s, u, job = self.store, self.unique, self.jobs[0]
-        if not s.kind.try_alone(cur, 7308, job['unique_key']): return Busy
+        if not s.kind.try_alone(cur, unique_lock, job['unique_key']): return Busy
         if u.then == 'debounce': job = {**job, 'run_at': timestamp(now + u.period)}
         since = timestamp(now - u.period) if u.period and u.then != 'debounce' else ''
         old = s.twin(u.states)(cur, key=job['unique_key'], since=since).fetchone()
