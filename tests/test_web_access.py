@@ -700,6 +700,10 @@ def test_a_button_starts_nothing_for_a_tenant_that_is_suspended(web):
     web.jobs.directory._known.clear()
     c.post('/jobs/-/start', data=dict(csrf=c.csrf, what=what))
     assert len(web.m['acme'].list_jobs()) == 2
+    deep, own = '['*50_000 + ']'*50_000, json.dumps(web.m['acme'].arguments(id))
+    for sent in (dict(shown=deep, arguments=own), dict(shown=own, arguments=deep), dict(shown=own, arguments='{"path": ' + deep + '}'), dict(shown=own, arguments='{')):
+        assert c.post(f'/jobs/job/{id}/rerun', data=sent | dict(csrf=c.csrf)).status_code == 422
+
 
 def test_the_file_of_another_tenant_is_shown_to_nobody(web):
     "Somebody has copied globex's over acme's"

@@ -67,8 +67,8 @@ def changes(
     text:str, # As they came back
 ) -> dict:
     "What somebody has changed; a secret that was not shown stays as it is"
-    try: new = json.loads(text)
-    except ValueError as e: raise Problem(422, f"the arguments are not JSON: {e}", 'invalid') from None
+    try: new, _ = (o := json.loads(text)), json.dumps(o)
+    except (ValueError, RecursionError) as e: raise Problem(422, f"the arguments are not JSON: {clean(str(e), 200)}", 'invalid') from None
     if not isinstance(new, dict): raise Problem(422, "the arguments are an object, {…}", 'invalid')
     if gone := [k for k in shown_ if k not in new]: raise Problem(422, f"argument {clean(gone[0], 80)!r} is missing: an argument can be changed, not left out", 'invalid')
     new = {k: v for k, v in new.items() if k not in shown_ or v != shown_[k]}
@@ -128,7 +128,7 @@ def _rerun(a:Asked):
     m, id = a.taking, a.path['job_id']
     m.get_job(id)
     try: shown_ = json.loads(a.sent.get('shown') or '{}')
-    except ValueError: raise Problem(422, "this form was changed on its way: load the page again", 'invalid') from None
+    except (ValueError, RecursionError): raise Problem(422, "this form was changed on its way: load the page again", 'invalid') from None
     if shown_ != m.arguments(id): raise Problem(422, "this form is not of this job: load the page again", 'invalid')
     return RedirectResponse(a.url(f"{a.jobs.pages}/job/{m.rerun(id, changes(shown_, a.sent.get('arguments') or ''))}"), 303)
 
