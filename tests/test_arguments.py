@@ -240,14 +240,15 @@ class Sum(pydantic.BaseModel):
     @property
     def total(self) -> float: return self.net + self.tax
 class Change(pydantic.BaseModel): name: str | None = None; size: int = 3
+class Wide(pydantic.BaseModel, extra='allow'): a: int
 class Outward(pydantic.BaseModel): n: int = pydantic.Field(serialization_alias='N')
 
 def test_nothing_of_a_model_is_lost_without_a_word():
-    def f(base:Base=None, around:Around=None, hidden:Hidden=None, many:list[Base]=(), either:More | Base | None=None): pass
+    def f(base:Base=None, around:Around=None, hidden:Hidden=None, many:list[Base]=(), wide:Wide=None): pass
     s = Signature(f)
-    for lost in (dict(base=More(a=1, b=2)), dict(around=Around(inner=More(a=1, b=2))), dict(hidden=Hidden(a=1, key='k')), dict(hidden=dict(a=1, key='k')), dict(many=[Base(a=1), More(a=1)])):
+    for lost in (dict(base=More(a=1, b=2)), dict(around=Around(inner=More(a=1, b=2))), dict(hidden=Hidden(a=1, key='k')), dict(hidden=dict(a=1, key='k')), dict(many=[Base(a=1), More(a=1)]), dict(wide=Wide(a=1, day=datetime(2026, 1, 1)))):
         with pytest.raises(BadPayload, match='comes? back'): s.pack(lost)
-    for kept in (dict(base=Base(a=1)), dict(around=Around(inner=Base(a=1))), dict(hidden=Hidden(a=1)), dict(many=[Base(a=1), Base(a=2)])): assert s.unpack(json.loads(s.pack(kept))) == kept
+    for kept in (dict(base=Base(a=1)), dict(around=Around(inner=Base(a=1))), dict(hidden=Hidden(a=1)), dict(wide=Wide(a=1, day='today')), dict(many=[Base(a=1), Base(a=2)])): assert s.unpack(json.loads(s.pack(kept))) == kept
 
 def test_a_model_comes_back_with_the_fields_set_that_were_set():
     def f(change:Change): pass

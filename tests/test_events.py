@@ -201,6 +201,8 @@ def test_what_many_monitors_show_is_counted_once(lite, monkeypatch):
     assert len(asked) == 1 and all(f['default']['due'] == 1 for f in found)
     found[0]['default']['due'] = 7
     assert s.open_lately()['default']['due'] == 1 and len(asked) == 1
+    time.sleep(1.2)
+    assert s.open_lately() and len(asked) == 1  # it took 0.2 seconds
     wait_until(lambda: s.open_lately() and len(asked) == 2, 5)
     monkeypatch.setattr(Store, 'open_jobs', lambda self: asked.append(1) or real(self))
     time.sleep(2.1)

@@ -443,7 +443,6 @@ def _release(self:Engine, attempts):
         a.desk.let_go(a, ended=False)
         self._off(a)
         if a.done: settle(a.done, a.outcome if w else None)
-        if a.waiter: settle(a.waiter)
     self._pass_on(attempts[0].desk)
 
 # %% ../../nbs/jobs/14_engine.ipynb #8625af39

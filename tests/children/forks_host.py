@@ -25,6 +25,7 @@ def wrong(n, name):
     return whose != names[0] and whose
 
 assert [said(db, 9) for db in handles()] == [9]*len(handles())
+if server: audit.db._turn.acquire()  # a thread is in the middle of a write
 children = []
 for n, name in enumerate(names):
     if (child := os.fork()) == 0:
@@ -34,6 +35,7 @@ for n, name in enumerate(names):
         for db in handles(): db.conn.close()
         sys.exit() if server else os._exit(0)
     children.append(child)
+if server: audit.db._turn.release()
 for c in children: os.waitpid(c, 0)
 assert all(said(db, 9) == 9 for db in handles())
 sys.stdout.write(f"{len(children)} children, {host.find(names[0]).id}, {len({e.by for e in audit.entries()} - {'parent'})} notes\n")
