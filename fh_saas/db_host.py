@@ -167,11 +167,14 @@ class HostDatabase:
 
     def __repr__(self): return f'HostDatabase({show_url(self.url)})'
 
+    def _leave_to_parent(self):
+        if self._db is not None and inherited(self.url, self._db_of): self._db.conn.invalidate(); self._db = None
+
     @property
     def db(self) -> Database:
         "A fastsql `Database` on the host, for queries of your own"
-        if stale := self._db is not None and inherited(self.url, self._db_of): self._db.conn.invalidate()
-        if self._db is None or stale:
+        self._leave_to_parent()
+        if self._db is None:
             self._db, self._db_of = Database(self.url.render_as_string(hide_password=False)), os.getpid()
             if self.url.get_backend_name() == 'postgresql': of_this_process(self._db.conn.connection.driver_connection)
         return self._db
@@ -181,6 +184,7 @@ class HostDatabase:
 
     def close(self):
         "Give back all connections; the object can be used again"
+        self._leave_to_parent()
         if self._db is not None: self._db.conn.close(); self._db.engine.dispose()
         self._db = None
         self.engine.dispose()

@@ -49,7 +49,7 @@ class TenantDatabase(Database):
         self._conn, self._of = self.engine.connect(), os.getpid()
         self.meta.conn = self._conn
         # the collector may call this at any moment, also while this thread holds a lock: so it only leaves a note
-        self._done = weakref.finalize(self, self._owner.returned.append, (self._conn, self._key))
+        self._done = weakref.finalize(self, self._owner.returned.append, (self._conn, self._key, self._of))
 
     @property
     def conn(self) -> sa.Connection:
@@ -101,9 +101,11 @@ class OpenDatabases:
 def drain(self:OpenDatabases):
     "Take back what handles have left"
     while self.returned:
-        try: conn, key = self.returned.popleft()
+        try: conn, key, of = self.returned.popleft()
         except IndexError: return
-        try: conn.close()
+        try:
+            if inherited(conn.engine.url, of): conn.invalidate()
+            conn.close()
         finally: self._release(key)
 
 @patch
@@ -257,11 +259,20 @@ def suspend_tenant(tenant_id:str, host:HostDatabase=None):
 
 def resume_tenant(tenant_id:str, host:HostDatabase=None):
     "Make a suspended tenant active again"
-    _move(_host(host), tenant_id, 'active', 'paused')
+    if (t := (host := _host(host)).find(tenant_id)) and t.state == 'paused' and _half_upgraded(host, t): raise TenantSuspended(f"tenant {tenant_id!r} was suspended while it was upgraded, and that has not ended: migrate again, then resume it; nothing was changed")
+    _move(host, tenant_id, 'active', 'paused')
+
+def _half_upgraded(host, tenant) -> bool:
+    eng = open_engine(host.url_of(tenant), host.synchronous)
+    try:
+        with reading(eng) as conn: return bool(read_meta(conn).get('state_before'))
+    except (DatabaseUnavailable, DatabaseCorrupt): return False  # what is not there is not upgraded either
+    finally: eng.dispose()
 
 def _move(host, tenant_id, state, *expected):
     if any(host.set_state(tenant_id, state, e) for e in expected) or (now := host.find(tenant_id)) is None or now.state == state: return
-    raise TenantSuspended(f"tenant {tenant_id!r} is {now.state}, not {' or '.join(expected)}: nothing was changed")
+    way = dict(migrating='wait until its upgrade has ended, or migrate again if that was cut off', deleting='delete it again if that was cut off').get(now.state, 'look at it')
+    raise TenantSuspended(f"tenant {tenant_id!r} is {now.state}, not {' or '.join(expected)}: {way}; nothing was changed")
 
 # %% ../nbs/01_db_tenant.ipynb #db904863
 def _open_jobs(host, url) -> tuple: # How many run, with a lease that has not run out; and whether any other is open

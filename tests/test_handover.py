@@ -3,7 +3,8 @@ import asyncio, sqlite3, threading, time
 from concurrent.futures import Future
 from contextlib import contextmanager
 import psycopg, pytest
-from fh_saas.db_connect import DatabaseUnavailable
+from fh_saas.db_connect import DatabaseBusy, DatabaseUnavailable, NewerDatabase
+from fh_saas.jobs.claims import Stale
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.rules import Limits
 from fh_saas.jobs.states import Outcome
@@ -169,6 +170,52 @@ def test_a_claim_that_lands_while_the_engine_stops_lets_its_response_go(make, mo
     job = m.get_job(id)
     assert (job.status, job.retry_count) == ('pending', 0)
 
+def test_a_claim_that_comes_after_the_engine_has_let_its_response_go_is_given_back(make):
+    m = make()
+    async def f(): raise AssertionError('it is run')
+    id, _ = m.submit('t', f)
+    said = []
+    async def go():
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: said.append(context))
+        future, desk = asyncio.get_running_loop().create_future(), m.engine._desks[m.store]
+        t = asyncio.create_task(m.engine._handed(future, desk))
+        await asyncio.sleep(0.05)
+        a = m.engine._claim(m.store, id, None)
+        m.engine.stopping = True
+        m.engine._leave([])
+        assert await asyncio.wait_for(t, 5) is None
+        future.set_result(a)
+        await asyncio.sleep(0.5)
+    asyncio.run(go())
+    job = m.get_job(id)
+    assert (job.status, job.attempt) == ('pending', 0) and said == [] and m.engine._live() == []
+
+def test_a_response_that_is_cancelled_at_the_moment_of_its_claim_leaves_its_job_to_be_run(make):
+    m = make()
+    ran = []
+    async def f(): ran.append(1)
+    id, _ = m.submit('t', f)
+    async def go():
+        future, desk = asyncio.get_running_loop().create_future(), m.engine._desks[m.store]
+        t = asyncio.create_task(m.engine._handed(future, desk))
+        await asyncio.sleep(0.05)
+        a = m.engine._claim(m.store, id, None)
+        a.waiter = future
+        m.engine.line.hand(a)
+        future.set_result(a)
+        asyncio.get_running_loop().call_soon(t.cancel)  # when the result is on its way already
+        with pytest.raises(asyncio.CancelledError): await t
+    asyncio.run(go())
+    assert m.wait(id, 10).status == 'completed' and ran == [1]
+    calm(m)
+
+def test_a_handle_runs_its_job_though_its_database_is_paused(make):
+    m = make()
+    id, bg = m.submit('t', lambda: 7)
+    m.engine.pause(m.store)
+    bg.func(*bg.args)
+    assert m.get_job(id).result == '7'
+
 # --- Who is told
 
 def test_an_outcome_of_a_database_that_is_forgotten_is_waited_for_by_nobody(make):
@@ -259,11 +306,17 @@ def test_claims_that_never_began_are_in_no_doubt_and_those_that_are_stay_so_unti
         mp.setattr(kind, 'begin', begin)
         for _ in range(6):
             with pytest.raises(DatabaseUnavailable): desk.claim(id)
+    for error in (DatabaseBusy('locked'), Stale(), NewerDatabase('newer')):  # whatever it was is rolled back
+        def refused(cur, now): raise error
+        with pytest.raises(type(error)): desk._claimed(refused, 'token')
     assert not desk.doubtful and not desk.unsure
     monkeypatch.setattr(m.engine, '_turn', lambda *args: None)  # nobody has another turn
     done = breaks_once(m, 'commit', monkeypatch, lambda: running(m))
     with pytest.raises(DatabaseUnavailable): desk.claim(id)
     assert done and len(desk.doubtful) == 1 and desk.unsure and m.get_job(id).status == 'running'
+    desk.rung, desk.met = True, False
+    desk.functions.clear(); desk._own = frozenset()
+    assert not desk.retire()
     m.engine.stop(0)
     job = m.get_job(id)
     assert (job.status, job.attempt, job.retry_count) == ('pending', 0, 0)

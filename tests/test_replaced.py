@@ -1,7 +1,8 @@
 "Tenants that are made anew and files that are replaced while processes still remember the ones before"
 import subprocess, sys, time
 import pytest
-from fh_saas.db_connect import DatabaseUnavailable
+import sqlalchemy as sa
+from fh_saas.db_connect import DatabaseUnavailable, open_engine
 from fh_saas.db_host import HostDatabase, gen_id
 from fh_saas.db_tenant import delete_tenant, get_or_create_tenant_db, open_tenant_db
 from fh_saas.jobs.store import Store
@@ -120,5 +121,18 @@ def test_a_tenant_that_was_made_anew_is_served_by_those_who_knew_the_one_before(
     id, bg = m.submit('t', greet)
     bg.func(*bg.args)
     assert (m.get_job(id).status, len(m.list_jobs())) == ('completed', 1)
+
+def test_a_database_that_is_only_being_made_anew_gets_no_tables_from_who_knew_the_one_before(far, new_engine):
+    name = f'x{gen_id()[-10:]}'
+    get_or_create_tenant_db(name, host=far).close()
+    m = BackgroundTaskManager(db := open_tenant_db(name, far), new_engine(concurrency=0))
+    db.close()
+    url = far.url_of(far.find(name))
+    delete_tenant(name, far, force=True)
+    with open_engine(far.url, isolation_level='AUTOCOMMIT', poolclass=sa.NullPool).connect() as conn: conn.exec_driver_sql(f'CREATE DATABASE "{url.database}"')
+    for _ in range(2):
+        with pytest.raises(Exception, match='tenant_jobs'): m.list_jobs()
+    get_or_create_tenant_db(name, host=far).close()  # nobody else has written into it
+    assert m.list_jobs() == []
 
 def greet(): return 'hello'

@@ -500,6 +500,14 @@ def test_attempts_and_logs_go_with_their_job(store):
     sql(store, 'DELETE FROM tenant_jobs')
     assert parts(store, 'c') == [(0, 0)]
 
+def test_who_empties_the_table_empties_those_beside_it(new_pg):
+    store = Store(new_pg())
+    for which in ('tenant_jobs', 'tenant_jobs, tenant_job_attempts, tenant_job_logs'):
+        ended(store, 'a', 'b')
+        sql(store, f'TRUNCATE {which}')
+        assert parts(store, 'a', 'b') == [(0, 0), (0, 0)]
+    store.close()
+
 def test_a_deletion_that_meets_the_end_of_its_job_leaves_no_attempt(store):
     row = begun(store)
     deleted = []
@@ -521,8 +529,8 @@ def test_tables_of_schema_6_lose_what_costs_each_attempt(new_url):
             ('logs', 'attempt INTEGER, line INTEGER, at VARCHAR, level VARCHAR, message VARCHAR, item VARCHAR, PRIMARY KEY (job_id, attempt, line)')):
         sql(store, f'DROP TABLE tenant_job_{part}')
         sql(store, f'CREATE TABLE tenant_job_{part} (job_id VARCHAR NOT NULL REFERENCES tenant_jobs (id) ON DELETE CASCADE, {more})')
-    sql(store, 'DROP TRIGGER tenant_job_parts' + ('' if lite else ' ON tenant_jobs'))
-    if not lite: sql(store, 'DROP FUNCTION tenant_job_parts')
+    if lite: sql(store, 'DROP TRIGGER tenant_job_parts')
+    else: sql(store, 'DROP FUNCTION tenant_job_parts_delete, tenant_job_parts_truncate CASCADE')
     sql(store, "UPDATE fh_saas_meta SET value = '6' WHERE key = 'schema:tenant_jobs'")
     ended(store, 'a', 'b')
     store.close()

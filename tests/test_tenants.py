@@ -645,7 +645,7 @@ def test_an_upgrade_leaves_a_tenant_in_the_state_in_which_it_is(lite):
             suspend_tenant('t0', lite)
     seen = []
     assert upgraded(lite, upgrade, workers=1) == dict.fromkeys(('t0', 't1', 't4'))
-    assert seen == [(t, 'migrating') for t in ('t0', 't1', 't4')]
+    assert sorted(t for t, _ in seen) == ['t0', 't1', 't4'] and {s for t, s in seen if t != 't1'} == {'migrating'}
     assert {t.id: t.state for t in lite.tenants()} == dict(t0='paused', t1='paused', t2='deleting', t4='paused')
 
 @pytest.mark.parametrize('where', ['in the upgrade', 'before its end'])
@@ -662,31 +662,49 @@ def test_an_upgrade_that_was_cut_off_comes_back_to_the_state_before(host, prefix
     assert upgraded(host, upgrade) == dict.fromkeys((f'{prefix}0', f'{prefix}1'))
     assert states() == {'0': 'active', '1': 'paused'} and sorted(ran) == (['0', '0', '1', '1'] if where == 'in the upgrade' else ['0', '1'])
 
-def test_an_upgrade_waits_until_no_job_is_begun(host, prefix, monkeypatch):
-    for n in (0, 1): get_or_create_tenant_db(f'{prefix}{n}', host=host).close()
-    job_in(host, f'{prefix}1')
-    monkeypatch.setattr(fh_saas.ops.tenants.time, 'sleep', lambda s: said.append(('waited', s)))
-    said = []
-    assert upgraded(host, lambda db: said.append(db.tenant_id), workers=1) == dict.fromkeys((f'{prefix}0', f'{prefix}1'))
-    assert said == [f'{prefix}0', ('waited', fh_saas.db_tenant.heeded), f'{prefix}1']
+def test_an_upgrade_begins_when_nobody_believes_any_more_that_its_tenant_is_active(host, prefix, new_engine):
+    "One that submits and runs jobs all the time: none is open at most moments"
+    begun, over, stop = [], [], threading.Event()
+    with get_or_create_tenant_db(prefix, host=host) as db:
+        m = BackgroundTaskManager(db, new_engine(poll=0.1))
+        def flow():
+            while not stop.wait(0.05): m.submit('t', lambda: begun.append(time.monotonic()), run_at='2020-01-01')
+        t = threading.Thread(target=flow)
+        t.start()
+        wait_until(lambda: len(begun) > 5)
+        def upgrade(db):
+            over.append(time.monotonic())
+            time.sleep(1)
+            over.append(time.monotonic())
+        try: assert upgraded(host, upgrade) == {prefix: None}
+        finally: stop.set(); t.join()
+        assert not [at for at in begun if over[0] < at < over[1]]
+        wait_until(lambda: begun[-1] > over[1], 20, 'it does not go on')
 
-def test_an_upgrade_sees_what_is_submitted_just_before_it_begins(host, prefix, monkeypatch):
-    get_or_create_tenant_db(prefix, host=host).close()
-    said, real = [], HostDatabase.set_state
-    def state(self, id, new, *args):
-        if new == 'migrating': job_in(host, id)
-        return real(self, id, new, *args)
-    monkeypatch.setattr(HostDatabase, 'set_state', state)
-    monkeypatch.setattr(fh_saas.ops.tenants.time, 'sleep', said.append)
-    assert upgraded(host, lambda db: None) == {prefix: None} and said == [fh_saas.db_tenant.heeded]
+def test_small_upgrades_do_not_wait_one_after_the_other(lite, monkeypatch):
+    many(lite, 24)
+    slept, out = [], []
+    monkeypatch.setattr(fh_saas.ops.tenants.time, 'sleep', lambda s, sleep=time.sleep: slept.append(s) or out.append(sum(t.state == 'migrating' for t in lite.tenants())) or sleep(0.2))
+    begun = time.monotonic()
+    assert len(upgraded(lite, lambda db: None, workers=2)) == 24 and slept == [fh_saas.db_tenant.heeded]*24
+    assert 4 < max(out) <= 2*16 and time.monotonic() - begun < 24*0.2  # with two at once it would take 2.4 seconds and the time of the upgrades
+
+def test_long_upgrades_keep_few_tenants_out_of_service(lite, monkeypatch):
+    many(lite, 12)
+    monkeypatch.setattr(fh_saas.ops.tenants, 'heeded', 0.05)
+    out = []
+    def upgrade(db):
+        time.sleep(0.3)
+        out.append(sum(t.state == 'migrating' for t in lite.tenants()))
+    assert len(upgraded(lite, upgrade, workers=2)) == 12 and max(out) <= 4
 
 def test_a_tenant_whose_state_somebody_else_changes_is_not_upgraded(lite, monkeypatch):
     many(lite, 1)
-    real = fh_saas.ops.tenants._Notes.write
-    def other(self, **notes):
-        real(self, **notes)
+    real = fh_saas.ops.tenants._note
+    def other(*args, **notes):
+        real(*args, **notes)
         if 'state_before' in notes: lite.set_state('t0', 'migrating')  # at this moment
-    monkeypatch.setattr(fh_saas.ops.tenants._Notes, 'write', other)
+    monkeypatch.setattr(fh_saas.ops.tenants, '_note', other)
     assert upgraded(lite, lambda db: 1/0) == dict(t0='FhSaasError') and lite.find('t0').state == 'migrating'
 
 def same(host): return HostDatabase(str(host.url.render_as_string(hide_password=False)))
@@ -715,15 +733,46 @@ def test_who_was_killed_while_it_upgraded_is_not_waited_for_for_long(host, prefi
     assert upgraded(host, lambda db: None) == {prefix: None}
     with reading(host.engine) as conn: assert not fh_saas.ops.tenants.read_meta(conn)['upgrading']
 
-def test_who_was_stopped_for_long_begins_no_further_tenant(lite, monkeypatch):
+@pytest.mark.parametrize('how', ['stopped', 'without the host', 'without its thread'])
+def test_who_was_not_heard_of_for_long_begins_no_further_tenant(lite, monkeypatch, how):
     many(lite, 3)
-    monkeypatch.setattr(fh_saas.ops.tenants, 'turn_lasts', 0.5)
+    monkeypatch.setattr(fh_saas.ops.tenants, 'turn_lasts', 0.6)
+    monkeypatch.setattr(fh_saas.ops.tenants, 'heeded', 0)
+    turn, theirs = fh_saas.ops.tenants._Turn, f'web:1:abc {timestamp(time.time() + 3600)}'
     def upgrade(db):
         ran.append(db.tenant_id)
-        with writing(lite.engine) as conn: fh_saas.ops.tenants.write_meta(conn, upgrading=f'web:1:abc {timestamp(time.time() + 0.4)}')  # another has taken the turn
-        time.sleep(0.3)
-    ran = []
+        if how == 'stopped':  # and another has the turn by now
+            with writing(lite.engine) as conn: fh_saas.ops.tenants.write_meta(conn, upgrading=f'web:1:abc {timestamp(time.time() + 0.5)}')
+        else: monkeypatch.setattr(turn, '_read', lambda *args: 1/0 if how == 'without its thread' else (_ for _ in ()).throw(DatabaseUnavailable('gone')))
+        time.sleep(0.7)
+    ran, real = [], turn._read
+    monkeypatch.setattr(turn, 'give', lambda self: monkeypatch.setattr(turn, '_read', real))
     assert upgraded(lite, upgrade, workers=1) == dict(t0=None, t1='FhSaasError', t2='FhSaasError') and ran == ['t0']
+
+def test_who_has_lost_his_turn_does_not_end_that_of_another(host):
+    one, two, three = (fh_saas.ops.tenants._Turn(host) for _ in range(3))
+    assert one.take() and not two.take()
+    with writing(host.engine) as conn: fh_saas.ops.tenants.write_meta(conn, upgrading=f'{one.who} {timestamp(time.time() - 20)}')  # `one` was stopped for so long
+    assert two.take()
+    one.give()
+    assert not three.take() and two.take()
+    two.give()
+    assert three.take()
+    three.give()
+
+def test_a_tenant_that_is_suspended_while_it_is_upgraded_is_not_resumed_before_the_end(host, prefix):
+    get_or_create_tenant_db(prefix, host=host).close()
+    def upgrade(db):
+        suspend_tenant(prefix, host)
+        with pytest.raises(TenantSuspended, match='migrate again'): resume_tenant(prefix, host)
+        seen.append(host.find(prefix).state)
+        if len(seen) == 1: raise ZeroDivisionError
+    seen = []
+    assert upgraded(host, upgrade) == {prefix: 'ZeroDivisionError'}
+    with pytest.raises(TenantSuspended, match='migrate again'): resume_tenant(prefix, host)
+    assert upgraded(host, upgrade) == {prefix: None} and seen == ['paused', 'paused'] and host.find(prefix).state == 'paused'
+    resume_tenant(prefix, host)
+    assert host.find(prefix).state == 'active'
 
 def test_a_state_before_is_remembered_no_longer_than_the_upgrade(host, prefix):
     get_or_create_tenant_db(prefix, host=host).close()

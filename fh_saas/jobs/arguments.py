@@ -12,6 +12,7 @@ __all__ = ['BadPayload', 'Wire', 'wire', 'Signature']
 # %% ../../nbs/jobs/06_arguments.ipynb #1a1ac825
 import inspect, json, typing
 from collections import Counter
+from functools import partial
 from pathlib import PurePath
 import msgspec
 from fastcore.basics import patch
@@ -42,33 +43,42 @@ def _inside(shape):
         for t in getattr(shape, name, ()): yield from _inside(t)
 
 # %% ../../nbs/jobs/06_arguments.ipynb #bc79d636
+def _is_model(v) -> bool: return hasattr(type(v), 'model_dump')
+
 def _same(a, b) -> bool:
     "Have two models the same in their fields, also in those that their JSON leaves out?"
-    return type(a) is type(b) and vars(a) == vars(b) and a.model_extra == b.model_extra
+    try: return type(a) is type(b) and all(bool(getattr(a, n) == getattr(b, n)) for n in type(b).model_fields) and a.model_extra == b.model_extra
+    except Exception: return False  # what cannot be compared
 
-def _back(v, **form):
-    "The JSON of a model, and what would come back from it"
-    plain = v.model_dump(mode='json', **form)
-    try: return plain, _unpacked(type(v), plain)
-    except Exception: return plain, None  # its validators may raise anything
+def _forms(v, *ways):
+    "The JSON of a model, in turn, with what would come back from it, if that is the same"
+    for way in ways:
+        plain = v.model_dump(mode='json', **way)
+        try: there = _unpacked(type(v), plain)
+        except Exception: continue  # its validators may raise anything
+        if _same(there, v): yield plain, there
 
 _names = dict(by_alias=True), dict(by_alias=False)
+_exact = [dict(round_trip=True, **n) for n in _names]
+
+def _plain(v):
+    if isinstance(v, PurePath): return str(v)
+    if not _is_model(v): raise NotImplementedError(f'{type(v).__name__} is not JSON')
+    return v.model_dump(mode='json')
 
 def _result(v):
-    "As it is shown, computed fields too; by the names from which it can be read, if there are such"
-    if isinstance(v, PurePath): return str(v)
-    if not hasattr(type(v), 'model_dump'): raise NotImplementedError(f'{type(v).__name__} is not JSON')
-    forms = [_back(v, **names) for names in reversed(_names)]
-    return next((plain for plain, there in forms if _same(there, v)), forms[0][0])
+    "As it is shown, computed fields too, if it can be read from that"
+    return next((plain for plain, _ in _forms(v, *reversed(_names), *_exact)), None) or _plain(v) if _is_model(v) else _plain(v)
 
 def _argument(v):
     "As the task will have it: a model that reads something else from its JSON, as one with a secret does, is refused"
-    if not hasattr(type(v), 'model_dump'): return _result(v)
-    # which fields were set is a part of it: an update changes those
-    forms = [_back(v, round_trip=True, exclude_unset=True, **names) for names in _names] + [_back(v, round_trip=True, **names) for names in _names]
-    good = [(plain, there) for plain, there in forms if _same(there, v)]
-    if not good: raise TypeError(f'`{type(v).__name__}` does not come back from its JSON as it was')
-    return next((plain for plain, there in good if there.model_fields_set == v.model_fields_set), good[-1][0])
+    if not _is_model(v): return _plain(v)
+    good = None
+    for plain, there in _forms(v, *(dict(exclude_unset=True, **way) for way in _exact), *_exact):
+        good = good or plain
+        if there.model_fields_set == v.model_fields_set: return plain  # an update changes those
+    if good is None: raise TypeError(f'`{type(v).__name__}` does not come back from its JSON as it was')
+    return good
 
 # %% ../../nbs/jobs/06_arguments.ipynb #d8594204
 def _unknown(shape, v) -> str: # None if there is none
@@ -85,6 +95,10 @@ def _unknown(shape, v) -> str: # None if there is none
     return next((odd for x in v if (odd := _unknown(item, x))), None) if item is not None and isinstance(v, (list, tuple)) else None
 
 # %% ../../nbs/jobs/06_arguments.ipynb #002df6ce
+def _counted(models, v):
+    if _is_model(v): models[type(v)] += 1
+    return _argument(v)
+
 class Wire:
     "Values of one type, as they are in a row and as the task gets them"
     def __init__(self, typ):
@@ -99,13 +113,13 @@ class Wire:
     def pack(self, v):
         "`v` as what JSON has; TypeError if it is not of this type"
         if self.same is not None and type(v) is self.same: return v
-        given, got = [], []
-        plain = v if self.open else msgspec.to_builtins(v, enc_hook=lambda m: given.append(type(m)) or _argument(m))
+        given, got = Counter(), Counter()
+        plain = v if self.open else msgspec.to_builtins(v, enc_hook=partial(_counted, given))
         there = self.unpack(plain)
         if self.open: return plain
         # what was understood, so that equal arguments look the same: 1 as 1.0 where a float is wanted, a set in one order
-        as_type = msgspec.to_builtins(there, enc_hook=lambda m: got.append(type(m)) or _argument(m), str_keys=True, order='deterministic')
-        if given and (lost := next(iter(Counter(given) - Counter(got)), None)): raise TypeError(f'`{lost.__name__}` comes back as something else')
+        as_type = msgspec.to_builtins(there, enc_hook=partial(_counted, got), str_keys=True, order='deterministic')
+        if lost := next(iter(given - got), None): raise TypeError(f'`{lost.__name__}` comes back as something else')
         if odd := _unknown(self.shape, msgspec.to_builtins(plain, str_keys=True)): raise TypeError(f'Object contains unknown field `{odd}`')
         return as_type
 
@@ -215,7 +229,7 @@ def pack_result(self:Signature, v) -> str: # None for None
     try: return to_json(v, 'result')
     except NotJson as e:
         # the work is done: whatever has a form in JSON is kept, annotated or not
-        try: return to_json(msgspec.to_builtins(v, enc_hook=_result, str_keys=self.result is not None and not self.result.open), 'result')
+        try: return to_json(msgspec.to_builtins(v, enc_hook=_plain if self.result is None else _result, str_keys=self.result is not None and not self.result.open), 'result')
         except TooLarge: raise
         except Exception: raise e from None  # what an object says of itself may be anything
 

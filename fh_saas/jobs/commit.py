@@ -185,6 +185,7 @@ class Committer:
     def opened(self): "Called when another database was found in place of the one before"
     def used(self): "Called before each use"
     def met(self, conn): "Called with each new connection"
+    def back(self) -> bool: "Called when a server knows no such table: is it there now?"
     def anew(self): "Called in a child: the threads of its parent are not there"
 
     @property
@@ -254,8 +255,7 @@ def _call_next(self:Committer):
 
 @patch
 def _error(self:Committer, e):
-    if getattr(e, 'sqlstate', None) != no_table: return typed(self.url, e) or e
-    self.opened()
+    if getattr(e, 'sqlstate', None) != no_table or not self.back(): return typed(self.url, e) or e
     return DatabaseUnavailable(f"{show_url(self.url)}: the tables of jobs were not there, because the database was made anew; they are now: try again ({e})")
 
 # %% ../../nbs/jobs/04_commit.ipynb #589add0f

@@ -12,7 +12,7 @@ import logging, threading, time
 from collections import deque
 from dataclasses import replace
 from fastcore.basics import patch
-from ..db_connect import FhSaasError
+from ..db_connect import DatabaseUnavailable, FhSaasError
 from ..db_host import gen_id
 from .attempt import Attempt
 from .claims import Room
@@ -158,24 +158,26 @@ def _claimed(self:Desk, claim, token):
         return claim(cur, now)
     op.single = getattr(claim, 'single', False)
     try: return self.store.write(op)
-    except Exception:
-        # a commit that waits for a standby may come long after its answer was lost
-        if tried and not isinstance(self.store.kind, SQLite): self.doubtful[token], self.unsure = time.monotonic() + self.settings.lease + 60, True
+    except FhSaasError as e:
+        # all others were rolled back: a commit was cut off, or interrupted; one that waits for a standby may come long after its answer was lost
+        if tried and (isinstance(e, DatabaseUnavailable) or type(e) is FhSaasError):
+            with self._lock: self.doubtful[token], self.unsure = time.monotonic() + self.settings.lease + 60, True
         raise
 
 @patch
 def _still_open(self:Desk, asked) -> bool:
     "May jobs be begun, also if the lock was waited for since they were `asked` for?"
-    if self.tenancy and time.monotonic() > asked + 1: self.tenancy.refresh(1.0)
+    if not self.tenancy or time.monotonic() < asked + 1: return True
+    self.tenancy.refresh(1.0)
     return not self.shut
 
 @patch
 def _unclaimed(self:Desk, tokens):
     if not tokens: return
     now = time.monotonic()
-    for t in tokens:
-        if self.doubtful.get(t, now) < now: del self.doubtful[t]
-    self.unsure = any(t not in tokens for t in self.doubtful)
+    with self._lock:
+        self.doubtful = {t: until for t, until in self.doubtful.items() if until > now or t not in tokens}
+        self.unsure = any(t not in tokens for t in self.doubtful)
 
 @patch
 def undoubt(self:Desk):
@@ -201,16 +203,17 @@ def turn(self:Desk,
     def op(cur, now):
         for t in doubts: self.store.unclaim(cur, now, t)
         if done: done(cur, now)
-        notes, may = check(cur) if check else None, self._still_open(asked)
+        notes, may = check(cur) if check else None, bool(these or claim) and self._still_open(asked)
         got, rows, due = these(cur, now) if these and may else [], claim(cur, now) if claim and may else [], None
         if claim and may and len(rows) < room.n: due = self.store.due_in(cur, now, *names, room.closed, self.only)
         if stepped := notes and (got or rows or ends): self.store.step(cur, notes)  # who has nothing to say writes nothing
         return got, rows, due, notes if stepped else None
     op.single = done is not None and done.single and not (these or claim or check or doubts)
     got, rows, due, notes = self._claimed(op, token) if these or claim else self.store.write(op)
+    attempts = self._take(rows)  # from here on they are known
     self._unclaimed(doubts)
     if notes: self._checked(notes)
-    return {r['id']: r for r in got}, self._take(rows), due
+    return {r['id']: r for r in got}, attempts, due
 
 # %% ../../nbs/jobs/11_desk.ipynb #74d5d974
 @patch
@@ -295,7 +298,7 @@ def rest(self:Desk,
 def retire(self:Desk) -> bool:
     "Is there nothing here that only this process knows? Then it has no further turn"
     with self._lock:
-        busy = self.turning or self.hungry or self.beating or self.live or self.ends or self.wanted or self.unwritten or self.unsure or self.functions or self._own or self.local.names[0] or self.tenancy and self.tenancy.untold
+        busy = self.turning or self.hungry or self.beating or self.live or self.ends or self.wanted or self.unwritten or self.doubtful or self.functions or self._own or self.local.names[0] or self.tenancy and self.tenancy.untold
         if busy or self.met or not self.rung: return False
         self.turning = True
         return True

@@ -270,17 +270,20 @@ async def _handle_async(self:Engine, store, job_id, func):
 
 @patch
 async def _handed(self:Engine, future, desk) -> Attempt: # None if the job is not to be run here
-    "The attempt that is to be run in this coroutine, which may be cancelled while it waits"
-    try: return await self._told(asyncio.shield(future))
+    "The attempt that is to be run in this coroutine, which may be cancelled while it waits, or told that the engine has stopped"
+    out = asyncio.get_running_loop().create_future()
+    future.add_done_callback(lambda f: self._deserted(f) if out.done() else out.set_result(f))
+    try: ended = await self._told(out)
     except asyncio.CancelledError:
         with desk._lock: desk.wanted = [w for w in desk.wanted if w[2] is not future]
-        future.add_done_callback(self._deserted)
+        if not out.cancelled(): self._deserted(out.result())  # both at once
         raise
+    return ended and ended.result()
 
 @patch
 def _deserted(self:Engine, future):
     "The coroutine that was to run a job has gone"
-    if future.cancelled() or future.exception() or (a := future.result()) is None: return
+    if future is None or future.cancelled() or future.exception() or (a := future.result()) is None: return
     if self.stopping: self.house.submit(self._undo, [a])
     else: self._adopt(a)
 

@@ -73,10 +73,12 @@ def _go_with_their_job(conn, t):
         each = ' '.join(f'DELETE FROM {p} WHERE job_id = OLD.id;' for p in parts)
         return conn.execute(sa.DDL(f'CREATE TRIGGER IF NOT EXISTS {name} AFTER DELETE ON {j} BEGIN {each} END'))
     # in the schema of the job's own table, whatever the search path of who deletes it
-    each = ' '.join(f"EXECUTE 'DELETE FROM ' || quote_ident(TG_TABLE_SCHEMA) || '.{p} WHERE job_id = $1' USING OLD.id;" for p in parts)
-    conn.execute(sa.DDL(f'CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {each} RETURN NULL; END $$'))
-    conn.execute(sa.DDL(f'DROP TRIGGER IF EXISTS {name} ON {j}'))
-    conn.execute(sa.DDL(f'CREATE TRIGGER {name} AFTER DELETE ON {j} FOR EACH ROW EXECUTE FUNCTION {name}()'))
+    def gone(how): return ' '.join(f"EXECUTE 'DELETE FROM ' || quote_ident(TG_TABLE_SCHEMA) || '.{p}{how};" for p in parts)
+    for when, each, how in (('DELETE', 'ROW', " WHERE job_id = $1' USING OLD.id"), ('TRUNCATE', 'STATEMENT', "'")):
+        on = f'{name}_{when.lower()}'
+        conn.execute(sa.DDL(f'CREATE OR REPLACE FUNCTION {on}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {gone(how)} RETURN NULL; END $$'))
+        conn.execute(sa.DDL(f'DROP TRIGGER IF EXISTS {on} ON {j}'))
+        conn.execute(sa.DDL(f'CREATE TRIGGER {on} AFTER {when} ON {j} FOR EACH {each} EXECUTE FUNCTION {on}()'))
     for p in parts: # up to version 6 foreign keys did it
         for fk in sa.Table(p, sa.MetaData(), autoload_with=conn, resolve_fks=False).foreign_key_constraints: conn.execute(sa.schema.DropConstraint(fk))
 

@@ -8,7 +8,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/rounds.html.md"""
 __all__ = ['log', 'most_turns', 'brief', 'reserve', 'brisk', 'Rounds', 'supervising']
 
 # %% ../../nbs/jobs/13_rounds.ipynb #f65618cd
-import asyncio, heapq, itertools, logging, signal, sys, threading, time
+import heapq, itertools, logging, signal, sys, threading, time
 from functools import partial
 from fastcore.basics import patch
 from ..db_connect import FhSaasError, check_url
@@ -533,7 +533,8 @@ def _beats(self:Rounds):
 def _see_to_orphans(self:Rounds):
     "Run what was handed to a coroutine whose event loop has ended"
     for a in self._live():
-        if a.handed and a.waiter.get_loop().is_closed(): self._adopt(a)
+        waiter = a.waiter  # another thread may have it adopted at this moment
+        if a.handed and waiter and waiter.get_loop().is_closed(): self._adopt(a)
 
 @patch
 def _adopt(self:Rounds, a):

@@ -10,6 +10,7 @@ __all__ = ['bind', 'PENDING', 'RUNNING', 'most_json', 'unique_lock', 'JobNotFoun
 
 # %% ../../nbs/jobs/05_store.ipynb #5376d71b
 import asyncio, time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 import sqlalchemy as sa
@@ -39,21 +40,29 @@ class Store(Committer):
         tenant:str=None, # For log lines; the database's name if left out
     ):
         super().__init__(url, synchronous, busy)
-        self.t, self.tenant = tables(table), tenant or Path(self.url.database).stem
+        self.t, self.tenant, self.notes = tables(table), tenant or Path(self.url.database).stem, {}
         try: self.opened()
         except BaseException: self.close(); raise
 
     def opened(self):
         with db_errors(self.url):
-            self.notes = self._noted()
-            if self.notes.get(f'schema:{self.t.jobs.name}') == str(schema_version): return
+            notes = self._noted()
+            if not isinstance(self.kind, SQLite) and 'tenant_id' in self.notes and 'tenant_id' not in notes: return  # whoever makes the tenant anew has not said yet whose it is
+            self.notes = notes
+            if notes.get(f'schema:{self.t.jobs.name}') == str(schema_version): return
             ensure_tables(self.engine, self.t.jobs.name)
             self.engine.dispose()
             self.notes = self._noted()
 
     def met(self, conn):
         # on a server a database that was made anew has the name of the one before, and nothing else tells
-        if not isinstance(self.kind, SQLite) and conn.execute('SELECT to_regclass(%s)', [self.t.jobs.name]).fetchone()[0] is None: self.opened()
+        if not isinstance(self.kind, SQLite) and not self._has(conn): self.opened()
+
+    def _has(self, conn) -> bool: return conn.execute('SELECT to_regclass(%s)', [self.t.jobs.name]).fetchone()[0] is not None
+
+    def back(self) -> bool:
+        self.opened()
+        with closing(connect(self.url, self.synchronous, self.busy)) as conn: return self._has(conn)
 
     def _noted(self) -> dict:
         "What the database says about itself; nothing if it is new"

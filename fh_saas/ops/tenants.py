@@ -10,7 +10,7 @@ __all__ = ['log', 'turn_lasts', 'tenant_report', 'migrate_tenants', 'export_tena
 # %% ../../nbs/ops/00_tenants.ipynb #6524a9c9
 import itertools, logging, os, shutil, socket, sqlite3, subprocess, threading, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from urllib.parse import quote
 import sqlalchemy as sa
@@ -61,10 +61,11 @@ def migrate_tenants(
 ): # Yields `(tenant id, None or the error)` as each is done
     "Bring the job tables of every tenant to this version, and do the app's own upgrade"
     if upgrade and not version: raise ValueError("an upgrade of the app's own needs a version: the text that is noted in each database when it is done")
+    places = _Places(workers)
     def one(t):
-        try: return _migrate(host, t, upgrade, version, turn) and (t.id, None)
+        try: return _migrate(host, t, upgrade, version, turn, places) and (t.id, None)
         except Exception as e: log.warning('tenant=%s: not migrated: %s', t.id, e); return t.id, e
-    with (_Turn(host) if upgrade else nullcontext()) as turn, ThreadPoolExecutor(workers, thread_name_prefix='fh_saas-migrate') as pool:
+    with (_Turn(host) if upgrade else nullcontext()) as turn, ThreadPoolExecutor(workers*(16 if upgrade else 1), thread_name_prefix='fh_saas-migrate') as pool:
         try:
             for f in as_completed([pool.submit(one, t) for t in host.tenants()]):
                 if done := f.result(): yield done
@@ -75,19 +76,31 @@ turn_lasts = 15.0 # seconds for which a process that says nothing more is believ
 
 class _Turn:
     "One process at a time does the app's own upgrade to the tenants of a host"
-    def __init__(self, host): self.wakes, self.who, self.holder, self.over = wakes_of(host), f'{socket.gethostname()}:{os.getpid()}:{gen_id()[-8:]}', None, threading.Event()
+    def __init__(self, host): self.wakes, self.who, self.holder, self.over, self.kept = wakes_of(host), f'{socket.gethostname()}:{os.getpid()}:{gen_id()[-8:]}', None, threading.Event(), 0.0
 
     def take(self) -> bool:
         "Take the turn, or keep it"
-        m, wakes = meta_table, self.wakes
-        read = wakes.statement(('turn',), lambda: sa.select(m.c.value).where(m.c.key == 'upgrading'))
+        asked = time.monotonic()
         def op(cur, now):
-            wakes.kind.alone(cur)
-            self.holder, _, at = (read(cur).fetchone() or [''])[0].rpartition(' ')
+            at = self._read(cur)
             if self.holder not in ('', self.who) and abs(now - seconds(at)) < turn_lasts: return False  # a moment far ahead was written by a clock that went back
             self._say(cur, f'{self.who} {timestamp(now)}')
             return True
-        return wakes.write(op)
+        if mine := self.wakes.write(op): self.kept = asked
+        return mine
+
+    def give(self):
+        "It is over, unless another one has it"
+        def op(cur, now):
+            self._read(cur)
+            if self.holder == self.who: self._say(cur, '')
+        self.wakes.write(op)
+
+    def _read(self, cur) -> str: # When its holder said so
+        self.wakes.kind.alone(cur)
+        read = self.wakes.statement(('turn',), lambda: sa.select(meta_table.c.value).where(meta_table.c.key == 'upgrading'))
+        self.holder, _, at = (read(cur).fetchone() or [''])[0].rpartition(' ')
+        return at
 
     def _say(self, cur, value):
         def build():
@@ -102,7 +115,7 @@ def __enter__(self:_Turn):
         if self.take(): break
         if n == 0: log.warning('%s upgrades the tenants of this host; waiting for its end', self.holder)
         time.sleep(0.5)
-    self.lost, self.thread = None, threading.Thread(target=self._keep, daemon=True, name='fh_saas-migrating')
+    self.thread = threading.Thread(target=self._keep, daemon=True, name='fh_saas-migrating')
     self.thread.start()
     return self
 
@@ -110,54 +123,83 @@ def __enter__(self:_Turn):
 def _keep(self:_Turn):
     while not self.over.wait(turn_lasts/5):
         try:
-            if not self.take(): self.lost = self.holder; return
-        except FhSaasError as e: log.warning('the host does not take the note that its tenants are being upgraded: %s', e)
+            if not self.take(): return
+        except Exception as e: log.warning('the host does not take the note that its tenants are being upgraded: %s', e)
 
 @patch
 def mine(self:_Turn):
-    if self.lost: raise FhSaasError(f"{self.lost} upgrades the tenants of this host by now, because nothing was heard of this process for long: nothing was upgraded here")
+    "Raise unless the turn is this process's for some time yet"
+    if time.monotonic() > self.kept + turn_lasts*2/3: raise FhSaasError(f"the host has not heard of this process for too long, or {self.holder} upgrades its tenants by now: nothing was upgraded; migrate again")
 
 @patch
 def __exit__(self:_Turn, *exc):
     self.over.set()
     self.thread.join()
-    with suppress(FhSaasError):  # it is over soon anyway
-        if not self.lost: self.wakes.write(lambda cur, now: self._say(cur, ''))
+    try: self.give()
+    except FhSaasError as e: log.warning('the host does not take the note that its tenants are upgraded; it is over in %g s: %s', turn_lasts, e)
+
+# %% ../../nbs/ops/00_tenants.ipynb #d509c143
+class _Places:
+    "Tenants that are out of service at once: those that are upgraded, and those that wait meanwhile until nobody begins their jobs"
+    def __init__(self, n): self.n, self.out, self.took, self.free, self.some = n, 0, heeded, threading.Semaphore(n), threading.Condition()
+
+    @property
+    def most(self) -> int: return self.n + min(15*self.n, int(self.n*heeded/max(self.took, 0.001)))
+
+    @contextmanager
+    def taken(self):
+        with self.some: self.some.wait_for(lambda: self.out < self.most); self.out += 1
+        try: yield
+        finally:
+            with self.some: self.out -= 1; self.some.notify_all()
+
+    @contextmanager
+    def working(self):
+        with self.free:
+            begun = time.monotonic()
+            yield
+            self.took += 0.2*(time.monotonic() - begun - self.took)
 
 # %% ../../nbs/ops/00_tenants.ipynb #7174bcb4
-def _migrate(host, t, upgrade, version, turn) -> bool: # False: there is no such tenant any more
-    if (t := host.find(t.id)) is None or t.state == 'deleting': return False
-    url = host.url_of(t)
-    with closing(Store(url, synchronous=host.synchronous, tenant=t.id)) as store, closing(_Notes(url, host.synchronous)) as notes:
-        if not upgrade: return True
-        turn.mine()
-        known = notes.read()
-        if (done := known.get('app_version') == version) and t.state != 'migrating': return True
-        before = _set_out(host, t, notes, store) if t.state != 'migrating' else known.get('state_before') or 'active'
-        if not done:
-            with host.open_db(t) as db: upgrade(db)
-            notes.write(app_version=version)
-        host.set_state(t.id, before, 'migrating')  # unless an operator has decided something else meanwhile
-        notes.write(state_before='')
+def _migrate(host, t, upgrade, version, turn, places) -> bool: # False: there is no such tenant any more
+    with places.taken():
+        with places.free:
+            if (t := host.find(t.id)) is None or t.state == 'deleting': return False
+            Store(url := host.url_of(t), synchronous=host.synchronous, tenant=t.id).close()
+            if not upgrade: return True
+            turn.mine()
+            known = _read(url, host)
+            if (done := known.get('app_version') == version) and t.state != 'migrating': return True
+            before = _set_out(host, t, url) if t.state != 'migrating' else known.get('state_before') or 'active'
+        if not done and t.state != 'paused': time.sleep(heeded)  # until then somebody may begin a job, also one that was submitted since
+        with places.working():
+            if (now := host.find(t.id)) is None or now.state == 'deleting': return False
+            if not done:
+                turn.mine()
+                with host.open_db(t) as db: upgrade(db)
+                _note(url, host, app_version=version)
+            host.set_state(t.id, before, 'migrating')  # unless an operator has decided something else meanwhile
+            _note(url, host, state_before='')
     return True
 
-def _set_out(host, t, notes, store) -> str: # The state to go back to; noted there, because this process may be killed
-    notes.write(state_before=t.state)
+def _set_out(host, t, url) -> str: # The state to go back to; noted there, because this process may be killed
+    _note(url, host, state_before=t.state)
     if not host.set_state(t.id, 'migrating', t.state): raise FhSaasError(f"tenant {t.id!r} was {t.state}, and is not any more: nothing was upgraded; migrate again")
-    if any(open_jobs(store).values()): time.sleep(heeded)
-    store.close()
     return t.state
 
-class _Notes:
-    "What a database says about itself"
-    def __init__(self, url, synchronous): self.eng = open_engine(url, synchronous)
-    def close(self): self.eng.dispose()
-    def read(self) -> dict:
-        with reading(self.eng) as conn: return read_meta(conn)
-    def write(self, **notes):
-        with writing(self.eng) as conn:
+def _read(url, host) -> dict:
+    eng = open_engine(url, host.synchronous)
+    try:
+        with reading(eng) as conn: return read_meta(conn)
+    finally: eng.dispose()
+
+def _note(url, host, **notes):
+    eng = open_engine(url, host.synchronous)
+    try:
+        with writing(eng) as conn:
             lock_schema(conn)
             write_meta(conn, **notes)
+    finally: eng.dispose()
 
 # %% ../../nbs/ops/00_tenants.ipynb #36b2e71e
 def export_tenant(
