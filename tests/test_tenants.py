@@ -774,6 +774,28 @@ def test_a_tenant_that_is_suspended_while_it_is_upgraded_is_not_resumed_before_t
     resume_tenant(prefix, host)
     assert host.find(prefix).state == 'active'
 
+def test_a_run_that_is_interrupted_leaves_no_tenant_out_of_service_that_it_did_not_come_to(lite, monkeypatch):
+    ids = many(lite, 40)
+    lite.set_state('t39', 'migrating')  # another run was cut off there
+    monkeypatch.setattr(fh_saas.ops.tenants, 'heeded', 0.3)
+    ran = []
+    run = migrate_tenants(lite, lambda db: ran.append(db.tenant_id), '2', workers=2)
+    next(run)
+    assert 3 < sum(t.state == 'migrating' for t in lite.tenants()) <= 33
+    run.close()
+    assert 0 < len(ran) < 10 and {t.id: t.state for t in lite.tenants()} == dict.fromkeys(ids, 'active') | dict(t39='migrating')
+    suspend_tenant('t38', lite); resume_tenant('t38', lite)
+    assert len(upgraded(lite, lambda db: None)) == 40 and {t.state for t in lite.tenants()} == {'active'}
+
+def test_a_run_that_ended_between_its_last_two_steps_keeps_nobody_from_resuming(lite):
+    many(lite, 1)
+    assert upgraded(lite, lambda db: None) == dict(t0=None)
+    fh_saas.ops.tenants._note(lite.url_of(lite.find('t0')), lite, state_before='active')
+    suspend_tenant('t0', lite)
+    with pytest.raises(TenantSuspended): resume_tenant('t0', lite)
+    assert upgraded(lite, lambda db: 1/0) == dict(t0=None)  # it is done
+    resume_tenant('t0', lite)
+
 def test_a_state_before_is_remembered_no_longer_than_the_upgrade(host, prefix):
     get_or_create_tenant_db(prefix, host=host).close()
     suspend_tenant(prefix, host)

@@ -69,7 +69,7 @@ def migrate_tenants(
         try:
             for f in as_completed([pool.submit(one, t) for t in host.tenants()]):
                 if done := f.result(): yield done
-        except BaseException: pool.shutdown(wait=True, cancel_futures=True); raise
+        except BaseException: places.over = True; pool.shutdown(wait=True, cancel_futures=True); raise
 
 # %% ../../nbs/ops/00_tenants.ipynb #2448a26a
 turn_lasts = 15.0 # seconds for which a process that says nothing more is believed to be upgrading
@@ -141,17 +141,20 @@ def __exit__(self:_Turn, *exc):
 # %% ../../nbs/ops/00_tenants.ipynb #d509c143
 class _Places:
     "Tenants that are out of service at once: those that are upgraded, and those that wait meanwhile until nobody begins their jobs"
-    def __init__(self, n): self.n, self.out, self.took, self.free, self.some = n, 0, heeded, threading.Semaphore(n), threading.Condition()
+    def __init__(self, n): self.n, self.out, self.took, self.over, self.free, self.some = n, 0, heeded, False, threading.Semaphore(n), threading.Condition()
 
     @property
     def most(self) -> int: return self.n + min(15*self.n, int(self.n*heeded/max(self.took, 0.001)))
 
     @contextmanager
     def taken(self):
-        with self.some: self.some.wait_for(lambda: self.out < self.most); self.out += 1
+        with self.some: self.some.wait_for(lambda: self.over or self.out < self.most); self.out += 1
         try: yield
         finally:
             with self.some: self.out -= 1; self.some.notify_all()
+
+    def go_on(self):
+        if self.over: raise FhSaasError("the run was interrupted before it came to this tenant")
 
     @contextmanager
     def working(self):
@@ -164,28 +167,36 @@ class _Places:
 def _migrate(host, t, upgrade, version, turn, places) -> bool: # False: there is no such tenant any more
     with places.taken():
         with places.free:
+            places.go_on()
             if (t := host.find(t.id)) is None or t.state == 'deleting': return False
             Store(url := host.url_of(t), synchronous=host.synchronous, tenant=t.id).close()
             if not upgrade: return True
             turn.mine()
             known = _read(url, host)
-            if (done := known.get('app_version') == version) and t.state != 'migrating': return True
+            if (done := known.get('app_version') == version) and t.state != 'migrating':
+                if known.get('state_before'): _note(url, host, state_before='')  # who upgraded it came no further
+                return True
             before = _set_out(host, t, url) if t.state != 'migrating' else known.get('state_before') or 'active'
         if not done and t.state != 'paused': time.sleep(heeded)  # until then somebody may begin a job, also one that was submitted since
         with places.working():
             if (now := host.find(t.id)) is None or now.state == 'deleting': return False
+            if places.over and not done and t.state != 'migrating': _set_back(host, t, url, before)  # it was set out for nothing
             if not done:
+                places.go_on()
                 turn.mine()
                 with host.open_db(t) as db: upgrade(db)
                 _note(url, host, app_version=version)
-            host.set_state(t.id, before, 'migrating')  # unless an operator has decided something else meanwhile
-            _note(url, host, state_before='')
+            _set_back(host, t, url, before)
     return True
 
 def _set_out(host, t, url) -> str: # The state to go back to; noted there, because this process may be killed
     _note(url, host, state_before=t.state)
     if not host.set_state(t.id, 'migrating', t.state): raise FhSaasError(f"tenant {t.id!r} was {t.state}, and is not any more: nothing was upgraded; migrate again")
     return t.state
+
+def _set_back(host, t, url, before):
+    host.set_state(t.id, before, 'migrating')  # unless an operator has decided something else meanwhile
+    _note(url, host, state_before='')
 
 def _read(url, host) -> dict:
     eng = open_engine(url, host.synchronous)
