@@ -172,12 +172,7 @@ def _begin(conn, busy):
     try: when_free(conn.exec_driver_sql, 'BEGIN IMMEDIATE', busy=busy)
     finally: set_timeout(own, busy)
 
-# %% ../nbs/00_db_connect.ipynb #924f836a
-def _psycopg():
-    try: import psycopg
-    except ImportError: raise DatabaseUnavailable("PostgreSQL needs psycopg 3: pip install 'fh-saas[postgres]'") from None
-    return psycopg
-
+# %% ../nbs/00_db_connect.ipynb #955644bc
 _to_servers = weakref.WeakSet()
 
 def of_this_process(conn): # The same
@@ -196,6 +191,12 @@ def _cut_off():
     _to_servers.clear()
 
 os.register_at_fork(after_in_child=_cut_off)
+
+# %% ../nbs/00_db_connect.ipynb #924f836a
+def _psycopg():
+    try: import psycopg
+    except ImportError: raise DatabaseUnavailable("PostgreSQL needs psycopg 3: pip install 'fh-saas[postgres]'") from None
+    return psycopg
 
 stalled = 5.0  # seconds between the statements of a short transaction after which PostgreSQL ends it
 

@@ -54,16 +54,6 @@ class Store(Committer):
             self.engine.dispose()
             self.notes = self._noted()
 
-    def met(self, conn):
-        # on a server a database that was made anew has the name of the one before, and nothing else tells
-        if not isinstance(self.kind, SQLite) and not self._has(conn): self.opened()
-
-    def _has(self, conn) -> bool: return conn.execute('SELECT to_regclass(%s)', [self.t.jobs.name]).fetchone()[0] is not None
-
-    def back(self) -> bool:
-        self.opened()
-        with closing(connect(self.url, self.synchronous, self.busy)) as conn: return self._has(conn)
-
     def _noted(self) -> dict:
         "What the database says about itself; nothing if it is new"
         conn = connect(self.url, self.synchronous, self.busy)
@@ -75,6 +65,20 @@ class Store(Committer):
     def __repr__(self): return f'Store({show_url(self.url)}, {self.t.jobs.name})'
 
 _note = str(sa.select(meta_table.c.key, meta_table.c.value))
+
+# %% ../../nbs/jobs/05_store.ipynb #2fde0648
+@patch
+def met(self:Store, conn):
+    # on a server a database that was made anew has the name of the one before, and nothing else tells
+    if not isinstance(self.kind, SQLite) and not self._has(conn): self.opened()
+
+@patch
+def _has(self:Store, conn) -> bool: return conn.execute('SELECT to_regclass(%s)', [self.t.jobs.name]).fetchone()[0] is not None
+
+@patch
+def back(self:Store) -> bool:
+    self.opened()
+    with closing(connect(self.url, self.synchronous, self.busy)) as conn: return self._has(conn)
 
 # %% ../../nbs/jobs/05_store.ipynb #63542359
 def rows_of(cur) -> list[dict]:

@@ -189,6 +189,7 @@ def _migrate(host, t, upgrade, version, turn, places) -> bool: # False: there is
             _set_back(host, t, url, before)
     return True
 
+# %% ../../nbs/ops/00_tenants.ipynb #743ad3c1
 def _set_out(host, t, url) -> str: # The state to go back to; noted there, because this process may be killed
     _note(url, host, state_before=t.state)
     if not host.set_state(t.id, 'migrating', t.state): raise FhSaasError(f"tenant {t.id!r} was {t.state}, and is not any more: nothing was upgraded; migrate again")
