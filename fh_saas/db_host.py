@@ -168,7 +168,9 @@ class HostDatabase:
     def __repr__(self): return f'HostDatabase({show_url(self.url)})'
 
     def _leave_to_parent(self):
-        if self._db is not None and inherited(self.url, self._db_of): self._db.conn.invalidate(); self._db = None
+        if self._db is None or not inherited(self.url, self._db_of): return
+        if not self._db.conn.closed: self._db.conn.invalidate()
+        self._db = None
 
     @property
     def db(self) -> Database:

@@ -56,7 +56,7 @@ class TenantDatabase(Database):
         "Of this process"
         if inherited(self.engine.url, self._of):
             self._done.detach()
-            self._conn.invalidate()
+            if not self._conn.closed: self._conn.invalidate()
             self._connect()
         return self._conn
 
@@ -104,7 +104,7 @@ def drain(self:OpenDatabases):
         try: conn, key, of = self.returned.popleft()
         except IndexError: return
         try:
-            if inherited(conn.engine.url, of): conn.invalidate()
+            if inherited(conn.engine.url, of) and not conn.closed: conn.invalidate()
             conn.close()
         finally: self._release(key)
 
@@ -254,13 +254,23 @@ def close_tenant_db(tenant_id:str, host:HostDatabase=None):
 
 def suspend_tenant(tenant_id:str, host:HostDatabase=None):
     "Refuse to open a tenant's database and start none of its jobs, until `resume_tenant`"
-    _move(_host(host), tenant_id, 'paused', 'active', 'migrating')
+    host = _host(host)
+    if host.set_state(tenant_id, 'paused', 'active'): _upgraded(host, tenant_id)
+    else: _move(host, tenant_id, 'paused', 'migrating')
     close_tenant_db(tenant_id, host)
 
 def resume_tenant(tenant_id:str, host:HostDatabase=None):
     "Make a suspended tenant active again"
     if (t := (host := _host(host)).find(tenant_id)) and t.state == 'paused' and _half_upgraded(host, t): raise TenantSuspended(f"tenant {tenant_id!r} was suspended while it was upgraded, and that has not ended: migrate again, then resume it; nothing was changed")
     _move(host, tenant_id, 'active', 'paused')
+
+def _upgraded(host, tenant_id):
+    "A tenant that was active is not being upgraded, whatever a process that was killed has left in its notes"
+    if not _half_upgraded(host, tenant := host.find(tenant_id)): return
+    eng = open_engine(host.url_of(tenant), host.synchronous)
+    try:
+        with writing(eng) as conn: write_meta(conn, state_before='')
+    finally: eng.dispose()
 
 def _half_upgraded(host, tenant) -> bool:
     eng = open_engine(host.url_of(tenant), host.synchronous)

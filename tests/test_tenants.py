@@ -10,6 +10,7 @@ from fh_saas.db_connect import (DatabaseCorrupt, DatabaseReadOnly, DatabaseUnava
 from fh_saas.db_host import HostDatabase, TenantCatalog, TenantNotFound, env_url, gen_id, shown, timestamp
 from fh_saas.db_tenant import (InvalidTenantId, TenantBusy, TenantDatabase, TenantMismatch, TenantSuspended, check_tenant_id, close_tenant_db,
     delete_tenant, get_or_create_tenant_db, list_tenants, open_tenant_db, resume_tenant, suspend_tenant)
+from fh_saas.jobs.claims import Room
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.states import Outcome
 from fh_saas.jobs.store import Store
@@ -792,9 +793,36 @@ def test_a_run_that_ended_between_its_last_two_steps_keeps_nobody_from_resuming(
     assert upgraded(lite, lambda db: None) == dict(t0=None)
     fh_saas.ops.tenants._note(lite.url_of(lite.find('t0')), lite, state_before='active')
     suspend_tenant('t0', lite)
+    resume_tenant('t0', lite)
+    assert lite.find('t0').state == 'active'
+    suspend_tenant('t0', lite)
+    fh_saas.ops.tenants._note(lite.url_of(lite.find('t0')), lite, state_before='active')
     with pytest.raises(TenantSuspended): resume_tenant('t0', lite)
     assert upgraded(lite, lambda db: 1/0) == dict(t0=None)  # it is done
     resume_tenant('t0', lite)
+
+@pytest.mark.parametrize('how', ['done', 'given up'])
+def test_what_another_process_has_done_meanwhile_is_not_done_again(lite, monkeypatch, how):
+    many(lite, 1)
+    def wait(s):
+        if how == 'done': fh_saas.ops.tenants._note(lite.url_of(lite.find('t0')), lite, app_version='2')
+        lite.set_state('t0', 'active')
+    monkeypatch.setattr(fh_saas.ops.tenants.time, 'sleep', wait)
+    ran = []
+    assert upgraded(lite, ran.append) == dict(t0=None if how == 'done' else 'FhSaasError') and ran == [] and lite.find('t0').state == 'active'
+
+@pytest.mark.parametrize('state', ['migrating', 'deleting', 'paused'])
+def test_no_job_of_a_tenant_that_is_out_of_service_is_begun_however_fresh_that_is(lite, new_engine, state):
+    with get_or_create_tenant_db('acme', host=lite) as db:
+        m, ran = BackgroundTaskManager(db, new_engine(concurrency=0)), []
+        id, bg = m.submit('t', lambda: ran.append(1), run_at='2020-01-01')
+        desk = m.engine._desks[m.store]
+        desk.tenancy.refresh()
+        lite.set_state('acme', state)
+        desk.tenancy.refresh()  # as by the look of this very turn
+        assert desk.turn([], [], Room(5))[1] == [] and m.get_job(id).status == 'pending'
+        bg.func(*bg.args)  # by hand it is run though the tenant is paused
+        assert len(ran) == (state == 'paused') and m.get_job(id).status == ('completed' if state == 'paused' else 'pending')
 
 def test_a_state_before_is_remembered_no_longer_than_the_upgrade(host, prefix):
     get_or_create_tenant_db(prefix, host=host).close()

@@ -255,8 +255,9 @@ def _call_next(self:Committer):
 
 @patch
 def _error(self:Committer, e):
-    if getattr(e, 'sqlstate', None) != no_table or not self.back(): return typed(self.url, e) or e
-    return DatabaseUnavailable(f"{show_url(self.url)}: the tables of jobs were not there, because the database was made anew; they are now: try again ({e})")
+    if getattr(e, 'sqlstate', None) != no_table: return typed(self.url, e) or e
+    said = 'the tables of jobs were not there, because the database was made anew; they are now: try again' if self.back() else 'tables that belong there are missing: is it being made anew, or put back?'
+    return DatabaseUnavailable(f"{show_url(self.url)}: {said} ({e})")
 
 # %% ../../nbs/jobs/04_commit.ipynb #589add0f
 reader_waits = 0.02 # seconds for which a reader waits for the connection to a server

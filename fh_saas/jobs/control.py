@@ -142,9 +142,10 @@ def act_on(self:Store, action:str, job_id:str, **new) -> dict: # What was change
 def act_on_all(self:Store, action:str, only:dict,
     each_done, # Called for each part that is committed, with ids and status
     but:tuple=(), # Not jobs of these tasks
-    each:int=1000,
+    each:int=None, # So many in a transaction; 1,000, and 100 for `retry`, which on PostgreSQL takes a lock for each unique job
 ) -> int: # How many
-    "The same to all jobs that match, `each` of them in a transaction; an error says how many were `done` before it"
+    "The same to all jobs that match, part by part; an error says how many were `done` before it"
+    each = each or (100 if action == 'retry' else 1000)
     op, done, find, ids, j = self._op(action, {}), 0, self.matching(action, only, each, but), [''], self.t.jobs
     # in a file one looks without the write lock, for it may be long; what has changed since then is asked with it
     looks_first = isinstance(self.kind, SQLite)

@@ -92,7 +92,7 @@ def names(self:Desk) -> tuple: # As `Registry.names`, without what is paused
 @patch
 def claim(self:Desk, job_id:str, func=None) -> Attempt: # None if the job is not pending
     "Claim one job, whenever it was due"
-    got, *_ = self.turn([], [job_id], None)
+    got, *_ = self.turn([], [job_id], None, by_hand=True)
     return self._take(list(got.values()), func)[0] if got else None
 
 @patch
@@ -165,10 +165,10 @@ def _claimed(self:Desk, claim, token):
         raise
 
 @patch
-def _still_open(self:Desk, asked) -> bool:
+def _still_open(self:Desk, asked, by_hand=False) -> bool:
     "May jobs be begun, also if the lock was waited for since they were `asked` for?"
-    if not self.tenancy or time.monotonic() < asked + 1: return True
-    self.tenancy.refresh(1.0)
+    if self.tenancy and time.monotonic() > asked + 1: self.tenancy.refresh(1.0)
+    if by_hand: return not (self.tenancy and self.tenancy.facts and self.tenancy.facts['state'] in ('migrating', 'deleting'))
     return not self.shut
 
 @patch
@@ -193,6 +193,7 @@ def turn(self:Desk,
     wanted:list, # Ids of jobs to claim, whenever they are due
     room:Room, # What else may be claimed; None: nothing
     spare:Room=Room(0), # The limits for `wanted`, if there is no `room`
+    by_hand:bool=False, # Is `wanted` to be run though its tenant is paused?
 ) -> tuple: # Attempts of `wanted`, other attempts to run, and, if there were fewer than there is room for, as `Store.due_in`
     "Everything there is to write, in one transaction"
     names, me = self.names, (token := gen_id(), self.worker, self.settings.lease)
@@ -203,7 +204,7 @@ def turn(self:Desk,
     def op(cur, now):
         for t in doubts: self.store.unclaim(cur, now, t)
         if done: done(cur, now)
-        notes, may = check(cur) if check else None, bool(these or claim) and self._still_open(asked)
+        notes, may = check(cur) if check else None, bool(these or claim) and self._still_open(asked, by_hand)
         got, rows, due = these(cur, now) if these and may else [], claim(cur, now) if claim and may else [], None
         if claim and may and len(rows) < room.n: due = self.store.due_in(cur, now, *names, room.closed, self.only)
         if stepped := notes and (got or rows or ends): self.store.step(cur, notes)  # who has nothing to say writes nothing

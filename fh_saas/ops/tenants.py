@@ -129,7 +129,10 @@ def _keep(self:_Turn):
 @patch
 def mine(self:_Turn):
     "Raise unless the turn is this process's for some time yet"
-    if time.monotonic() > self.kept + turn_lasts*2/3: raise FhSaasError(f"the host has not heard of this process for too long, or {self.holder} upgrades its tenants by now: nothing was upgraded; migrate again")
+    if time.monotonic() < self.kept + turn_lasts*2/3: return
+    try: again = self.take()
+    except Exception as e: raise FhSaasError(f"the host has not heard of this process for too long, and cannot be asked: nothing was upgraded; migrate again ({e})") from e
+    if not again: raise FhSaasError(f"{self.holder} upgrades the tenants of this host by now, which has not heard of this process for too long: nothing was upgraded; migrate again")
 
 @patch
 def __exit__(self:_Turn, *exc):
@@ -177,12 +180,18 @@ def _migrate(host, t, upgrade, version, turn, places) -> bool: # False: there is
                 if known.get('state_before'): _note(url, host, state_before='')  # who upgraded it came no further
                 return True
             before = _set_out(host, t, url) if t.state != 'migrating' else known.get('state_before') or 'active'
-        if not done and t.state != 'paused': time.sleep(heeded)  # until then somebody may begin a job, also one that was submitted since
+        if not done: time.sleep(heeded)  # until then somebody may begin a job, also one that was submitted since
+        def go_on():
+            if done or not places.over: return
+            if t.state != 'migrating': _set_back(host, t, url, before)  # it was set out for nothing
+            places.go_on()
+        go_on()
         with places.working():
+            go_on()
             if (now := host.find(t.id)) is None or now.state == 'deleting': return False
-            if places.over and not done and t.state != 'migrating': _set_back(host, t, url, before)  # it was set out for nothing
+            done = done or _read(url, host).get('app_version') == version  # another process may have come to it meanwhile
+            if not done and now.state not in ('migrating', 'paused'): raise FhSaasError(f"tenant {t.id!r} is {now.state} again: nothing was upgraded; migrate again")
             if not done:
-                places.go_on()
                 turn.mine()
                 with host.open_db(t) as db: upgrade(db)
                 _note(url, host, app_version=version)
@@ -192,7 +201,9 @@ def _migrate(host, t, upgrade, version, turn, places) -> bool: # False: there is
 # %% ../../nbs/ops/00_tenants.ipynb #743ad3c1
 def _set_out(host, t, url) -> str: # The state to go back to; noted there, because this process may be killed
     _note(url, host, state_before=t.state)
-    if not host.set_state(t.id, 'migrating', t.state): raise FhSaasError(f"tenant {t.id!r} was {t.state}, and is not any more: nothing was upgraded; migrate again")
+    if not host.set_state(t.id, 'migrating', t.state):
+        _note(url, host, state_before='')
+        raise FhSaasError(f"tenant {t.id!r} was {t.state}, and is not any more: nothing was upgraded; migrate again")
     return t.state
 
 def _set_back(host, t, url, before):

@@ -147,7 +147,7 @@ def JobBanner(m:BackgroundTaskManager,
 ):
     "What is still under way: a user who returns to a page sees it, and then how it ended"
     rows = m.store.under_way(5, types)[:5]
-    if at: seen = [*seen, *(r['id'] for t in types or (None,) for r in m.store.page(20, since=at, job_type=t)[0])]
+    if at: seen = [*seen, *[r['id'] for r in m.store.page(200)[0] if (not types or r['job_type'] in types) and (r['created_at'] or '') >= at][:20]]
     there = {r['id'] for r in rows}
     if seen: rows += m.store.these([i for i in dict.fromkeys(seen) if i not in there])
     lines = [m.job_class(**r) for r in rows]
