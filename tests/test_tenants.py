@@ -782,7 +782,7 @@ def test_a_run_that_is_interrupted_leaves_no_tenant_out_of_service_that_it_did_n
     ran = []
     run = migrate_tenants(lite, lambda db: ran.append(db.tenant_id), '2', workers=2)
     next(run)
-    assert 3 < sum(t.state == 'migrating' for t in lite.tenants()) <= 33
+    assert 1 < sum(t.state == 'migrating' for t in lite.tenants()) <= 33
     run.close()
     assert 0 < len(ran) < 10 and {t.id: t.state for t in lite.tenants()} == dict.fromkeys(ids, 'active') | dict(t39='migrating')
     suspend_tenant('t38', lite); resume_tenant('t38', lite)
