@@ -9,7 +9,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/db_tenant.html.md"""
 # %% auto #0
 __all__ = ['heeded', 'InvalidTenantId', 'check_tenant_id', 'TenantDatabase', 'OpenDatabases', 'TenantMismatch', 'TenantSuspended',
            'open_tenant_db', 'get_or_create_tenant_db', 'TenantBusy', 'list_tenants', 'close_tenant_db',
-           'suspend_tenant', 'resume_tenant', 'delete_tenant']
+           'suspend_tenant', 'resume_tenant', 'read_notes', 'write_notes', 'delete_tenant']
 
 # %% ../nbs/01_db_tenant.ipynb #306e6dfc
 import os, re, threading, time, weakref
@@ -264,20 +264,30 @@ def resume_tenant(tenant_id:str, host:HostDatabase=None):
     if (t := (host := _host(host)).find(tenant_id)) and t.state == 'paused' and _half_upgraded(host, t): raise TenantSuspended(f"tenant {tenant_id!r} was suspended while it was upgraded, and that has not ended: migrate again, then resume it; nothing was changed")
     _move(host, tenant_id, 'active', 'paused')
 
-def _upgraded(host, tenant_id):
-    "A tenant that was active is not being upgraded, whatever a process that was killed has left in its notes"
-    if not _half_upgraded(host, tenant := host.find(tenant_id)): return
-    eng = open_engine(host.url_of(tenant), host.synchronous)
+# %% ../nbs/01_db_tenant.ipynb #5de227ac
+def read_notes(url, host) -> dict:
+    "What a tenant's database says about itself"
+    eng = open_engine(url, host.synchronous)
     try:
-        with writing(eng) as conn: write_meta(conn, state_before='')
+        with reading(eng) as conn: return read_meta(conn)
+    finally: eng.dispose()
+
+def write_notes(url, host, **notes):
+    "Have it say more"
+    eng = open_engine(url, host.synchronous)
+    try:
+        with writing(eng) as conn:
+            lock_schema(conn)
+            write_meta(conn, **notes)
     finally: eng.dispose()
 
 def _half_upgraded(host, tenant) -> bool:
-    eng = open_engine(host.url_of(tenant), host.synchronous)
-    try:
-        with reading(eng) as conn: return bool(read_meta(conn).get('state_before'))
+    try: return bool(read_notes(host.url_of(tenant), host).get('state_before'))
     except (DatabaseUnavailable, DatabaseCorrupt): return False  # what is not there is not upgraded either
-    finally: eng.dispose()
+
+def _upgraded(host, tenant_id):
+    "A tenant that was active is not being upgraded, whatever a process that was killed has left in its notes"
+    if _half_upgraded(host, tenant := host.find(tenant_id)): write_notes(host.url_of(tenant), host, state_before='')
 
 def _move(host, tenant_id, state, *expected):
     if any(host.set_state(tenant_id, state, e) for e in expected) or (now := host.find(tenant_id)) is None or now.state == state: return

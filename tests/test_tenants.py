@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 import fh_saas.db_tenant
-from fh_saas.db_connect import (DatabaseCorrupt, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, InvalidDatabaseURL, UnsupportedDatabase, open_engine, reading, writing)
+from fh_saas.db_connect import (DatabaseCorrupt, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, InvalidDatabaseURL, UnsupportedDatabase, open_engine, read_meta, reading, write_meta, writing)
 from fh_saas.db_host import HostDatabase, TenantCatalog, TenantNotFound, env_url, gen_id, shown, timestamp
 from fh_saas.db_tenant import (InvalidTenantId, TenantBusy, TenantDatabase, TenantMismatch, TenantSuspended, check_tenant_id, close_tenant_db,
     delete_tenant, get_or_create_tenant_db, list_tenants, open_tenant_db, resume_tenant, suspend_tenant)
@@ -701,11 +701,11 @@ def test_long_upgrades_keep_few_tenants_out_of_service(lite, monkeypatch):
 
 def test_a_tenant_whose_state_somebody_else_changes_is_not_upgraded(lite, monkeypatch):
     many(lite, 1)
-    real = fh_saas.ops.tenants._note
+    real = fh_saas.ops.tenants.write_notes
     def other(*args, **notes):
         real(*args, **notes)
         if 'state_before' in notes: lite.set_state('t0', 'migrating')  # at this moment
-    monkeypatch.setattr(fh_saas.ops.tenants, '_note', other)
+    monkeypatch.setattr(fh_saas.ops.tenants, 'write_notes', other)
     assert upgraded(lite, lambda db: 1/0) == dict(t0='FhSaasError') and lite.find('t0').state == 'migrating'
 
 def same(host): return HostDatabase(str(host.url.render_as_string(hide_password=False)))
@@ -727,12 +727,12 @@ def test_of_two_who_upgrade_at_once_the_second_waits_and_finds_it_done(host, pre
 @pytest.mark.parametrize('age,waits', [(0, True), (20, False), (-3600, False)])
 def test_who_was_killed_while_it_upgraded_is_not_waited_for_for_long(host, prefix, age, waits):
     get_or_create_tenant_db(prefix, host=host).close()
-    with writing(host.engine) as conn: fh_saas.ops.tenants.write_meta(conn, upgrading=f'web:1:abc {timestamp(time.time() - age)}')
+    with writing(host.engine) as conn: write_meta(conn, upgrading=f'web:1:abc {timestamp(time.time() - age)}')
     turn = fh_saas.ops.tenants._Turn(host)
     assert turn.take() != waits
-    with writing(host.engine) as conn: fh_saas.ops.tenants.write_meta(conn, upgrading='')
+    with writing(host.engine) as conn: write_meta(conn, upgrading='')
     assert upgraded(host, lambda db: None) == {prefix: None}
-    with reading(host.engine) as conn: assert not fh_saas.ops.tenants.read_meta(conn)['upgrading']
+    with reading(host.engine) as conn: assert not read_meta(conn)['upgrading']
 
 @pytest.mark.parametrize('how', ['stopped', 'without the host', 'without its thread'])
 def test_who_was_not_heard_of_for_long_begins_no_further_tenant(lite, monkeypatch, how):
@@ -743,7 +743,7 @@ def test_who_was_not_heard_of_for_long_begins_no_further_tenant(lite, monkeypatc
     def upgrade(db):
         ran.append(db.tenant_id)
         if how == 'stopped':  # and another has the turn by now
-            with writing(lite.engine) as conn: fh_saas.ops.tenants.write_meta(conn, upgrading=f'web:1:abc {timestamp(time.time() + 0.5)}')
+            with writing(lite.engine) as conn: write_meta(conn, upgrading=f'web:1:abc {timestamp(time.time() + 0.5)}')
         else: monkeypatch.setattr(turn, '_read', lambda *args: 1/0 if how == 'without its thread' else (_ for _ in ()).throw(DatabaseUnavailable('gone')))
         time.sleep(0.7)
     ran, real = [], turn._read
@@ -753,7 +753,7 @@ def test_who_was_not_heard_of_for_long_begins_no_further_tenant(lite, monkeypatc
 def test_who_has_lost_his_turn_does_not_end_that_of_another(host):
     one, two, three = (fh_saas.ops.tenants._Turn(host) for _ in range(3))
     assert one.take() and not two.take()
-    with writing(host.engine) as conn: fh_saas.ops.tenants.write_meta(conn, upgrading=f'{one.who} {timestamp(time.time() - 20)}')  # `one` was stopped for so long
+    with writing(host.engine) as conn: write_meta(conn, upgrading=f'{one.who} {timestamp(time.time() - 20)}')  # `one` was stopped for so long
     assert two.take()
     one.give()
     assert not three.take() and two.take()
@@ -791,12 +791,12 @@ def test_a_run_that_is_interrupted_leaves_no_tenant_out_of_service_that_it_did_n
 def test_a_run_that_ended_between_its_last_two_steps_keeps_nobody_from_resuming(lite):
     many(lite, 1)
     assert upgraded(lite, lambda db: None) == dict(t0=None)
-    fh_saas.ops.tenants._note(lite.url_of(lite.find('t0')), lite, state_before='active')
+    fh_saas.ops.tenants.write_notes(lite.url_of(lite.find('t0')), lite, state_before='active')
     suspend_tenant('t0', lite)
     resume_tenant('t0', lite)
     assert lite.find('t0').state == 'active'
     suspend_tenant('t0', lite)
-    fh_saas.ops.tenants._note(lite.url_of(lite.find('t0')), lite, state_before='active')
+    fh_saas.ops.tenants.write_notes(lite.url_of(lite.find('t0')), lite, state_before='active')
     with pytest.raises(TenantSuspended): resume_tenant('t0', lite)
     assert upgraded(lite, lambda db: 1/0) == dict(t0=None)  # it is done
     resume_tenant('t0', lite)
@@ -805,7 +805,7 @@ def test_a_run_that_ended_between_its_last_two_steps_keeps_nobody_from_resuming(
 def test_what_another_process_has_done_meanwhile_is_not_done_again(lite, monkeypatch, how):
     many(lite, 1)
     def wait(s):
-        if how == 'done': fh_saas.ops.tenants._note(lite.url_of(lite.find('t0')), lite, app_version='2')
+        if how == 'done': fh_saas.ops.tenants.write_notes(lite.url_of(lite.find('t0')), lite, app_version='2')
         lite.set_state('t0', 'active')
     monkeypatch.setattr(fh_saas.ops.tenants.time, 'sleep', wait)
     ran = []

@@ -58,6 +58,7 @@ def _forms(v, *ways):
         except Exception: continue  # its validators may raise anything
         if _same(there, v): yield plain, there
 
+# %% ../../nbs/jobs/06_arguments.ipynb #ee0c4243
 _names = dict(by_alias=True), dict(by_alias=False)
 _exact = [dict(round_trip=True, **n) for n in _names]
 

@@ -138,6 +138,7 @@ def act_on(self:Store, action:str, job_id:str, **new) -> dict: # What was change
     if action == 'cancel' and job['cancel_requested_at']: return {}  # it was asked for before
     raise WrongState(f"job {job['id']} is {job['status']}: {_why[action]}; nothing was changed")
 
+# %% ../../nbs/jobs/05_store_control.ipynb #b83fda10
 @patch
 def act_on_all(self:Store, action:str, only:dict,
     each_done, # Called for each part that is committed, with ids and status

@@ -165,13 +165,6 @@ def _claimed(self:Desk, claim, token):
         raise
 
 @patch
-def _still_open(self:Desk, asked, by_hand=False) -> bool:
-    "May jobs be begun, also if the lock was waited for since they were `asked` for?"
-    if self.tenancy and time.monotonic() > asked + 1: self.tenancy.refresh(1.0)
-    if by_hand: return not (self.tenancy and self.tenancy.facts and self.tenancy.facts['state'] in ('migrating', 'deleting'))
-    return not self.shut
-
-@patch
 def _unclaimed(self:Desk, tokens):
     if not tokens: return
     now = time.monotonic()
@@ -185,6 +178,14 @@ def undoubt(self:Desk):
     if not (tokens := list(self.doubtful)): return
     self.store.write(lambda cur, now: [self.store.unclaim(cur, now, t) for t in tokens])
     self._unclaimed(tokens)
+
+# %% ../../nbs/jobs/11_desk.ipynb #f8575288
+@patch
+def _still_open(self:Desk, asked, by_hand=False) -> bool:
+    "May jobs be begun, also if the lock was waited for since they were `asked` for?"
+    if self.tenancy and time.monotonic() > asked + 1: self.tenancy.refresh(1.0)
+    if by_hand: return not (self.tenancy and self.tenancy.facts and self.tenancy.facts['state'] in ('migrating', 'deleting'))
+    return not self.shut
 
 # %% ../../nbs/jobs/11_desk.ipynb #3b679013
 @patch

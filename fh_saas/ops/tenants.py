@@ -15,10 +15,10 @@ from pathlib import Path
 from urllib.parse import quote
 import sqlalchemy as sa
 from fastcore.basics import patch
-from ..db_connect import (DatabaseBusy, DatabaseUnavailable, FhSaasError, NewerDatabase, connect, db_errors, lock_schema, meta_table, open_engine, read_meta, reading,
-    set_timeout, show_url, write_meta, writing)
+from ..db_connect import (DatabaseBusy, DatabaseUnavailable, FhSaasError, NewerDatabase, connect, db_errors, meta_table, open_engine, read_meta, reading,
+    set_timeout, show_url)
 from ..db_host import HostDatabase, TenantNotFound, gen_id, seconds, timestamp
-from ..db_tenant import TenantMismatch, heeded  # with this module a host has `url_of`
+from ..db_tenant import TenantMismatch, heeded, read_notes, write_notes  # with this module a host has `url_of`
 from ..jobs.model import schema_version
 from ..jobs.store import Store, bind
 from ..jobs.rules import kept_by
@@ -175,9 +175,9 @@ def _migrate(host, t, upgrade, version, turn, places) -> bool: # False: there is
             Store(url := host.url_of(t), synchronous=host.synchronous, tenant=t.id).close()
             if not upgrade: return True
             turn.mine()
-            known = _read(url, host)
+            known = read_notes(url, host)
             if (done := known.get('app_version') == version) and t.state != 'migrating':
-                if known.get('state_before'): _note(url, host, state_before='')  # who upgraded it came no further
+                if known.get('state_before'): write_notes(url, host, state_before='')  # who upgraded it came no further
                 return True
             before = _set_out(host, t, url) if t.state != 'migrating' else known.get('state_before') or 'active'
         if not done: time.sleep(heeded)  # until then somebody may begin a job, also one that was submitted since
@@ -189,40 +189,26 @@ def _migrate(host, t, upgrade, version, turn, places) -> bool: # False: there is
         with places.working():
             go_on()
             if (now := host.find(t.id)) is None or now.state == 'deleting': return False
-            done = done or _read(url, host).get('app_version') == version  # another process may have come to it meanwhile
+            done = done or read_notes(url, host).get('app_version') == version  # another process may have come to it meanwhile
             if not done and now.state not in ('migrating', 'paused'): raise FhSaasError(f"tenant {t.id!r} is {now.state} again: nothing was upgraded; migrate again")
             if not done:
                 turn.mine()
                 with host.open_db(t) as db: upgrade(db)
-                _note(url, host, app_version=version)
+                write_notes(url, host, app_version=version)
             _set_back(host, t, url, before)
     return True
 
 # %% ../../nbs/ops/00_tenants.ipynb #743ad3c1
 def _set_out(host, t, url) -> str: # The state to go back to; noted there, because this process may be killed
-    _note(url, host, state_before=t.state)
+    write_notes(url, host, state_before=t.state)
     if not host.set_state(t.id, 'migrating', t.state):
-        _note(url, host, state_before='')
+        write_notes(url, host, state_before='')
         raise FhSaasError(f"tenant {t.id!r} was {t.state}, and is not any more: nothing was upgraded; migrate again")
     return t.state
 
 def _set_back(host, t, url, before):
     host.set_state(t.id, before, 'migrating')  # unless an operator has decided something else meanwhile
-    _note(url, host, state_before='')
-
-def _read(url, host) -> dict:
-    eng = open_engine(url, host.synchronous)
-    try:
-        with reading(eng) as conn: return read_meta(conn)
-    finally: eng.dispose()
-
-def _note(url, host, **notes):
-    eng = open_engine(url, host.synchronous)
-    try:
-        with writing(eng) as conn:
-            lock_schema(conn)
-            write_meta(conn, **notes)
-    finally: eng.dispose()
+    write_notes(url, host, state_before='')
 
 # %% ../../nbs/ops/00_tenants.ipynb #36b2e71e
 def export_tenant(
