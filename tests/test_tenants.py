@@ -737,18 +737,28 @@ def test_who_was_killed_while_it_upgraded_is_not_waited_for_for_long(host, prefi
 @pytest.mark.parametrize('how', ['stopped', 'without the host', 'without its thread'])
 def test_who_was_not_heard_of_for_long_begins_no_further_tenant(lite, monkeypatch, how):
     many(lite, 3)
-    monkeypatch.setattr(fh_saas.ops.tenants, 'turn_lasts', 0.6)
     monkeypatch.setattr(fh_saas.ops.tenants, 'heeded', 0)
-    turn, theirs = fh_saas.ops.tenants._Turn, f'web:1:abc {timestamp(time.time() + 3600)}'
+    turn = fh_saas.ops.tenants._Turn
+    made, init, read = [], turn.__init__, turn._read
+    monkeypatch.setattr(turn, '__init__', lambda self, host: init(self, host) or made.append(self))
+    monkeypatch.setattr(turn, 'give', lambda self: monkeypatch.setattr(turn, '_read', read))
     def upgrade(db):
         ran.append(db.tenant_id)
         if how == 'stopped':  # and another has the turn by now
-            with writing(lite.engine) as conn: write_meta(conn, upgrading=f'web:1:abc {timestamp(time.time() + 0.5)}')
+            with writing(lite.engine) as conn: write_meta(conn, upgrading=f'web:1:abc {timestamp()}')
         else: monkeypatch.setattr(turn, '_read', lambda *args: 1/0 if how == 'without its thread' else (_ for _ in ()).throw(DatabaseUnavailable('gone')))
-        time.sleep(0.7)
-    ran, real = [], turn._read
-    monkeypatch.setattr(turn, 'give', lambda self: monkeypatch.setattr(turn, '_read', real))
+        made[0].kept -= fh_saas.ops.tenants.turn_lasts
+    ran = []
     assert upgraded(lite, upgrade, workers=1) == dict(t0=None, t1='FhSaasError', t2='FhSaasError') and ran == ['t0']
+
+@pytest.mark.parametrize('heard', [True, False])
+def test_who_upgrades_one_tenant_for_long_is_heard_of_meanwhile(lite, monkeypatch, heard):
+    monkeypatch.setattr(fh_saas.ops.tenants, 'turn_lasts', 1.5)
+    turn = fh_saas.ops.tenants._Turn
+    if not heard: monkeypatch.setattr(turn, '_keep', lambda self: None)
+    with turn(lite):
+        time.sleep(2)
+        assert turn(lite).take() != heard
 
 def test_who_has_lost_his_turn_does_not_end_that_of_another(host):
     one, two, three = (fh_saas.ops.tenants._Turn(host) for _ in range(3))
