@@ -14,12 +14,13 @@ from fh_saas import db_connect
 from fh_saas.db_connect import (DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, InvalidDatabaseURL,
     NewerDatabase, UnsupportedDatabase, connect, open_engine, reading, write_meta, writing)
 from fh_saas.db_host import gen_id, seconds, timestamp
-from fh_saas.jobs import commit
+from fh_saas.jobs import drivers
 from fh_saas.jobs.model import ensure_tables
 from fh_saas.jobs.payload import describe
 from fh_saas.jobs.states import Outcome, Status, final
 from fh_saas.jobs.claims import max_lease
-from fh_saas.jobs.commit import Clock, SQLite, _compiled, single
+from fh_saas.jobs.commit import single
+from fh_saas.jobs.drivers import Clock, SQLite, _compiled
 from fh_saas.jobs.store import Adding, JobNotFound, Store
 from conftest import wait_until
 
@@ -700,7 +701,7 @@ def test_a_connection_that_ends_in_the_middle_is_an_error_for_its_caller(new_pg)
 def test_a_server_clock_is_never_ahead_and_never_goes_back(drift, steps):
     clock, here, last = Clock(), [500.0], 0.0
     server = lambda: 1e6 + here[0]*(1 + drift)
-    with patch.object(commit, 'time', SimpleNamespace(monotonic=lambda: here[0], time=lambda: here[0])):
+    with patch.object(drivers, 'time', SimpleNamespace(monotonic=lambda: here[0], time=lambda: here[0])):
         for wait, way in steps:
             here[0] += wait
             if way is not None:  # asked: the answer is on its way for so long
@@ -714,7 +715,7 @@ def test_a_server_clock_is_never_ahead_and_never_goes_back(drift, steps):
 
 def test_a_server_clock_is_not_believed_after_a_sleep():
     clock, slept = Clock(), [0.0]
-    with patch.object(commit, 'time', SimpleNamespace(monotonic=time.monotonic, time=lambda: time.time() + slept[0])):
+    with patch.object(drivers, 'time', SimpleNamespace(monotonic=time.monotonic, time=lambda: time.time() + slept[0])):
         clock.hear(1000.0, time.monotonic())
         assert 1000.0 <= clock.read() < 1001
         slept[0] = 3600.0  # the machine slept for an hour that its monotonic clock has not counted

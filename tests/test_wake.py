@@ -1,7 +1,7 @@
 "The wake protocol: every interleaving of submits, visits and crashes, run on the real rows."
 import pytest
 from fh_saas.db_host import HostDatabase, timestamp
-from fh_saas.jobs.commit import SQLite
+from fh_saas.jobs.drivers import SQLite
 from fh_saas.jobs.wake import Wakes, wakes_table
 
 columns = [c.name for c in wakes_table.c]

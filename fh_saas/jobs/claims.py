@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from fastcore.basics import patch
 from sqlalchemy.dialects.postgresql import JSONB
 from ..db_host import seconds, timestamp
-from .commit import SQLite
+from .drivers import SQLite
 from .payload import dumps, loads
 from .retries import last_attempt
 from .states import Outcome, Status

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from fastcore.basics import patch
 from ..db_connect import FhSaasError
 from ..db_host import timestamp
-from .commit import SQLite
+from .drivers import SQLite
 from .payload import dumps
 from .store import PENDING, RUNNING, Busy, Store, bind, bound, rows_of, tagged, unique_lock
 import fh_saas.jobs.claims  # noqa: F401 gives a store `_among`

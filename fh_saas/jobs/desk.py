@@ -16,7 +16,7 @@ from ..db_connect import DatabaseUnavailable, FhSaasError
 from ..db_host import gen_id
 from .attempt import Attempt
 from .claims import Room
-from .commit import SQLite
+from .drivers import SQLite
 from .events import event_of, events
 from .retries import last_attempt
 from .rules import Limits

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from fastcore.basics import patch
 from sqlalchemy.orm import Session
 from ..db_connect import DatabaseBusy, show_url, writing
-from .commit import SQLite
+from .drivers import SQLite
 from .options import InvalidJob
 from .store import Store
 from .unique import Once

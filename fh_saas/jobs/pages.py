@@ -13,7 +13,7 @@ __all__ = ['columns', 'only_these', 'stretch', 'most_counted', 'sought']
 import base64, json
 import sqlalchemy as sa
 from fastcore.basics import patch
-from .commit import SQLite
+from .drivers import SQLite
 from .model import is_rare, rare
 from .options import InvalidJob, moment, text, whole, word
 from .payload import clean, dumps

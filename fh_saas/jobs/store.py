@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from fastsql.core import NotFoundError
 from ..db_connect import DatabaseBusy, FhSaasError, connect, db_errors, meta_table, show_url
 from ..db_host import timestamp
-from .commit import Committer, SQLite
+from .commit import Committer
+from .drivers import SQLite
 from .model import ensure_tables, schema_version, tables
 from .payload import clean, dumps
 from .states import Status

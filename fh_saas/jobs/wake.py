@@ -15,7 +15,8 @@ from ..db_connect import add_columns, db_errors, lock_schema, writing
 from ..db_host import HostDatabase, catalog_table, seconds, timestamp
 from .bell import Bell, channel
 from .claims import max_lease
-from .commit import Clock, Committer, SQLite, single
+from .commit import Committer, single
+from .drivers import Clock, SQLite
 from .notes import Notes, burst
 from .store import bind
 
