@@ -4,7 +4,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 import psycopg, pytest
 from fh_saas.db_connect import DatabaseBusy, DatabaseUnavailable, NewerDatabase
-from fh_saas.jobs.claims import Stale
+from fh_saas.jobs.ends import Stale
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.rules import Limits
 from fh_saas.jobs.states import Outcome

@@ -18,7 +18,7 @@ from fh_saas.jobs import drivers
 from fh_saas.jobs.model import ensure_tables
 from fh_saas.jobs.payload import describe
 from fh_saas.jobs.states import Outcome, Status, final
-from fh_saas.jobs.claims import max_lease
+from fh_saas.jobs.leases import max_lease
 from fh_saas.jobs.commit import single
 from fh_saas.jobs.drivers import Clock, SQLite, _compiled
 from fh_saas.jobs.store import Adding, JobNotFound, Store

@@ -24,7 +24,7 @@ from .payload import clean, to_json
 from .retries import Cancel, Snooze, TimedOut
 from .states import Outcome
 from .store import Store
-import fh_saas.jobs.claims  # noqa: F401 gives a store `finishing`
+import fh_saas.jobs.ends  # noqa: F401 gives a store `finishing`
 from .joining import connection_of, in_transaction
 
 said = logging.getLogger('fh_saas.task')

@@ -16,7 +16,6 @@ from ..db_host import timestamp
 from .drivers import SQLite
 from .payload import dumps
 from .store import PENDING, RUNNING, Busy, Store, bind, bound, rows_of, tagged, unique_lock
-import fh_saas.jobs.claims  # noqa: F401 gives a store `_among`
 
 # %% ../../nbs/jobs/05_store_control.ipynb #526743d9
 class WrongState(FhSaasError): "That cannot be done to a job in this state."

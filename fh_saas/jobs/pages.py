@@ -19,7 +19,6 @@ from .options import InvalidJob, moment, text, whole, word
 from .payload import clean, dumps
 from .states import Status
 from .store import Store, bind, bound, rows_of, tagged
-import fh_saas.jobs.claims  # noqa: F401 gives a store `_among`
 
 # %% ../../nbs/jobs/05_store_pages.ipynb #397701c4
 columns = ('job_type', 'task', 'queue', 'triggered_by', 'rerun_of')

@@ -11,7 +11,7 @@ __all__ = ['Settings']
 import os
 from dataclasses import dataclass, fields
 from ..db_connect import levels
-from .claims import max_lease
+from .leases import max_lease
 
 # %% ../../nbs/jobs/09_settings.ipynb #012811c2
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from fastcore.basics import patch
 from ..db_connect import add_columns, db_errors, lock_schema, writing
 from ..db_host import HostDatabase, catalog_table, seconds, timestamp
 from .bell import Bell, channel
-from .claims import max_lease
 from .commit import Committer, single
 from .drivers import Clock, SQLite
+from .leases import max_lease
 from .notes import Notes, burst
 from .store import bind
 

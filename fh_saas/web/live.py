@@ -31,7 +31,7 @@ from .access import same_site
 from .facts import facts, left
 from .problems import Problem, log, problem_of
 from .serving import Asked, Jobs
-import fh_saas.jobs.claims, fh_saas.jobs.pages, fh_saas.jobs.statistics  # noqa: F401 give a store `_among`, `page`, `open_jobs`, `ended`
+import fh_saas.jobs.pages, fh_saas.jobs.statistics  # noqa: F401 give a store `page`, `open_jobs`, `ended`
 
 # %% ../../nbs/web/09_live.ipynb #cdfed2f8
 _pulse = ('id', 'status', 'attempt', 'run_at', 'cancel_requested_at', 'started_at', 'progress_percent', 'progress_message')
