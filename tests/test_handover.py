@@ -8,7 +8,7 @@ from fh_saas.jobs.ends import Stale
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.rules import Limits
 from fh_saas.jobs.states import Outcome
-from fh_saas.jobs.turns import Line
+from fh_saas.jobs.line import Line
 from conftest import wait_until
 
 @pytest.fixture

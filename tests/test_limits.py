@@ -14,7 +14,9 @@ from fh_saas.jobs.options import InvalidJob
 from fh_saas.jobs.retries import Cancel, Permanent, RetryAfter, Snooze, TaskSignal
 from fh_saas.jobs.rounds import brisk
 from fh_saas.jobs.tasks import Registry, task
-from fh_saas.jobs.turns import Lanes, Line, Ring
+from fh_saas.jobs.lanes import Lanes
+from fh_saas.jobs.line import Line
+from fh_saas.jobs.ring import Ring
 from fh_saas.utils_bgtsk import BackgroundTaskManager, JobFailed
 from conftest import wait_until
 

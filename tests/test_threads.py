@@ -12,7 +12,7 @@ from fh_saas.jobs.commit import _Write
 from fh_saas.jobs.desk import Desk
 from fh_saas.jobs.pool import Crew
 from fh_saas.jobs.rounds import Rounds, brief, most_turns, reserve
-from fh_saas.jobs.turns import batch
+from fh_saas.jobs.line import batch
 from fh_saas.jobs.states import Outcome
 from fh_saas.jobs.store import Adding, Store
 from fh_saas.utils_bgtsk import BackgroundTaskManager

@@ -30,7 +30,8 @@ from .states import Outcome
 from .store import Store
 from .tenancy import Tenancy
 from .tasks import Registry, Task, is_async, registry as process_registry
-from .turns import Line, Ring
+from .line import Line
+from .ring import Ring
 
 log = logging.getLogger('fh_saas.jobs')
 

@@ -19,7 +19,7 @@ from .recorder import tick
 from .retries import last_attempt
 from .store import Store
 from .tenancy import Held
-from .turns import batch, linger
+from .line import batch, linger
 
 log = logging.getLogger('fh_saas.jobs')
 
