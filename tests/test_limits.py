@@ -12,7 +12,7 @@ from fh_saas.jobs import recorder, tasks
 from fh_saas.jobs.masking import hide, mask, masked, secret_values
 from fh_saas.jobs.options import InvalidJob
 from fh_saas.jobs.retries import Cancel, Permanent, RetryAfter, Snooze, TaskSignal
-from fh_saas.jobs.rounds import brisk
+from fh_saas.jobs.heartbeats import brisk
 from fh_saas.jobs.tasks import Registry, task
 from fh_saas.jobs.lanes import Lanes
 from fh_saas.jobs.line import Line

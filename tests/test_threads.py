@@ -11,7 +11,8 @@ from fh_saas.db_tenant import delete_tenant, open_tenant_db
 from fh_saas.jobs.commit import _Write
 from fh_saas.jobs.desk import Desk
 from fh_saas.jobs.pool import Crew
-from fh_saas.jobs.rounds import Rounds, brief, most_turns, reserve
+from fh_saas.jobs.allotment import reserve
+from fh_saas.jobs.rounds import Rounds, brief, most_turns
 from fh_saas.jobs.line import batch
 from fh_saas.jobs.states import Outcome
 from fh_saas.jobs.store import Adding, Store
