@@ -133,7 +133,7 @@ def pages(url, path, n):
 def fresh():
     "A new host with a tenant: its URL, and the tenant's file"
     from fh_saas import BackgroundTaskManager, HostDatabase, get_or_create_tenant_db
-    from fh_saas.jobs.engine import default_engine
+    from fh_saas.jobs.process import default_engine
     with tempfile.TemporaryDirectory() as tmp:
         host = HostDatabase(url := f'sqlite:///{tmp}/host.db')
         with get_or_create_tenant_db(TENANT, host=host) as db: BackgroundTaskManager(db).list_jobs()

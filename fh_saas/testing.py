@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 from fastcore.basics import patch
 from .db_connect import FhSaasError
 from .db_host import JobRecord, gen_id
-from .jobs.engine import Engine, engine_for_now, run_until_done
+from .jobs.engine import Engine, run_until_done
+from .jobs.process import engine_for_now
 from .jobs.events import events
 from .jobs.payload import from_json
 from .jobs.settings import Settings

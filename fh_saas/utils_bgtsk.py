@@ -29,7 +29,8 @@ from .db_connect import DatabaseBusy, check_url
 from .db_host import JobRecord, gen_id, timestamp
 from .jobs.asking import Asking, JobFailed, JobNotFound, StillRunning  # noqa: F401 what a manager raises, for those who catch it
 from .jobs.context import current_job
-from .jobs.engine import Engine, default_engine
+from .jobs.engine import Engine
+from .jobs.process import default_engine
 from .jobs.events import event_of, events
 from .jobs.following import Followed
 from .jobs.notice import QueueClosed, hint, moment, open_for, ring, ringing, slow, soon  # noqa: F401

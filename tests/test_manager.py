@@ -13,7 +13,7 @@ from tenacity import wait_fixed
 from fh_saas.db_connect import DatabaseBusy, FhSaasError, open_engine, reading, writing
 from fh_saas.db_host import HostDatabase, SystemJob, gen_id, seconds, timestamp
 from fh_saas.jobs.context import JobContext
-from fh_saas.jobs.engine import default_engine
+from fh_saas.jobs.process import default_engine
 from fh_saas.jobs.payload import NotJson, TooLarge
 from fh_saas.jobs.retries import Permanent, RetryAfter, Snooze
 from fh_saas.jobs.states import shown_state
@@ -945,7 +945,8 @@ def test_a_stopped_engine_starts_nothing(new_manager, url):
 child = '''
 import sys, time
 from fastsql import Database
-from fh_saas.jobs.engine import Engine, use_engine
+from fh_saas.jobs.engine import Engine
+from fh_saas.jobs.process import use_engine
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.tasks import task
 from fh_saas.utils_bgtsk import BackgroundTaskManager

@@ -14,7 +14,7 @@ from fh_saas import db_connect
 from fh_saas.db_connect import (DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, InvalidDatabaseURL,
     NewerDatabase, UnsupportedDatabase, connect, open_engine, reading, write_meta, writing)
 from fh_saas.db_host import gen_id, seconds, timestamp
-from fh_saas.jobs import drivers
+from fh_saas.jobs import connections, drivers
 from fh_saas.jobs.model import ensure_tables
 from fh_saas.jobs.payload import describe
 from fh_saas.jobs.states import Outcome, Status, final
@@ -998,12 +998,12 @@ def test_a_connection_that_somebody_reads_with_is_not_kept_by_a_closed_store(sto
     assert store.list(1) == []  # the next use opens it again
 
 def test_a_reader_waits_a_moment_for_the_connection_to_a_server(new_pg, monkeypatch):
-    monkeypatch.setattr(commit, 'reader_waits', 20)
+    monkeypatch.setattr(connections, 'reader_waits', 20)
     store = Store(new_pg())
     add(store)  # the writer takes the connection of the set-up
     store._turn.acquire()
     threading.Timer(0.1, store._pass_on).start()
     assert len(store.list(1)) == 1 and store._spare == []
-    monkeypatch.setattr(commit, 'reader_waits', 0.01)
+    monkeypatch.setattr(connections, 'reader_waits', 0.01)
     with store._turn: assert len(store.list(1)) == 1 and len(store._spare) == 1  # a long one keeps no reader waiting
     store.close()

@@ -4,7 +4,8 @@ from datetime import date
 import pytest
 from fasthtml.common import FastHTML, P
 from starlette.testclient import TestClient
-from fh_saas.jobs.engine import Engine, default_engine
+from fh_saas.jobs.engine import Engine
+from fh_saas.jobs.process import default_engine
 from fh_saas.jobs.retries import Cancel, Permanent, Snooze
 from fh_saas.jobs.tasks import BadPayload, Registry, task
 from fh_saas.testing import JobTester

@@ -3,7 +3,8 @@ import pytest
 from fasthtml.common import FastHTML
 from starlette.testclient import TestClient
 from fh_saas import BackgroundTaskManager, HostDatabase, Settings, get_or_create_tenant_db, setup_jobs
-from fh_saas.jobs.engine import Engine, use_engine
+from fh_saas.jobs.engine import Engine
+from fh_saas.jobs.process import use_engine
 from fh_saas.jobs import pages
 from fh_saas.jobs.pages import stretch
 from fh_saas.web import joblist

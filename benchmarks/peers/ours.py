@@ -5,7 +5,8 @@ import asyncio, sqlite3
 from contextlib import closing
 from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import get_or_create_tenant_db
-from fh_saas.jobs.engine import Engine, use_engine
+from fh_saas.jobs.engine import Engine
+from fh_saas.jobs.process import use_engine
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.tasks import registry
 from fh_saas.utils_bgtsk import BackgroundTaskManager

@@ -13,7 +13,8 @@ __all__ = ['main']
 import asyncio, ctypes, importlib, json, logging, os, runpy, signal, sys, threading, types
 from dataclasses import asdict
 from .attempt import Attempt
-from .engine import Engine, use_engine
+from .engine import Engine
+from .process import use_engine
 from .events import events
 from .isolation import import_for_child
 from .payload import describe

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from fastcore.basics import patch
 from ..db_host import HostDatabase, TenantCatalog
 from ..db_tenant import TenantSuspended
-from ..jobs.engine import default_engine
+from ..jobs.process import default_engine
 from ..jobs.payload import clean
 from ..utils_bgtsk import BackgroundTaskManager
 from .problems import Problem

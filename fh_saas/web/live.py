@@ -22,7 +22,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 import sqlalchemy as sa
 from ..db_connect import FhSaasError
 from ..db_host import JobRecord
-from ..jobs.engine import default_engine
+from ..jobs.process import default_engine
 from ..jobs.events import events
 from ..jobs.payload import dumps
 from ..jobs.states import final

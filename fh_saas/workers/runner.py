@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from ..db_connect import FhSaasError, connect, db_errors
 from ..db_host import HostDatabase, timestamp
 from ..jobs.bell import Ear
-from ..jobs.engine import Engine, end_process, in_test, use_engine
+from ..jobs.engine import Engine
+from ..jobs.process import end_process, in_test, use_engine
 from ..jobs.pool import Pool
 from ..jobs.settings import Settings
 from ..jobs.store import any_open

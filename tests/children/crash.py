@@ -5,7 +5,8 @@ from tenacity import wait_fixed
 from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import open_tenant_db
 from fh_saas.jobs.context import JobContext
-from fh_saas.jobs.engine import Engine, use_engine
+from fh_saas.jobs.engine import Engine
+from fh_saas.jobs.process import use_engine
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.tasks import task
 from fh_saas.utils_bgtsk import BackgroundTaskManager

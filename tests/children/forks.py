@@ -2,7 +2,7 @@
 import os, sys, time
 from fastsql import Database
 import tasks
-from fh_saas.jobs.engine import default_engine
+from fh_saas.jobs.process import default_engine
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 
 url, stays, me = sys.argv[1], sys.argv[2] == '1', os.getpid()
