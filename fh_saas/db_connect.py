@@ -8,11 +8,11 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/db_connect.html.md"""
 __all__ = ['patience', 'levels', 'stalled', 'meta_table', 'FhSaasError', 'InvalidDatabaseURL', 'UnsupportedDatabase',
            'DatabaseUnavailable', 'DatabaseBusy', 'DatabaseFull', 'DatabaseReadOnly', 'DatabaseCorrupt',
            'NewerDatabase', 'show_url', 'check_url', 'typed', 'db_errors', 'reading', 'writing', 'set_timeout',
-           'when_free', 'of_this_process', 'inherited', 'connect', 'open_engine', 'lock_schema', 'read_meta',
+           'when_free', 'file_of', 'of_this_process', 'inherited', 'connect', 'open_engine', 'lock_schema', 'read_meta',
            'write_meta', 'add_columns']
 
 # %% ../nbs/00_db_connect.ipynb #9143cdcc
-import os, sqlite3, time, weakref
+import os, sqlite3, threading, time, weakref
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote, urlencode
@@ -146,16 +146,44 @@ def _wal(conn, busy):
         if time.monotonic() > until: return  # a file system without shared memory keeps its journal
         time.sleep(0.01)
 
+# %% ../nbs/00_db_connect.ipynb #81618013
+class _Gate:
+    "One thread at a time opens a file"
+    def __init__(self): self._lock = threading.Lock()
+    def __enter__(self): self._lock.acquire()
+    def __exit__(self, *exc): self._lock.release()
+
+def _no_gates():
+    global _gates, _gates_lock
+    _gates, _gates_lock = weakref.WeakValueDictionary(), threading.Lock()
+
+_no_gates()
+os.register_at_fork(after_in_child=_no_gates)  # who stands in one stands there in the parent
+
+def _gate(path) -> _Gate:
+    with _gates_lock: return _gates.setdefault(path, _Gate())
+
+def file_of(u) -> tuple: # Device and inode; None if there is none
+    "Which file a SQLite URL leads to"
+    try: st = os.stat(u.database.removeprefix('file:'))
+    except OSError: return None
+    return st.st_dev, st.st_ino
+
 def _sqlite_connect(u, synchronous, busy, create=False, explicit=True):
     if synchronous not in levels: raise ValueError(f"synchronous={synchronous!r}: use one of {', '.join(levels)}")
     own = u.database.startswith('file:')  # a URI that says itself how it wants to be opened
     path = f"{u.database}?{urlencode({k: v for k, v in u.query.items() if k != 'uri'})}" if own else f"file:{quote(u.database)}?mode={'rwc' if create else 'rw'}"
-    conn = sqlite3.connect(path, uri=True, timeout=busy, check_same_thread=False, isolation_level=None if explicit else '')
-    try:
-        _wal(conn, busy)
-        for pragma in (f'synchronous={synchronous}', 'foreign_keys=ON'): conn.execute(f'PRAGMA {pragma}')
-    except BaseException: conn.close(); raise
-    return conn
+    for _ in range(3):
+        with _gate(path):
+            file = file_of(u)
+            conn = sqlite3.connect(path, uri=True, timeout=busy, check_same_thread=False, isolation_level=None if explicit else '')
+            try:
+                _wal(conn, busy)
+                for pragma in (f'synchronous={synchronous}', 'foreign_keys=ON', 'data_version'): conn.execute(f'PRAGMA {pragma}').fetchall()  # the last one reads
+            except BaseException: conn.close(); raise
+            if file == file_of(u): return conn
+            conn.close()
+    raise DatabaseUnavailable(f"{show_url(u)}: the file was replaced each time that it was opened: try again")
 
 # %% ../nbs/00_db_connect.ipynb #f0ff2d44
 def _sqlite_engine(u, synchronous, busy, create, explicit, **kw):

@@ -1,8 +1,10 @@
 "Tenants that are made anew and files that are replaced while processes still remember the ones before"
-import subprocess, sys, time
+import sqlite3, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
 import pytest
 import sqlalchemy as sa
-from fh_saas.db_connect import DatabaseUnavailable, open_engine
+from conftest import wait_until
+from fh_saas.db_connect import DatabaseFull, DatabaseUnavailable, open_engine
 from fh_saas.db_host import HostDatabase, gen_id
 from fh_saas.db_tenant import delete_tenant, get_or_create_tenant_db, open_tenant_db
 from fh_saas.jobs.store import Store
@@ -63,30 +65,74 @@ def test_a_replaced_file_ends_no_process(tmp_path):
 
 def test_a_mark_of_the_tenant_before_is_not_held_against_the_one_made_anew(host):
     before = tenancy(host)
-    before.advanced(dict(mark='41'))
+    before.advanced(dict(mark='41'), before.facts)
     delete_tenant('acme', host)
     get_or_create_tenant_db('acme', host=host).close()
     before.tell()
     after = tenancy(host)
     assert after.facts['mark'] == 0
-    after.check(notes(host))
+    after.read_notes(lambda: notes(host))
 
 def test_an_untold_mark_does_not_hold_again_what_an_operator_has_released(host):
     told, untold = tenancy(host), tenancy(host)
-    told.advanced(dict(mark='41'))
+    told.advanced(dict(mark='41'), told.facts)
     told.tell()
-    untold.advanced(dict(mark='44'))
+    untold.advanced(dict(mark='44'), untold.facts)
     host.hold('acme', 'put back')
     settle_held(host, 'acme', discard=False)
     untold.refresh()
-    untold.check(notes(host))
+    untold.read_notes(lambda: notes(host))
 
 def test_facts_of_the_epoch_before_do_not_hold_what_an_operator_has_released(host):
     late = tenancy(host)
     host.hold('acme', 'put back')
     settle_held(host, 'acme', discard=False)
-    with pytest.raises(Held) as e: late.check(notes(host))
+    with pytest.raises(Held) as e: late.check(notes(host), late.facts, 0)
     assert not late.hold(e.value) and host.find('acme').held is None
+    tenancy(host).read_notes(lambda: notes(host))
+
+def test_facts_of_the_tenant_before_are_not_held_against_the_one_made_anew(host):
+    late = tenancy(host)
+    late.advanced(dict(mark='41'), late.facts)
+    delete_tenant('acme', host)
+    get_or_create_tenant_db('acme', host=host).close()
+    late.read_notes(lambda: notes(host))  # what the host said is no second old
+    assert late.seen == 0
+
+def test_a_database_that_comes_further_while_it_is_looked_at_was_not_replaced(host):
+    t = tenancy(host)
+    def late():
+        said = notes(host)
+        t.advanced(said, t.facts)  # another thread's claim was committed by now
+        return said
+    t.read_notes(late)
+    assert t.seen == 1
+
+def test_a_step_that_was_undone_holds_nobody(host, new_engine):
+    m, registry = None, Registry()
+    registry.add(greet)
+    m = BackgroundTaskManager(db := open_tenant_db('acme', host), new_engine(registry))
+    db.close()
+    ids = [m.submit('t', greet)[0] for _ in range(2)]
+    with m.store.engine.begin() as conn: conn.exec_driver_sql('UPDATE tenant_jobs SET run_at = ? WHERE id = ?', ('2020-01-01T00:00:00.000000', ids[1]))
+    commit, waits = m.store.kind.commit, []
+    def full(cur):
+        m.store.kind.commit = commit
+        x = sqlite3.OperationalError('database or disk is full')
+        x.sqlite_errorcode = sqlite3.SQLITE_FULL
+        raise x
+    with ThreadPoolExecutor(2) as pool:
+        with m.store._turn:  # they will share a commit: a claim by hand, and a turn
+            waits.append(pool.submit(m.engine.run_job, m.store, ids[0], greet))
+            wait_until(lambda: len(m.store._queue) == 1)
+            m.engine.attend(m.store)
+            wait_until(lambda: len(m.store._queue) == 2)
+            m.store.kind.commit = full
+        m.store._call_next()
+        with pytest.raises(DatabaseFull): waits[0].result(20)
+    wait_until(lambda: m.get_job(ids[1]).status == 'completed')
+    m.engine.run_job(m.store, ids[0], greet)
+    assert host.find('acme').held is None and m.get_job(ids[0]).status == 'completed'
 
 # --- On a server a database that was made anew has the name of the one before, and no file to tell them apart
 

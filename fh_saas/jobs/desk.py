@@ -205,16 +205,16 @@ def turn(self:Desk,
     def op(cur, now):
         for t in doubts: self.store.unclaim(cur, now, t)
         if done: done(cur, now)
-        notes, may = check(cur) if check else None, bool(these or claim) and self._still_open(asked, by_hand)
+        (notes, facts), may = check(cur) if check else (None, None), bool(these or claim) and self._still_open(asked, by_hand)
         got, rows, due = these(cur, now) if these and may else [], claim(cur, now) if claim and may else [], None
         if claim and may and len(rows) < room.n: due = self.store.due_in(cur, now, *names, room.closed, self.only)
-        if stepped := notes and (got or rows or ends): self.store.step(cur, notes)  # who has nothing to say writes nothing
-        return got, rows, due, notes if stepped else None
+        if stepped := bool(notes is not None and (got or rows or ends)): self.store.step(cur, notes)  # who has nothing to say writes nothing
+        return got, rows, due, (notes, facts, stepped)
     op.single = done is not None and done.single and not (these or claim or check or doubts)
-    got, rows, due, notes = self._claimed(op, token) if these or claim else self.store.write(op)
+    got, rows, due, said = self._claimed(op, token) if these or claim else self.store.write(op)
     attempts = self._take(rows)  # from here on they are known
     self._unclaimed(doubts)
-    if notes: self._checked(notes)
+    if check: self._checked(*said)
     return {r['id']: r for r in got}, attempts, due
 
 # %% ../../nbs/jobs/11_desk.ipynb #74d5d974
@@ -228,21 +228,20 @@ def _checking(self:Desk, judge:bool=True):
     self.tenancy.refresh(1.0)
     def check(cur):
         if self.store.place != self.checked_place: self.tenancy.refresh()  # what the host said a moment before may be older than the file
-        notes = self.store.noting(cur)
-        if judge: self.tenancy.check(notes)  # an outcome is guarded by its token
-        return notes
+        return self.tenancy.read_notes(lambda: self.store.noting(cur), judge)  # an outcome is guarded by its token
     return check
 
 @patch
-def _checked(self:Desk, notes):
-    self.checked, self.checked_place = time.monotonic(), self.store.place
-    self.tenancy.advanced(notes)
+def _checked(self:Desk, notes, facts, stepped):
+    if stepped: self.checked, self.checked_place = time.monotonic(), self.store.place
+    self.tenancy.advanced(notes, facts, int(stepped))
 
 @patch
 def verify(self:Desk):
     "Raise `Held` if the database was replaced"
     if check := self._checking():
-        with self.store.cursor(brief=True) as cur: check(cur)
+        with self.store.cursor(brief=True) as cur: said = check(cur)
+        self._checked(*said, False)
 
 @patch
 def tell(self:Desk, every:float=0.0):

@@ -8,12 +8,12 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/drivers.html.md"""
 __all__ = ['locked', 'deadlock', 'ended', 'no_table', 'Statement', 'compiled', 'Clock', 'SQLite', 'PostgreSQL']
 
 # %% ../../nbs/jobs/03_drivers.ipynb #7521d2d3
-import os, select, time, weakref
+import select, time, weakref
 from operator import itemgetter
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import psycopg
-from ..db_connect import patience, set_timeout, when_free
+from ..db_connect import file_of, patience, set_timeout, when_free
 
 # %% ../../nbs/jobs/03_drivers.ipynb #3e2417b9
 class Statement:
@@ -86,10 +86,7 @@ def _came(fd) -> bool:
 class SQLite:
     "Writers wait for the lock before they begin; the process's clock is the clock"
     name, dialect, insert, ahead = 'sqlite', sqlite.dialect(), staticmethod(sqlite.insert), 0.0  # ahead: seconds, in a test that moves the clock
-    def file(self, url):
-        try: st = os.stat(url.database.removeprefix('file:'))
-        except OSError: return None
-        return st.st_dev, st.st_ino
+    def file(self, url): return file_of(url)
     def alive(self, conn): return not conn.in_transaction  # a second interrupt may have come while the first one was undone
     def writer(self, conn):
         # with a rollback journal a commit waits for those who read, as long as SQLite itself waits

@@ -49,6 +49,7 @@ class Tenancy:
     ):
         self.host, self.tenant_id, self.wakes, self.rules = host, tenant_id, wakes_of(host), rules_of(host)
         self.facts, self.read, self.seen, self.told, self.told_at = facts, time.monotonic() if facts else 0.0, 0, 0, 0.0
+        self._lock = threading.Lock()
 
     def __repr__(self): return f'Tenancy({self.tenant_id!r}, {self.facts})'
 
@@ -68,8 +69,9 @@ def refresh(self:Tenancy, older:float=0.0):
         if self.facts is None: raise
         log.warning('tenant=%s: the host does not answer, what it said last holds: %s', self.tenant_id, e)
     else:
-        if _which(facts) != _which(self.facts): self.seen = self.told = 0  # another tenant of the same name, or another file of the same tenant
-        self.facts = facts
+        with self._lock:
+            if _which(facts) != _which(self.facts): self.seen = self.told = 0  # another tenant of the same name, or another file of the same tenant
+            self.facts = facts
     self.read = time.monotonic()
 
 @patch(as_prop=True)
@@ -79,26 +81,43 @@ def serving(self:Tenancy) -> bool:
 
 # %% ../../nbs/jobs/17_tenancy.ipynb #afd5aedb
 @patch
-def check(self:Tenancy, notes:dict):
-    "Does what the database says about itself agree with the host?"
-    facts, known = self.facts, max(self.facts['mark'], self.seen)
+def check(self:Tenancy,
+    notes:dict, # What the database says about itself
+    facts:dict, known:int, # As of a moment before: the database may come further, and never goes back
+):
+    "Raise `Held` unless the database agrees with what the host says"
     mark, epoch = int(notes.get('mark', 0)), int(notes.get('epoch', 1))
     if not notes.get('tenant_id'):  # made by a program that never had a host, or empty: no more is known of it than how far it has come
-        if mark >= known: self.seen = max(self.seen, mark); return
+        if mark >= known: return
         why = f'it does not say whose it is, and it is at mark {mark}, the host knows {known}: is it empty?'
     elif notes['tenant_id'] != self.tenant_id: why = f"it is a copy of tenant {notes['tenant_id']!r}"
     elif notes.get('host_id', self.host.id) != self.host.id: why = 'it belongs to another host'
     elif epoch != facts['epoch']: why = f"it is of epoch {epoch}, the host knows epoch {facts['epoch']}"
     elif mark < known: why = f'it is an earlier state of itself (mark {mark}, the host knows {known})'
-    else:
-        self.seen = max(self.seen, mark)  # whoever took that step may have died before the host knew
-        return
+    else: return
     raise Held(f"tenant {self.tenant_id!r}: open jobs are held, because its database was replaced: {why}", facts)
 
 @patch
-def advanced(self:Tenancy, notes:dict):
-    "The step that went with `notes` is committed"
-    if int(notes.get('epoch', 1)) == self.facts['epoch']: self.seen = max(self.seen, int(notes.get('mark', 0)) + 1)
+def read_notes(self:Tenancy,
+    noting, # Called for what the database says about itself
+    judge:bool=True, # Is it to agree?
+) -> tuple: # That, and what the host says
+    "Compare a database with the host; what the host said a moment before may be older than the database"
+    for last in (False, True):
+        with self._lock: facts, known = self.facts, max(self.facts['mark'], self.seen)
+        notes = noting()
+        try:
+            if judge: self.check(notes, facts, known)
+            return notes, facts
+        except Held:
+            if last: raise
+            self.refresh()
+
+@patch
+def advanced(self:Tenancy, notes:dict, facts:dict, steps:int=1):
+    "What `notes` says is committed, and so many steps with it"
+    with self._lock:
+        if _which(facts) == _which(self.facts) and int(notes.get('epoch', 1)) == facts['epoch']: self.seen = max(self.seen, int(notes.get('mark', 0)) + steps)
 
 # %% ../../nbs/jobs/17_tenancy.ipynb #9bf9cc58
 @patch
