@@ -112,7 +112,7 @@ class JobTask(BackgroundTask):
 def run_job(self:BackgroundTaskManager,
     job_id:str, # A pending job
     task_func:Callable, # The function to run
-) -> Outcome: # None if the job was not pending: it runs, or has ended
+) -> Outcome: # None if it runs already or has ended, or if its tenant is held, upgraded or deleted
     "Run exactly one attempt, here and now, whatever its retry time"
     return self.engine.run_job(self.store, job_id, task_func)
 

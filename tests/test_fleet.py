@@ -5,11 +5,12 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 import pytest
 import sqlalchemy as sa
+import fh_saas.db_tenant
 from conftest import wait_until
 from children.launch import Child
 from fh_saas.db_connect import DatabaseBusy, FhSaasError, open_engine, reading, writing
 from fh_saas.db_host import HostDatabase, NotAHost
-from fh_saas.db_tenant import delete_tenant, get_or_create_tenant_db, list_tenants, suspend_tenant, resume_tenant
+from fh_saas.db_tenant import TenantMismatch, delete_tenant, get_or_create_tenant_db, list_tenants, open_tenant_db, suspend_tenant, resume_tenant
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.store import JobNotFound, QuotaExceeded
@@ -493,7 +494,13 @@ def test_another_tenants_file(files, tmp_path):
     files.worker()
     wait_until(lambda: files.host.find('globex').held, 15)
     assert "copy of tenant 'acme'" in files.host.find('globex').held and len(files.said('ping')) == 4
-    settle_held(files.host, 'globex', discard=True)
+    for discard in (True, False):
+        with pytest.raises(TenantMismatch, match="one of tenant 'acme': put the right file in its place"): settle_held(files.host, 'globex', discard)
+    assert files.host.find('globex').held
+    with pytest.raises(TenantMismatch): open_tenant_db('globex', files.host)  # whoever may see the pages of one sees nothing of the other's
+    settle_held(files.host, 'globex', discard=True, adopt=True)
+    assert files.host.find('globex').held is None
+    open_tenant_db('globex', files.host).close()
 
 def test_a_broken_a_missing_and_a_locked_database_harm_nobody_else(files):
     for t in ('broken', 'missing', 'locked', 'fine'): files.submit(t)
@@ -545,6 +552,26 @@ def test_a_tenant_that_is_made_again_is_a_new_one(files):
     delete_tenant('acme', files.host, force=True)
     job = files.submit('acme')
     wait_until(lambda: files.row('acme', job).status == 'completed', 10)
+    assert files.host.find('acme').held is None
+
+def test_a_copy_of_a_tenant_that_was_deleted_runs_nothing_until_an_operator_says_so(files, tmp_path):
+    jobs = [files.submit('acme', n=n) for n in range(3)]
+    copy = copy_of(files, 'acme', tmp_path/'copy.db')
+    files.worker('--once').ends(20)
+    files.forget()
+    delete_tenant('acme', files.host, force=True)
+    shutil.copy(copy, Path(files.host.url.database).parent/'acme_db.db')
+    new = files.submit('acme', n=7)
+    assert 'was there before the host knew the tenant' in files.host.find('acme').held
+    files.worker('--once').ends(20)
+    assert len(files.said('ping')) == 3 and {files.row('acme', j).status for j in [*jobs, new]} == {'pending'}
+    settle_held(files.host, 'acme', discard=True)
+    files.worker('--once').ends(20)
+    assert [files.row('acme', j).status for j in [*jobs, new]] == ['cancelled']*3 + ['completed'] and len(files.said('ping')) == 4
+
+def test_a_tenant_whose_creation_was_cut_off_is_not_held(files):
+    fh_saas.db_tenant._create(files.host, fh_saas.db_tenant._new_record(files.host, 'acme', None))  # killed before it was registered
+    files.submit('acme')
     assert files.host.find('acme').held is None
 
 def test_jobs_that_a_limit_keeps_waiting_cost_little(files):

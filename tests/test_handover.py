@@ -272,6 +272,20 @@ def test_claims_whose_commit_was_not_confirmed_are_given_back(make, monkeypatch)
     assert done and (job.status, job.result, job.attempt, [a['outcome'] for a in m.attempts(id)]) == ('completed', '7', 1, ['completed'])
     assert not m.engine._desks[m.store].unsure and m.engine.stale == 0
 
+@pytest.mark.parametrize('error', [KeyboardInterrupt, SystemExit])
+def test_a_claim_by_hand_that_is_interrupted_after_its_commit_is_given_back(kind, make, monkeypatch, error):
+    m = make(kind, lease=60)
+    id, bg = m.submit('t', lambda: 7, 1)
+    commit = m.store.kind.commit
+    def interrupted(cur):
+        monkeypatch.setattr(m.store.kind, 'commit', commit)
+        commit(cur)
+        raise error
+    monkeypatch.setattr(m.store.kind, 'commit', interrupted)
+    with pytest.raises(error): bg.func(*bg.args)
+    job = m.wait(id, 10)
+    assert (job.status, job.attempt, [a['outcome'] for a in m.attempts(id)]) == ('completed', 1, ['completed'])
+
 def rows(m):
     with psycopg.connect(m.store.url.set(drivername='postgresql').render_as_string(hide_password=False)) as conn: return [s for s, in conn.execute('SELECT status FROM tenant_jobs')]
 

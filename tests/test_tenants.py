@@ -3,6 +3,7 @@ import gc, logging, multiprocessing, os, shutil, sqlite3, subprocess, sys, threa
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 import pytest
 import sqlalchemy as sa
 import fh_saas.db_tenant
@@ -14,7 +15,7 @@ from fh_saas.jobs.claims import Room
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.states import Outcome
 from fh_saas.jobs.store import Store
-from fh_saas.ops.tenants import migrate_tenants
+from fh_saas.ops.tenants import export_tenant, migrate_tenants, restore_tenant
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from children.launch import here
 from conftest import free_port, wait_until
@@ -759,6 +760,68 @@ def test_who_upgrades_one_tenant_for_long_is_heard_of_meanwhile(lite, monkeypatc
     with turn(lite):
         time.sleep(2)
         assert turn(lite).take() != heard
+
+def test_who_was_not_heard_of_for_long_and_has_the_turn_again_keeps_it(lite, monkeypatch):
+    monkeypatch.setattr(fh_saas.ops.tenants, 'turn_lasts', 1.5)
+    turn = fh_saas.ops.tenants._Turn
+    with turn(lite) as mine:
+        other = turn(lite)
+        with writing(lite.engine) as conn: write_meta(conn, upgrading=f'{other.who} {timestamp()}')
+        time.sleep(0.7)  # it has asked meanwhile
+        assert not turn(lite).take()
+        other.give()
+        mine.kept = 0.0
+        mine.mine()
+        time.sleep(2)
+        assert not turn(lite).take()
+
+def test_no_copy_is_put_back_while_tenants_are_upgraded(lite, tmp_path, monkeypatch):
+    many(lite, 2)
+    monkeypatch.setattr(fh_saas.ops.tenants, 'heeded', 0.1)
+    copy = export_tenant(lite, 't0', tmp_path/'copy')
+    def upgrade(db):
+        other = 'upgrades the tenants of this host.*nothing was changed' if db.tenant_id == 't1' else 'is migrating: nothing was put back'
+        with pytest.raises(FhSaasError, match=other): restore_tenant(lite, 't0', copy, busy=0.1)
+        ran.append(db.tenant_id)
+    ran = []
+    assert upgraded(lite, upgrade, workers=1) == dict(t0=None, t1=None) and len(ran) == 2
+    assert lite.find('t0').held is None
+    with ThreadPoolExecutor(1) as pool:
+        with fh_saas.ops.tenants._Turn(lite): later = pool.submit(restore_tenant, lite, 't0', copy); time.sleep(0.5); assert lite.find('t0').held is None
+        later.result(20)
+    assert lite.find('t0').held
+
+def test_a_version_may_be_a_number(lite):
+    many(lite, 1)
+    ran = []
+    for _ in range(2): assert dict(migrate_tenants(lite, lambda db: ran.append(1), 2)) == dict(t0=None)
+    assert ran == [1]
+
+def test_a_tenant_is_suspended_though_its_database_is_locked(lite):
+    many(lite, 1)
+    fh_saas.ops.tenants.write_notes(lite.url_of(lite.find('t0')), lite, state_before='active')  # left by one who was killed
+    with sqlite3.connect(lite.url_of(lite.find('t0')).database, isolation_level=None) as conn:
+        conn.execute('BEGIN IMMEDIATE')
+        suspend_tenant('t0', lite)
+    conn.close()
+    assert lite.find('t0').state == 'paused'
+
+def test_a_note_of_who_upgrades_now_is_not_taken_for_one_that_was_left(lite):
+    many(lite, 1)
+    with writing(lite.engine) as conn: write_meta(conn, upgrading=f'web:1:abc {timestamp()}')
+    fh_saas.ops.tenants.write_notes(lite.url_of(lite.find('t0')), lite, state_before='active')
+    suspend_tenant('t0', lite)
+    with pytest.raises(TenantSuspended, match='migrate again'): resume_tenant('t0', lite)
+
+def test_no_password_of_a_url_is_in_the_arguments_of_a_tool(monkeypatch):
+    seen = []
+    monkeypatch.setattr(fh_saas.ops.tenants.subprocess, 'run', lambda args, env, **kw: seen.append((args, env)) or SimpleNamespace(returncode=0, stdout=''))
+    monkeypatch.setattr(fh_saas.ops.tenants.shutil, 'which', lambda name: f'/bin/{name}')
+    for url in ('postgresql://u:s3cret@h/db', 'postgresql://u@h/db?password=s3cret&sslmode=require'):
+        fh_saas.ops.tenants._copy_pg(sa.make_url(url), 'there')
+        args, env = seen.pop()
+        assert 's3cret' not in ' '.join(args) and env['PGPASSWORD'] == 's3cret' and 'host=h' in args[-1]
+    with pytest.raises(DatabaseUnavailable, match='key without one'): fh_saas.ops.tenants._copy_pg(sa.make_url('postgresql://u@h/db?sslpassword=s3cret'), 'there')
 
 def test_who_has_lost_his_turn_does_not_end_that_of_another(host):
     one, two, three = (fh_saas.ops.tenants._Turn(host) for _ in range(3))

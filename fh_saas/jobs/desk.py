@@ -158,9 +158,9 @@ def _claimed(self:Desk, claim, token):
         return claim(cur, now)
     op.single = getattr(claim, 'single', False)
     try: return self.store.write(op)
-    except FhSaasError as e:
+    except BaseException as e:
         # all others were rolled back: a commit was cut off, or interrupted; one that waits for a standby may come long after its answer was lost
-        if tried and (isinstance(e, DatabaseUnavailable) or type(e) is FhSaasError):
+        if tried and (isinstance(e, DatabaseUnavailable) or type(e) is FhSaasError or not isinstance(e, Exception)):
             with self._lock: self.doubtful[token], self.unsure = time.monotonic() + self.settings.lease + 60, True
         raise
 
@@ -181,11 +181,11 @@ def undoubt(self:Desk):
 
 # %% ../../nbs/jobs/11_desk.ipynb #f8575288
 @patch
-def _still_open(self:Desk, asked, by_hand=False) -> bool:
-    "May jobs be begun, also if the lock was waited for since they were `asked` for?"
-    if self.tenancy and time.monotonic() > asked + 1: self.tenancy.refresh(1.0)
-    if by_hand: return not (self.tenancy and self.tenancy.facts and self.tenancy.facts['state'] in ('migrating', 'deleting'))
-    return not self.shut
+def _still_open(self:Desk, by_hand=False) -> bool:
+    "May jobs be begun now? The lock may have been waited for"
+    if self.tenancy: self.tenancy.refresh(1.0)
+    if by_hand and self.tenancy: return not (self.tenancy.facts['held'] or self.tenancy.facts['state'] in ('migrating', 'deleting'))
+    return by_hand or not self.shut
 
 # %% ../../nbs/jobs/11_desk.ipynb #3b679013
 @patch
@@ -201,11 +201,11 @@ def turn(self:Desk,
     done = self.store.finishing_all([(a.row, a.outcome, a.last_note) for a in ends]) if ends else None
     these = self.store.claiming_these(wanted, *me, replace(room or spare, n=len(wanted), sure=None)) if wanted else None
     claim = self.store.claiming(*names, *me, room) if room else None
-    check, doubts, asked = self._checking(bool(these or claim)), list(self.doubtful), time.monotonic()
+    check, doubts = self._checking(bool(these or claim)), list(self.doubtful)
     def op(cur, now):
         for t in doubts: self.store.unclaim(cur, now, t)
         if done: done(cur, now)
-        (notes, facts), may = check(cur) if check else (None, None), bool(these or claim) and self._still_open(asked, by_hand)
+        (notes, facts), may = check(cur) if check else (None, None), bool(these or claim) and self._still_open(by_hand)
         got, rows, due = these(cur, now) if these and may else [], claim(cur, now) if claim and may else [], None
         if claim and may and len(rows) < room.n: due = self.store.due_in(cur, now, *names, room.closed, self.only)
         if stepped := bool(notes is not None and (got or rows or ends)): self.store.step(cur, notes)  # who has nothing to say writes nothing
@@ -259,8 +259,8 @@ def look(self:Desk) -> tuple: # Seconds until something is due, and until a leas
 def suspect(self:Desk, slot, room:Room) -> list: # Attempts; None if another one runs here
     "Claim one job that was lost with its process before, if no other of them runs here"
     if not slot.take(self): return None
-    rows, asked, claim = [], time.monotonic(), self.store.claiming(*self.names, token := gen_id(), self.worker, self.settings.lease, room)
-    try: rows = self._claimed(lambda cur, now: claim(cur, now) if self._still_open(asked) else [], token)
+    rows, claim = [], self.store.claiming(*self.names, token := gen_id(), self.worker, self.settings.lease, room)
+    try: rows = self._claimed(lambda cur, now: claim(cur, now) if self._still_open() else [], token)
     finally: self.freed = [] if rows else slot.give()
     attempts = self._take(rows)
     for a in attempts: a.suspect = True

@@ -193,7 +193,7 @@ def cancel(self:Engine, store:Store, changed:dict):
 
 # %% ../../nbs/jobs/14_engine.ipynb #e8130142
 @patch
-def run_job(self:Engine, store:Store, job_id:str, func=None) -> Outcome: # None if the job was not pending
+def run_job(self:Engine, store:Store, job_id:str, func=None) -> Outcome: # None if it was not pending, or is not to be run now: its tenant is held, upgraded or deleted
     "Claim one job, run one attempt and record it, in this thread"
     if self.closed: raise FhSaasError(f"{self} was stopped: job {job_id} stays in its database, another process will run it")
     a = self._claim(store, job_id, func)
@@ -206,6 +206,7 @@ def run_job(self:Engine, store:Store, job_id:str, func=None) -> Outcome: # None 
 def _claim(self:Engine, store, job_id, func) -> Attempt:
     self._claims.add(me := object())
     try: a = self._desks[store].claim(job_id, func)
+    except BaseException: self._desks[store].unsure and self.attend(store); raise  # the next turn gives it back
     finally: self._claims.discard(me)
     if a: self._start()  # from here on the lease must be renewed
     if not a or not self.stopping: return a

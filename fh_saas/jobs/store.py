@@ -75,7 +75,7 @@ def met(self:Store, conn):
     if not isinstance(self.kind, SQLite) and not self._has(conn): self.opened()
 
 @patch
-def _has(self:Store, conn) -> bool: return conn.execute('SELECT to_regclass(%s)', [self.t.jobs.name]).fetchone()[0] is not None
+def _has(self:Store, conn) -> bool: return all(conn.execute('SELECT to_regclass(%s)', [name]).fetchone()[0] for name in self.t.meta.tables)
 
 @patch
 def back(self:Store) -> bool:

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 import sqlalchemy as sa
 from ..db_connect import FhSaasError, meta_table
 from ..db_host import HostDatabase, timestamp
+from ..db_tenant import TenantMismatch
 from .rules import Limits, Rules
 from .store import PENDING, RUNNING, Store, bind
 from .wake import wakes_of
@@ -90,8 +91,8 @@ def check(self:Tenancy,
     if not notes.get('tenant_id'):  # made by a program that never had a host, or empty: no more is known of it than how far it has come
         if mark >= known: return
         why = f'it does not say whose it is, and it is at mark {mark}, the host knows {known}: is it empty?'
-    elif notes['tenant_id'] != self.tenant_id: why = f"it is a copy of tenant {notes['tenant_id']!r}"
-    elif notes.get('host_id', self.host.id) != self.host.id: why = 'it belongs to another host'
+    elif notes['tenant_id'] != self.tenant_id: why = f"it is a copy of tenant {notes['tenant_id']!r}: put the right file in its place"
+    elif notes.get('host_id', self.host.id) != self.host.id: why = 'it belongs to another host: put the right file in its place'
     elif epoch != facts['epoch']: why = f"it is of epoch {epoch}, the host knows epoch {facts['epoch']}"
     elif mark < known: why = f'it is an earlier state of itself (mark {mark}, the host knows {known})'
     else: return
@@ -152,15 +153,24 @@ def open_jobs(store:Store) -> dict: # Pending and running
     stmt = store.statement(('open', j.name), lambda: sa.select(j.c.status, sa.func.count()).where(sa.or_(j.c.status == PENDING, j.c.status == RUNNING)).group_by(j.c.status))
     with store.cursor() as cur: return dict(pending=0, running=0) | dict(stmt(cur).fetchall())
 
+def _check_owner(store, host, tenant_id):
+    with store.cursor() as cur: its = store.noting(cur)
+    if its.get('tenant_id', tenant_id) == tenant_id and its.get('host_id', host.id) == host.id: return
+    raise TenantMismatch(f"the database of tenant {tenant_id!r} is one of tenant {its['tenant_id']!r}{'' if its.get('host_id', host.id) == host.id else ' of another host'}: "
+        f"put the right file in its place; or, if {tenant_id!r} is to see what is in it, say so (adopt); nothing was changed")
+
 def settle_held(
     host:HostDatabase,
     tenant_id:str, # A tenant that is held
     discard:bool, # Cancel the jobs that were open when it was held; else they go on
+    adopt:bool=False, # Also if the database says that it is another tenant's, whose data this one would see from then on?
 ) -> int: # How many were cancelled
     "Accept the database that is there as the tenant's, in a new epoch"
     t, m = host.find(tenant_id), meta_table
     if t is None or not t.held: raise FhSaasError(f"tenant {tenant_id!r} is {'not held' if t else 'unknown'}: there is nothing to decide")
     store, wakes = Store(host.url_of(t), synchronous=host.synchronous, tenant=tenant_id), wakes_of(host)
+    try: adopt or _check_owner(store, host, tenant_id)
+    except FhSaasError: store.close(); raise
     epoch, j = t.epoch + 1, store.t.jobs
     notes = dict(tenant_id=tenant_id, host_id=host.id, epoch=str(epoch), mark=str(wakes.facts(tenant_id)['mark'] + 1))
     cancel = store.statement(('discard', j.name), lambda: j.update().where(sa.or_(j.c.status == PENDING, j.c.status == RUNNING), j.c.created_at < bind('held')).values(status='cancelled', completed_at=bind('now'),

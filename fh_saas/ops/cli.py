@@ -143,14 +143,22 @@ def unsuspend(tenant:str, host:str=None):
     resume_tenant(tenant, h := the_host(host))
     did(h, 'unsuspend', f'tenant {tenant!r}', f'tenant {tenant!r} is active')
 
-def release(tenant:str, host:str=None):
+def release(
+    tenant:str, # A tenant that is held
+    adopt:bool=False, # Also if the database says that it is another tenant's: who opens this one sees what is in it
+    host:str=None, # The host's URL
+):
     "The database of a held tenant is right: its open jobs go on"
-    settle_held(h := the_host(host), tenant, discard=False)
+    settle_held(h := the_host(host), tenant, False, adopt)
     did(h, 'release', f'tenant {tenant!r}', f'tenant {tenant!r}: its open jobs go on')
 
-def discard(tenant:str, host:str=None):
+def discard(
+    tenant:str, # A tenant that is held
+    adopt:bool=False, # As for `release`
+    host:str=None, # The host's URL
+):
     "The database of a held tenant is right: cancel the jobs that were open in it"
-    n = settle_held(h := the_host(host), tenant, discard=True)
+    n = settle_held(h := the_host(host), tenant, True, adopt)
     did(h, 'discard', f'tenant {tenant!r}: {n} jobs cancelled', f'{n} jobs cancelled')
 
 def export(tenant:str, path:str, host:str=None):

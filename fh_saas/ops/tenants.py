@@ -8,7 +8,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/ops/tenants.html.md"""
 __all__ = ['log', 'turn_lasts', 'tenant_report', 'migrate_tenants', 'export_tenant', 'restore_tenant']
 
 # %% ../../nbs/ops/00_tenants.ipynb #6524a9c9
-import itertools, logging, os, shutil, socket, sqlite3, subprocess, threading, time
+import itertools, logging, math, os, shutil, socket, sqlite3, subprocess, threading, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
@@ -56,11 +56,12 @@ def _counted(host, t) -> dict:
 def migrate_tenants(
     host:HostDatabase,
     upgrade=None, # The app's own upgrade: called with an open `TenantDatabase`
-    version:str=None, # What `upgrade` leads to; noted in each database when it is done there
+    version=None, # What `upgrade` leads to, a text or a number; noted in each database when it is done there
     workers:int=8, # Databases at once
 ): # Yields `(tenant id, None or the error)` as each is done
     "Bring the job tables of every tenant to this version, and do the app's own upgrade"
-    if upgrade and not version: raise ValueError("an upgrade of the app's own needs a version: the text that is noted in each database when it is done")
+    if upgrade and version in (None, ''): raise ValueError("an upgrade of the app's own needs a version: what is noted in each database when it is done")
+    version = str(version)
     places = _Places(workers)
     def one(t):
         try: return _migrate(host, t, upgrade, version, turn, places) and (t.id, None)
@@ -75,8 +76,8 @@ def migrate_tenants(
 turn_lasts = 15.0 # seconds for which a process that says nothing more is believed to be upgrading
 
 class _Turn:
-    "One process at a time does the app's own upgrade to the tenants of a host"
-    def __init__(self, host): self.wakes, self.who, self.holder, self.over, self.kept = wakes_of(host), f'{socket.gethostname()}:{os.getpid()}:{gen_id()[-8:]}', None, threading.Event(), 0.0
+    "One process at a time does the app's own upgrade to the tenants of a host, or puts a copy back"
+    def __init__(self, host, patience:float=math.inf): self.patience, self.wakes, self.who, self.holder, self.over, self.kept = patience, wakes_of(host), f'{socket.gethostname()}:{os.getpid()}:{gen_id()[-8:]}', None, threading.Event(), 0.0
 
     def take(self) -> bool:
         "Take the turn, or keep it"
@@ -111,8 +112,10 @@ class _Turn:
 # %% ../../nbs/ops/00_tenants.ipynb #f39acc55
 @patch
 def __enter__(self:_Turn):
+    until = time.monotonic() + self.patience
     for n in itertools.count():
         if self.take(): break
+        if time.monotonic() > until: raise FhSaasError(f"{self.holder} upgrades the tenants of this host, or puts a copy back: try again when that is over; nothing was changed")
         if n == 0: log.warning('%s upgrades the tenants of this host; waiting for its end', self.holder)
         time.sleep(0.5)
     self.thread = threading.Thread(target=self._keep, daemon=True, name='fh_saas-migrating')
@@ -123,7 +126,7 @@ def __enter__(self:_Turn):
 def _keep(self:_Turn):
     while not self.over.wait(turn_lasts/5):
         try:
-            if not self.take(): return
+            self.take()  # who was not heard of for long, and finds that another has it, may have it again after that one
         except Exception as e: log.warning('the host does not take the note that its tenants are being upgraded: %s', e)
 
 @patch
@@ -242,35 +245,38 @@ def _copy_pg(url, tmp): _pg_tool('pg_dump', url, '--format=custom', f'--file={tm
 
 def _pg_tool(name, url, *args):
     if not (tool := shutil.which(name)): raise DatabaseUnavailable(f"for a PostgreSQL database this takes {name}, which is not on the path: install the PostgreSQL client")
-    env = {'PGPASSWORD': url.password} if url.password else {}  # in the arguments everybody on the machine could read it
+    if 'sslpassword' in url.query: raise DatabaseUnavailable(f"{name} takes the password of a key in its arguments only, where everybody on the machine can read it: use a key without one for this, or call {name} yourself")
+    password = url.password or url.query.get('password')
+    env = {'PGPASSWORD': password} if password else {}  # in the arguments everybody could read it, too
     done = subprocess.run([tool, '--no-password', *args], env=os.environ | env, capture_output=True, text=True)
     if done.returncode: raise DatabaseUnavailable(f"{name} of {url.database} failed: {done.stderr.strip()[-500:]}")
     return done.stdout
 
 def _conninfo(url, **more) -> str:
     from psycopg.conninfo import make_conninfo
-    return make_conninfo(**{k: v for k, v in url.translate_connect_args(username='user', database='dbname').items() if k != 'password'} | url.query | more)
+    return make_conninfo(**{k: v for k, v in (url.translate_connect_args(username='user', database='dbname') | url.query | more).items() if k != 'password'})
 
 # %% ../../nbs/ops/00_tenants.ipynb #c284402b
 def restore_tenant(
     host:HostDatabase,
     tenant_id:str,
     path:str, # A copy that `export_tenant` has made of this tenant
-    busy:float=10.0, # Seconds to wait for a lock
+    busy:float=10.0, # Seconds to wait for a lock, and for others who put a copy back or upgrade tenants
 ):
     "Let a tenant's database be what it was when a copy was made, while others have it open; what it is now is gone"
     if (t := host.find(tenant_id)) is None: raise TenantNotFound(f"no tenant {tenant_id!r}")
     if t.state in ('migrating', 'deleting'): raise FhSaasError(f"tenant {tenant_id!r} is {t.state}: nothing was put back")
     if not Path(path).is_file(): raise FileNotFoundError(f"there is no file {path}")
     url = host.url_of(t)
-    with (_file if url.get_backend_name() == 'sqlite' else _archive)(url, path) as (notes, put):
+    with (_file if url.get_backend_name() == 'sqlite' else _archive)(url, path) as (notes, put), _Turn(host, busy) as turn:
         _check_copy(host, t, notes, path)
         why = f"tenant {tenant_id!r}: open jobs are held: since {timestamp()}Z this copy was to become its database: {path}"
         ours = host.hold(tenant_id, why, created_at=t.created_at, epoch=t.epoch)
         try:
             time.sleep(heeded)
             now = host.find(tenant_id)
-            if now is None or not now.held or (now.created_at, now.epoch) != (t.created_at, t.epoch): raise FhSaasError(f"tenant {tenant_id!r} was released or made anew meanwhile: nothing was put back")
+            turn.mine()
+            if now is None or now.state in ('migrating', 'deleting') or not now.held or (now.created_at, now.epoch) != (t.created_at, t.epoch): raise FhSaasError(f"tenant {tenant_id!r} was released, taken out of service or made anew meanwhile: nothing was put back")
             put(busy)
         except Exception:
             if ours: host.take_back(tenant_id, why)
