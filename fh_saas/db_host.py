@@ -284,5 +284,6 @@ def unregister(self:HostDatabase, tenant_id:str):
     "Forget a tenant; its database is not touched"
     with writing(self.engine) as conn:
         conn.execute(_catalog.delete().where(_catalog.c.id == tenant_id))
-        # what `fh_saas.jobs.wake` has noted of it must not be held against a later tenant of that name
-        if sa.inspect(conn).has_table('fh_saas_wakes'): conn.execute((w := sa.table('fh_saas_wakes', sa.column('tenant_id'))).delete().where(w.c.tenant_id == tenant_id))
+        # what `fh_saas.jobs.wake` and `fh_saas.jobs.rules` have noted of it does not concern a later tenant of that name
+        for name, col in (('fh_saas_wakes', 'tenant_id'), ('fh_saas_rules', 'tenant')):
+            if sa.inspect(conn).has_table(name): conn.execute((t := sa.table(name, sa.column(col))).delete().where(t.c[col] == tenant_id))

@@ -158,6 +158,7 @@ def url_of(self:HostDatabase,
     return u if u.password or u.host != self.url.host else u.set(password=self.url.password)
 
 def _new_record(host, tenant_id, name):
+    if name is not None and not (isinstance(name, str) and name.isprintable() and len(name) <= 200): raise InvalidTenantId(f"name {str(name)[:60]!r} of tenant {tenant_id!r}: use up to 200 printable characters")
     if host.url.get_backend_name() == 'postgresql':
         u = host.url.set(drivername='postgresql', database=f't_{tenant_id}_db')
         url = sa.URL.create('postgresql', u.username, None, u.host, u.port, u.database, u.query).render_as_string()
@@ -219,6 +220,8 @@ def _host(host):
         if (url := check_url(env_url())) not in _env_hosts: _env_hosts[url] = HostDatabase(url)
         return _env_hosts[url]
 
+_way_back = dict(paused='resume it with resume_tenant (fh-saas unsuspend)', migrating='wait until its upgrade has ended, or migrate again if that was cut off', deleting='delete it again if that was cut off')
+
 def open_tenant_db(
     tenant_id:str, # The tenant's id
     host:HostDatabase=None, # The registry; that of the environment if left out
@@ -227,7 +230,7 @@ def open_tenant_db(
     host, tenant_id = _host(host), tenant_id if isinstance(tenant_id, str) else check_tenant_id(tenant_id)
     tenant = host.find(tenant_id)
     if tenant is None: raise TenantNotFound(f"no tenant {check_tenant_id(tenant_id)!r}: create it with get_or_create_tenant_db")
-    if not tenant.is_active: raise TenantSuspended(f"tenant {tenant.id!r} is {tenant.state}: resume it with resume_tenant")
+    if not tenant.is_active: raise TenantSuspended(f"tenant {tenant.id!r} is {tenant.state}: {_way_back[tenant.state]}")
     return host.open_db(tenant)
 
 def get_or_create_tenant_db(
@@ -298,8 +301,7 @@ def _upgraded(host, tenant_id):
 
 def _move(host, tenant_id, state, *expected):
     if any(host.set_state(tenant_id, state, e) for e in expected) or (now := host.find(tenant_id)) is None or now.state == state: return
-    way = dict(migrating='wait until its upgrade has ended, or migrate again if that was cut off', deleting='delete it again if that was cut off').get(now.state, 'look at it')
-    raise TenantSuspended(f"tenant {tenant_id!r} is {now.state}, not {' or '.join(expected)}: {way}; nothing was changed")
+    raise TenantSuspended(f"tenant {tenant_id!r} is {now.state}, not {' or '.join(expected)}: {_way_back.get(now.state, 'look at it')}; nothing was changed")
 
 # %% ../nbs/01_db_tenant.ipynb #db904863
 def _open_jobs(host, url) -> tuple: # How many run, with a lease that has not run out; and whether any other is open

@@ -106,6 +106,34 @@ def test_what_is_mistyped_is_said(run, command):
     assert 'use 1 or more' in command('migrate', '--at-once', '0')[2]
     assert 'from 1 to 1000' in command('worker', 'main:host', '-q', 'a=0', host=False)[2]
 
+def test_an_option_that_is_given_empty_does_not_mean_everything(shop, command):
+    for name in ('pause', 'drain', 'resume'):
+        for option in ('--tenant', '--queue', '--task'):
+            code, out, err = command(name, option, '')
+            assert code == 1 and f'{option} is empty' in err and not out
+    assert command('rules', 'weight=2', '--tenant', '')[0] == 1 and command('rules')[1] == 'there are no rules\n'
+
+def test_rules_of_a_tenant_go_with_it(shop, command):
+    url = shop[1]
+    host = HostDatabase(url)
+    get_or_create_tenant_db('gone', host=host).close()
+    command('pause', '--tenant', 'gone'); command('rules', 'concurrency=2', '--tenant', 'gone'); command('rules', 'weight=2', '--tenant', '*')
+    assert command('delete', 'gone', '--yes')[0] == 0
+    assert len(command('rules')[1].splitlines()) == 2 and 'gone' not in command('rules')[1]
+    host.close()
+
+def test_one_mode_in_the_place_of_another_is_said(shop, command):
+    command('drain', '--queue', 'q')
+    assert 'instead of draining' in command('pause', '--queue', 'q')[1] and 'instead' not in command('pause', '--queue', 'q')[1]
+
+def test_who_is_suspended_is_told_what_takes_it_back(shop, run, command):
+    tenant = shop[2]
+    run('suspend')
+    assert 'fh-saas unsuspend' in command('tenants', '--wrong')[1]
+    command('pause', '--tenant', tenant)
+    assert f'still, suspended: `fh-saas unsuspend {tenant}`' in command('resume', '--tenant', tenant)[1]
+    run('unsuspend')
+
 def test_rules_of_one_tenant_are_shown(shop, command):
     tenant = shop[2]
     command('rules', 'weight=2', '--tenant', tenant)

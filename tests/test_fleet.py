@@ -9,7 +9,7 @@ import fh_saas.db_tenant
 from conftest import wait_until
 from children.launch import Child
 from fh_saas.db_connect import DatabaseBusy, FhSaasError, open_engine, reading, writing
-from fh_saas.db_host import HostDatabase, NotAHost
+from fh_saas.db_host import HostDatabase, NotAHost, seconds
 from fh_saas.db_tenant import TenantMismatch, delete_tenant, get_or_create_tenant_db, list_tenants, open_tenant_db, suspend_tenant, resume_tenant
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.settings import Settings
@@ -29,6 +29,7 @@ command = 'import sys; from fh_saas.ops.cli import main; sys.exit(main())'
 
 def ping(n=0): raise AssertionError('this process only submits')
 def nap(seconds, polite=False): raise AssertionError('this process only submits')
+def flaky(): raise AssertionError('this process only submits')
 
 
 class Shop:
@@ -36,7 +37,7 @@ class Shop:
     def __init__(self, url, folder):
         self.host, self.trace, self.procs = HostDatabase(url), folder/'trace', []
         self.registry = Registry()
-        for f in (ping, nap): self.registry.add(f, f.__name__)
+        for f in (ping, nap, flaky): self.registry.add(f, f.__name__)
         self.web = Engine(Settings(concurrency=0), self.registry)
         self.suffix = f'-{uuid.uuid4().hex[:6]}' if url.startswith('postgresql') else ''  # tests at the same time share one server
 
@@ -228,6 +229,29 @@ def test_each_worker_serves_its_queues(files):
     assert files.row('acme', lone).status == 'pending'
 
 def cpu(pid): return sum(map(int, Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[11:13]))/os.sysconf('SC_CLK_TCK')
+
+def test_a_retry_is_known_to_the_host_before_its_process_is_gone(shop):
+    job = shop.submit('acme', flaky)
+    w = shop.worker()
+    wait_until(lambda: shop.said('tried'))
+    wait_until(lambda: shop.row('acme', job).status == 'pending')
+    time.sleep(0.3)
+    w.kill()
+    time.sleep(2.5)
+    shop.worker('--once').ends(20)  # it leaves when nothing is due, as far as the host says
+    assert shop.row('acme', job).status == 'completed' and len(shop.said('tried')) == 2
+
+def test_who_stops_says_so_as_long_as_its_jobs_run(files):
+    w = files.worker('--grace', '30', '--health', str(health := files.trace.with_name('health')))
+    files.submit('acme', nap, seconds=9)
+    wait_until(lambda: files.said('begin'))
+    w.send(signal.SIGTERM)
+    time.sleep(7)
+    [me] = Fleet(files.host).workers()
+    assert (me.state, me.running) == ('stopping', 1) and time.time() - seconds(me.beat_at) < 4.5
+    assert json.loads(health.read_text())['state'] == 'stopping' and time.time() - health.stat().st_mtime < 2.5
+    w.ends(20)
+    assert len(files.said('end')) == 1 and Fleet(files.host).workers() == [] and not health.exists()
 
 def test_quiet_and_stop_are_asked_from_outside(files):
     w = files.worker('--health', str(files.trace.with_name('health')))
@@ -617,6 +641,29 @@ subprocess.Popen = starts
 status = worker.supervise([sys.executable, '-c', 'import time; time.sleep(60)'], 3)
 print(len(n), status, [os.path.exists(f'/proc/{p}') for p in n])
 '''
+
+def test_processes_that_cannot_import_their_target_are_not_started_for_ever(tmp_path):
+    (tmp_path/'broken.py').write_text('int("")')
+    for target, why in (('nowhere:host', 'no module'), ('broken:host', 'broken.py'), ('../main:host', 'use module:attribute'), ('.main:host', 'use module:attribute')):
+        p = Child('-c', command, 'worker', target, '--processes', '2', cwd=tmp_path)
+        p.ends(20)
+        assert p.proc.returncode == 78 and why in p.text, p.text
+
+@pytest.mark.parametrize('sig', [signal.SIGKILL, signal.SIGHUP])
+def test_processes_end_with_the_one_that_watches_over_them(files, sig):
+    w = files.worker('--processes', '2')
+    fleet = Fleet(files.host)
+    wait_until(lambda: len(fleet.workers()) == 2, 30)
+    pids = [f.pid for f in fleet.workers()]
+    w.send(sig)
+    wait_until(lambda: fleet.workers() == [], 20)
+    wait_until(lambda: not any(Path(f'/proc/{pid}').exists() for pid in pids), 20)
+
+def test_what_an_app_gave_setup_jobs_can_be_served(tmp_path):
+    (tmp_path/'main.py').write_text("from fasthtml.common import fast_app\nfrom fh_saas.db_host import HostDatabase\nfrom fh_saas.web.setup import setup_jobs\napp, rt = fast_app()\njobs = setup_jobs(app, HostDatabase('sqlite:///host.db'))\n")
+    p = Child('-c', command, 'worker', 'main:jobs', '--once', cwd=tmp_path)
+    p.ends(30)
+    assert p.proc.returncode == 0, p.text
 
 def test_a_signal_that_comes_while_processes_are_started_reaches_all_of_them():
     done = subprocess.run([sys.executable, '-c', watching], capture_output=True, text=True, timeout=20)

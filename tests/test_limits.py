@@ -17,6 +17,7 @@ from fh_saas.jobs.tasks import Registry, task
 from fh_saas.jobs.lanes import Lanes
 from fh_saas.jobs.line import Line
 from fh_saas.jobs.ring import Ring
+from fh_saas.jobs.rules import Rule, kept_by, limits_of
 from fh_saas.utils_bgtsk import BackgroundTaskManager, JobFailed
 from conftest import wait_until
 
@@ -846,3 +847,13 @@ def test_memory_is_limited_below_a_limit_that_is_there():
     code = "import resource as r; r.setrlimit(r.RLIMIT_AS, (2**36, 2**36)); from fh_saas.jobs.child import _limit; _limit(64); a = r.getrlimit(r.RLIMIT_AS); _limit(2**20); print(0 < a[0] < a[1] == 2**36, r.getrlimit(r.RLIMIT_AS) == (2**36, 2**36))"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=30)
     assert done.stdout == 'True True\n', done.stderr
+
+# --- Pauses and drains of several at once
+
+def test_a_drain_of_one_takes_back_no_pause_of_all():
+    each, own = Rule('*', 'imports', mode='paused'), Rule('acme', 'imports', mode='draining')
+    l = limits_of([each, own], 'acme')
+    assert l.closed == l.draining == {'imports'} and limits_of([own], 'acme').closed == set()
+    all_ = [Rule('*', mode='paused'), Rule('acme', mode='draining')]
+    assert limits_of(all_, 'acme').paused and limits_of(all_, 'acme').draining == {''} and not limits_of(all_, 'globex').draining
+    assert "none of its jobs is started, by a rule: `fh-saas resume --tenant '*'`" in kept_by(all_, 'acme') and 'takes no new jobs' in kept_by(all_, 'acme')

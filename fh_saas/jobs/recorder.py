@@ -12,6 +12,7 @@ import logging, time
 from concurrent.futures import Future
 from fastcore.basics import patch
 from ..db_connect import FhSaasError
+from ..db_host import timestamp
 from .attempt import Attempt
 from .events import event_of, events
 from .heartbeats import tick
@@ -63,9 +64,24 @@ def _written(self:Recorder, a, written):
     if not written and a.outcome.kind != 'release':
         self.stale += 1
         log.warning('%s: its outcome %r was dropped: the job is not its own any more', a, a.outcome.kind)
-    elif written and a.outcome.status == 'pending': self.attend(a.store, a.outcome.delay)
+    elif written and a.outcome.status == 'pending': self.attend(a.store, a.outcome.delay); self._due_again(a.desk, time.time() + a.outcome.delay)
     if written and events.subscribers: self.told_of(a.store, a.row, a.outcome)
     if a.done: settle(a.done, a.outcome if written else None)
+
+@patch
+def _due_again(self:Recorder, desk, at):
+    "Let the host know when a job that goes back is due: this process may be gone by then"
+    if desk.tenancy is None: return
+    with desk._lock: first, desk.due_again = desk.due_again is None, min(at, desk.due_again or at)
+    if not first: return
+    if self.stopping: self._tell_due(desk)
+    else: self.house.submit(self._tell_due, desk)
+
+@patch
+def _tell_due(self:Recorder, desk):
+    with desk._lock: at, desk.due_again = desk.due_again, None
+    try: at is None or desk.tenancy.wakes.ring(desk.tenancy.tenant_id, timestamp(at))
+    except FhSaasError as e: log.warning('tenant=%s: the host does not know of a retry, it is found later: %s', desk.store.tenant, e)
 
 @patch
 def _all_written(self:Recorder, desk, ends):

@@ -84,7 +84,7 @@ def limits_of(rules:list, tenant:str) -> Limits:
     for r in rules:
         if r.tenant in ('', '*', tenant): found.setdefault((r.queue, r.task), {})[r.tenant] = r
     def own(at, name): return next((v for t in (tenant, '*') if t in at and (v := getattr(at[t], name)) is not None), None)
-    def mode(at): return {m for m in (own(at, 'mode'), at[''].mode if '' in at else None) if m}
+    def mode(at): return {r.mode for r in at.values()}
     top = found.get(('', ''), {})
     queues, tasks = {q: at for (q, t), at in found.items() if q}, {t: at for (q, t), at in found.items() if t}
     return Limits('paused' in mode(top), own(top, 'weight') or 1, own(top, 'concurrency'), own(top, 'pending'),
@@ -98,7 +98,7 @@ def limits_of(rules:list, tenant:str) -> Limits:
 def kept_by(rules:list, tenant:str) -> str: # None: nothing
     "What rules keep a whole tenant from, in words, and how they are taken back"
     top = {r.tenant: r for r in rules if r.mode and not (r.queue or r.task)}
-    found = [r for r in (top.get(tenant) or top.get('*'), top.get('')) if r]
+    found = [top[t] for t in (tenant, '*', '') if t in top]
     how = dict(paused='none of its jobs is started', draining='it takes no new jobs')
     return '; '.join(f"{how[r.mode]}, by a rule: `fh-saas resume{r.tenant and f' --tenant {quote(r.tenant)}'}` takes it back" for r in found) or None
 

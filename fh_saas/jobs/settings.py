@@ -36,6 +36,7 @@ class Settings:
     def from_env(cls, **given):
         "Settings from `FH_SAAS_CONCURRENCY`, `FH_SAAS_LEASE` and so on; what is given comes first"
         env = {f.name: (f.type, os.environ[v]) for f in fields(cls) if (v := f'FH_SAAS_{f.name.upper()}') in os.environ}
-        try: env = {k: typ(v) for k, (typ, v) in env.items()}
-        except ValueError as e: raise ValueError(f"a setting FH_SAAS_… in the environment is not a number: {e}") from None
+        for k, (typ, v) in env.items():
+            try: env[k] = typ(v)
+            except ValueError: raise ValueError(f"FH_SAAS_{k.upper()}={v!r} in the environment is not a {'whole ' if typ is int else ''}number") from None
         return cls(**env | given)

@@ -146,7 +146,7 @@ class Adding:
         # somebody's transaction may hold the lock for long, and this one may carry the work of others: who does not get it comes again
         if quota is not None and not s.kind.try_alone(cur, 7310, 'quota'): return Busy
         if quota is not None and (n := s._pending(cur, quota - len(jobs) + 1)) + len(jobs) > quota:
-            return QuotaExceeded(f"{s.tenant} has {n:,}{'' if n < quota else ' or more'} pending jobs, and may have {quota:,}: nothing was submitted; try again when some have run, or raise the limit")
+            return QuotaExceeded(f"{s.tenant} has {n:,}{'' if n < quota else ' or more'} pending jobs, and may have {quota:,}{f', not {len(jobs):,} more' if len(jobs) > 1 else ''}: nothing was submitted; {'submit fewer at once' if len(jobs) > quota else 'try again when some have run'}, or raise the limit")
         common = dict(created_at=(at := timestamp(now)), run_at=timestamp(now + self.delay) if self.delay else at)
         payloads = len(jobs) > 1 and _alike(jobs) and {j['id']: j.get('payload') for j in jobs}
         if payloads and len(payloads) == len(jobs): s._add_alike()(cur, **_rows(jobs[:1], common)[0], payloads=dumps(payloads))

@@ -9,7 +9,7 @@ __all__ = ['pause', 'drain', 'go_on', 'commands', 'queue_limits', 'worker', 'wor
            'unsuspend', 'release', 'discard', 'export', 'restore', 'delete', 'migrate', 'main']
 
 # %% ../../nbs/ops/01_cli.ipynb #e3f4a1b1
-import logging, sys, time
+import logging, sys, time, traceback
 from dataclasses import replace
 from typing import Annotated
 from fastcore.script import CliError, parse_cli
@@ -19,10 +19,10 @@ from ..jobs.rules import kept_by
 from ..jobs.settings import Settings
 from ..jobs.tenancy import rules_of, settle_held
 from .cli_jobs import job_commands
-from .tenants import export_tenant, migrate_tenants, restore_tenant, tenant_report
+from .tenants import export_tenant, migrate_tenants, restore_tenant, suspended, tenant_report
 from .terminal import did, table, the_host
 from ..workers.fleet import Fleet
-from ..workers.worker import Worker, load_target, supervise
+from ..workers.worker import BadTarget, Worker, load_target, supervise, unusable
 
 # %% ../../nbs/ops/01_cli.ipynb #2ac6ad79
 def queue_limits(pairs:list) -> dict: # None: all queues, without limits of their own
@@ -35,7 +35,7 @@ def queue_limits(pairs:list) -> dict: # None: all queues, without limits of thei
     return limits or None
 
 def worker(
-    target:str, # Whose jobs: module:attribute, a HostDatabase, a Runner or a function that returns one
+    target:str, # Whose jobs: module:attribute, what `setup_jobs` gave, a HostDatabase, a Runner, or a function that returns one
     Queue:Annotated[str, "Serve this queue, with so many jobs at once: -q imports=4; may be repeated; all queues if left out", dict(action='append')]=None,
     concurrency:int=None, # Jobs at once in a process; the sum of -q, or FH_SAAS_CONCURRENCY, if left out
     processes:int=1, # How many processes
@@ -48,7 +48,9 @@ def worker(
     limits = queue_limits(Queue)
     if processes < 1: raise CliError(f"--processes {processes}: use 1 or more")
     if processes > 1: return supervise(_alone(target, Queue, concurrency, grace, health, once), processes)
-    runner = load_target(target)
+    try: runner = load_target(target)
+    except FhSaasError: raise
+    except (ValueError, OSError): traceback.print_exc(); return unusable  # the app's own: where it comes from says more than its words
     given = {k: v for k, v in dict(concurrency=limits and sum(limits.values()) if concurrency is None else concurrency, grace=grace).items() if v is not None}
     settings = replace(runner.settings, **given) if runner.settings else Settings.from_env(**given)
     Worker(runner.host, settings, limits or runner.queues, runner.sweep, health).run(once)
@@ -81,6 +83,12 @@ def ask(
     did(h, 'ask', f'{what}: worker {id}', id)
 
 # %% ../../nbs/ops/01_cli.ipynb #20a7df28
+def _scope(**names) -> dict:
+    "What a rule is for; an option that is given empty, by a variable that is not set, would mean everything"
+    for k, v in names.items():
+        if v == '': raise CliError(f"--{k} is empty: give it a value, or leave it out for all")
+    return {k: v or '' for k, v in names.items()}
+
 def _where(**names): return ', '.join(f'{k} {v!r}' for k, v in names.items() if v) or 'everything'
 
 def _numbers(values:list) -> dict:
@@ -95,30 +103,33 @@ def _numbers(values:list) -> dict:
 
 def rules(
     *values:str, # concurrency=, pending=, starts= and period=, weight=, mode=paused or mode=draining; without any, the rules are shown
-    tenant:str='', # Of this tenant; * for each
-    queue:str='', # Of this queue
-    task:str='', # Of this task
+    tenant:str=None, # Of this tenant; * for each
+    queue:str=None, # Of this queue
+    task:str=None, # Of this task
     host:str=None, # The host's URL
 ):
     "Limits, weights, quotas and pauses: shown, or changed while everything runs"
-    r = rules_of(h := the_host(host, tenant))
-    if values: r.set(tenant, queue, task, **_numbers(values)); did(h, 'rules', f"{_where(tenant=tenant, queue=queue, task=task)}: {' '.join(values)}")
-    only = {k: v for k, v in dict(tenant=tenant, queue=queue, task=task).items() if v and not values}
+    scope = _scope(tenant=tenant, queue=queue, task=task)
+    r = rules_of(h := the_host(host, scope['tenant']))
+    if values: r.set(**scope, **_numbers(values)); did(h, 'rules', f"{_where(**scope)}: {' '.join(values)}")
+    only = {k: v for k, v in scope.items() if v and not values}
     found = [x for x in r.all() if only.items() <= vars(x).items()]
     table([{k: v if v not in ('', None) else None for k, v in vars(x).items()} for x in found], 'there are no such rules' if only else 'there are no rules')
 
 # %% ../../nbs/ops/01_cli.ipynb #e4b73791
 def _mode(mode, done):
     def command(
-        tenant:str='', # Of this tenant
-        queue:str='', # Of this queue
-        task:str='', # Of this task
+        tenant:str=None, # Of this tenant; * for each
+        queue:str=None, # Of this queue
+        task:str=None, # Of this task
         host:str=None, # The host's URL
     ):
-        r, where = rules_of(h := the_host(host, tenant)), _where(tenant=tenant, queue=queue, task=task)
-        r.set(tenant, queue, task, mode=mode)
-        still = tenant and not mode and kept_by(r.all(), tenant)
-        did(h, command.__name__, where, f"{where}: {done}{f'; still, {still}' if still else ''}")
+        scope = _scope(tenant=tenant, queue=queue, task=task)
+        r, where, t = rules_of(h := the_host(host, scope['tenant'])), _where(**scope), scope['tenant']
+        was = next((x.mode for x in r.all() if (x.tenant, x.queue, x.task) == tuple(scope.values())), None)
+        r.set(**scope, mode=mode)
+        still = t and not mode and '; '.join(filter(None, (kept_by(r.all(), t), suspended(h, t))))
+        did(h, command.__name__, where, f"{where}: {done}{f', instead of {was}' if was and mode and was != mode else ''}{f'; still, {still}' if still else ''}")
     return command
 
 pause, drain, go_on = _mode('paused', 'nothing is started'), _mode('draining', 'no new jobs are taken'), _mode(None, 'the rule is taken back')
@@ -229,4 +240,4 @@ def main():
     try:
         args, kw, _ = parse_cli(f)
         return f(*args, **kw)
-    except (CliError, FhSaasError, ValueError, OSError) as e: print(f'fh-saas {name}: {e}', file=sys.stderr); return 1
+    except (CliError, FhSaasError, ValueError, OSError) as e: print(f'fh-saas {name}: {e}', file=sys.stderr); return unusable if isinstance(e, BadTarget) else 1

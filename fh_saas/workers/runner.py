@@ -51,6 +51,7 @@ class Runner:
 def start(self:Runner):
     "Make this the engine of the process, and begin; to be called in the process that serves, not at import"
     self._stopped.clear()
+    self._leaving, self._left = False, threading.Event()
     if (tested := in_test()) is not None: self.engine, self._aside = tested, True; return self
     self._aside, self.engine = False, use_engine(Engine(self.settings, queues=self.queues))
     if self.host and self.engine.settings.concurrency:
@@ -68,13 +69,30 @@ def stop(self:Runner, grace:float=None):
     self._stopped.set()
     if self._aside: return
     serves = self.engine and self.host and self.engine.settings.concurrency
-    if serves: (saying := threading.Thread(target=self._quietly, args=(self.fleet.beat, self.engine, self.kind, 'stopping'), daemon=True)).start()  # a host that does not answer holds up nothing
+    if first := serves and not self._leaving:
+        self._leaving = True
+        (saying := threading.Thread(target=self._say_stopping, daemon=True)).start()  # a host that does not answer holds up nothing
     if self.engine: self.engine.stop(grace)
-    if serves:
+    if first:
+        self._left.set()
         saying.join(2)
         self._watching.join(2)
         self._pool.close()
         self._quietly(self.fleet.leave, self.engine.worker)
+
+@patch
+def _say_stopping(self:Runner):
+    beat = 0.0
+    while True:
+        if time.monotonic() > beat + beat_every: beat = time.monotonic(); self._quietly(self.fleet.beat, self.engine, self.kind, 'stopping')
+        self._quietly(self.say_alive)
+        if self._left.wait(1): return
+
+@patch(as_prop=True)
+def state(self:Runner) -> str: return 'stopping' if self.engine.stopping else 'quiet' if self.engine.quiet else 'running'
+
+@patch
+def say_alive(self:Runner): "Called every second, until all has ended"
 
 # %% ../../nbs/workers/00_runner.ipynb #8c0e8fc9
 known = 256 # databases whose state is kept while they have nothing to do
@@ -107,8 +125,9 @@ def _watch(self:Runner):
                 if not call: again = min(again, until if id == called else now)
             if self.wakes.bell:
                 if conn is not None and place != self.wakes.place: conn.close(); conn = None
-                if conn is None: conn, place, seen = connect(self.host.url), self.wakes.place, None
-                with db_errors(self.host.url): version = conn.execute('PRAGMA data_version').fetchone()[0]
+                with db_errors(self.host.url):
+                    if conn is None: conn, place, seen = connect(self.host.url), self.wakes.place, None
+                    version = conn.execute('PRAGMA data_version').fetchone()[0]
                 if version != seen: seen, again, self._news = version, min(again, max(now, until)), True
             if now >= second: second = now + 1; self._each_second()
             if time.monotonic() >= again: again = time.monotonic() + self._look()
@@ -248,9 +267,10 @@ def _each_second(self:Runner):
     if time.monotonic() > self._adopted + self.sweep: self._adopted = time.monotonic(); self.wakes.adopt()
     if time.monotonic() > self._beaten + beat_every:
         self._beaten = time.monotonic()
-        self._obey(**self.fleet.beat(e, self.kind, 'stopping' if e.stopping else 'quiet' if e.quiet else 'running'))
+        self._obey(**self.fleet.beat(e, self.kind, self.state))
         e.line.shares = self.fleet.shares(e, self.rules.queues())
         if not self.wakes.bell: self._place = self.fleet.place(e.worker)
+    self._quietly(self.say_alive)
 
 @patch
 def _heed(self:Runner):

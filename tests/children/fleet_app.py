@@ -27,4 +27,10 @@ def nap(job, seconds, polite=False):
     note('end', job.id)
 
 
+@task('flaky')
+def flaky(job):
+    note('tried', job.attempt)
+    if job.attempt == 1: raise ConnectionError('503')
+
+
 def host(): return Runner(HostDatabase(os.environ['FLEET_HOST']), Settings(lease=float(os.environ.get('FLEET_LEASE', 30)), poll=0.5), sweep=5)
