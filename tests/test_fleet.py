@@ -18,8 +18,8 @@ from fh_saas.jobs.tasks import Registry
 from fh_saas.jobs.tenancy import Held, rules_of, settle_held
 from fh_saas.jobs.wake import wakes_of
 from fh_saas.utils_bgtsk import BackgroundTaskManager, QueueClosed
-from fh_saas.ops import tenants
-from fh_saas.ops.tenants import export_tenant, restore_tenant
+from fh_saas.ops import copies
+from fh_saas.ops.copies import export_tenant, restore_tenant
 from fh_saas.ops.terminal import the_host
 from fh_saas.workers.fleet import Fleet
 from fh_saas.workers.worker import Worker
@@ -400,7 +400,7 @@ def test_what_cannot_be_put_back_changes_nothing(shop, tmp_path, monkeypatch):
     with writing(eng := open_engine(shop.host.url_of(shop.host.find(acme)))) as conn:
         if conn.dialect.name == 'postgresql': conn.exec_driver_sql('LOCK TABLE tenant_jobs')
         with monkeypatch.context() as m, pytest.raises(DatabaseBusy, match='nothing was put back'):
-            m.setattr(tenants, 'reading', answers_late)
+            m.setattr(copies, 'reading', answers_late)
             restore_tenant(shop.host, acme, good, busy=0.3)
     eng.dispose()
     assert {shop.row('acme', j).status for j in (job, late)} == {'pending'} and not shop.host.find(acme).held
@@ -420,7 +420,7 @@ def test_a_tenant_that_changes_hands_while_a_copy_is_to_be_put_back(files, tmp_p
             return files.manager('acme')
         settle_held(files.host, 'acme', discard=True)
         if 'anew' in meanwhile: files.host.hold('acme', 'another reason')
-    monkeypatch.setattr(tenants, 'time', SimpleNamespace(sleep=others, monotonic=time.monotonic))
+    monkeypatch.setattr(copies, 'time', SimpleNamespace(sleep=others, monotonic=time.monotonic))
     with pytest.raises(FhSaasError, match='nothing was put back'): restore_tenant(files.host, 'acme', copy)
     monkeypatch.undo()
     now = files.host.find('acme')

@@ -15,7 +15,9 @@ from fh_saas.jobs.claims import Room
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.states import Outcome
 from fh_saas.jobs.store import Store
-from fh_saas.ops.tenants import export_tenant, migrate_tenants, restore_tenant
+import fh_saas.ops.copies, fh_saas.ops.upgrades
+from fh_saas.ops.copies import export_tenant, restore_tenant
+from fh_saas.ops.upgrades import migrate_tenants
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from children.launch import here
 from conftest import free_port, wait_until
@@ -686,14 +688,14 @@ def test_an_upgrade_begins_when_nobody_believes_any_more_that_its_tenant_is_acti
 def test_small_upgrades_do_not_wait_one_after_the_other(lite, monkeypatch):
     many(lite, 24)
     slept, out = [], []
-    monkeypatch.setattr(fh_saas.ops.tenants.time, 'sleep', lambda s, sleep=time.sleep: slept.append(s) or out.append(sum(t.state == 'migrating' for t in lite.tenants())) or sleep(0.2))
+    monkeypatch.setattr(fh_saas.ops.upgrades.time, 'sleep', lambda s, sleep=time.sleep: slept.append(s) or out.append(sum(t.state == 'migrating' for t in lite.tenants())) or sleep(0.2))
     begun = time.monotonic()
     assert len(upgraded(lite, lambda db: None, workers=2)) == 24 and slept == [fh_saas.db_tenant.heeded]*24
     assert 4 < max(out) <= 2*16 and time.monotonic() - begun < 24*0.2  # with two at once it would take 2.4 seconds and the time of the upgrades
 
 def test_long_upgrades_keep_few_tenants_out_of_service(lite, monkeypatch):
     many(lite, 12)
-    monkeypatch.setattr(fh_saas.ops.tenants, 'heeded', 0.05)
+    monkeypatch.setattr(fh_saas.ops.upgrades, 'heeded', 0.05)
     out = []
     def upgrade(db):
         time.sleep(0.3)
@@ -702,11 +704,11 @@ def test_long_upgrades_keep_few_tenants_out_of_service(lite, monkeypatch):
 
 def test_a_tenant_whose_state_somebody_else_changes_is_not_upgraded(lite, monkeypatch):
     many(lite, 1)
-    real = fh_saas.ops.tenants.write_notes
+    real = fh_saas.ops.upgrades.write_notes
     def other(*args, **notes):
         real(*args, **notes)
         if 'state_before' in notes: lite.set_state('t0', 'migrating')  # at this moment
-    monkeypatch.setattr(fh_saas.ops.tenants, 'write_notes', other)
+    monkeypatch.setattr(fh_saas.ops.upgrades, 'write_notes', other)
     assert upgraded(lite, lambda db: 1/0) == dict(t0='FhSaasError') and lite.find('t0').state == 'migrating'
 
 def same(host): return HostDatabase(str(host.url.render_as_string(hide_password=False)))
@@ -729,7 +731,7 @@ def test_of_two_who_upgrade_at_once_the_second_waits_and_finds_it_done(host, pre
 def test_who_was_killed_while_it_upgraded_is_not_waited_for_for_long(host, prefix, age, waits):
     get_or_create_tenant_db(prefix, host=host).close()
     with writing(host.engine) as conn: write_meta(conn, upgrading=f'web:1:abc {timestamp(time.time() - age)}')
-    turn = fh_saas.ops.tenants._Turn(host)
+    turn = fh_saas.ops.upgrades.HostTurn(host)
     assert turn.take() != waits
     with writing(host.engine) as conn: write_meta(conn, upgrading='')
     assert upgraded(host, lambda db: None) == {prefix: None}
@@ -738,8 +740,8 @@ def test_who_was_killed_while_it_upgraded_is_not_waited_for_for_long(host, prefi
 @pytest.mark.parametrize('how', ['stopped', 'without the host', 'without its thread'])
 def test_who_was_not_heard_of_for_long_begins_no_further_tenant(lite, monkeypatch, how):
     many(lite, 3)
-    monkeypatch.setattr(fh_saas.ops.tenants, 'heeded', 0)
-    turn = fh_saas.ops.tenants._Turn
+    monkeypatch.setattr(fh_saas.ops.upgrades, 'heeded', 0)
+    turn = fh_saas.ops.upgrades.HostTurn
     made, init, read = [], turn.__init__, turn._read
     monkeypatch.setattr(turn, '__init__', lambda self, host: init(self, host) or made.append(self))
     monkeypatch.setattr(turn, 'give', lambda self: monkeypatch.setattr(turn, '_read', read))
@@ -748,22 +750,22 @@ def test_who_was_not_heard_of_for_long_begins_no_further_tenant(lite, monkeypatc
         if how == 'stopped':  # and another has the turn by now
             with writing(lite.engine) as conn: write_meta(conn, upgrading=f'web:1:abc {timestamp()}')
         else: monkeypatch.setattr(turn, '_read', lambda *args: 1/0 if how == 'without its thread' else (_ for _ in ()).throw(DatabaseUnavailable('gone')))
-        made[0].kept -= fh_saas.ops.tenants.turn_lasts
+        made[0].kept -= fh_saas.ops.upgrades.turn_lasts
     ran = []
     assert upgraded(lite, upgrade, workers=1) == dict(t0=None, t1='FhSaasError', t2='FhSaasError') and ran == ['t0']
 
 @pytest.mark.parametrize('heard', [True, False])
 def test_who_upgrades_one_tenant_for_long_is_heard_of_meanwhile(lite, monkeypatch, heard):
-    monkeypatch.setattr(fh_saas.ops.tenants, 'turn_lasts', 1.5)
-    turn = fh_saas.ops.tenants._Turn
+    monkeypatch.setattr(fh_saas.ops.upgrades, 'turn_lasts', 1.5)
+    turn = fh_saas.ops.upgrades.HostTurn
     if not heard: monkeypatch.setattr(turn, '_keep', lambda self: None)
     with turn(lite):
         time.sleep(2)
         assert turn(lite).take() != heard
 
 def test_who_was_not_heard_of_for_long_and_has_the_turn_again_keeps_it(lite, monkeypatch):
-    monkeypatch.setattr(fh_saas.ops.tenants, 'turn_lasts', 1.5)
-    turn = fh_saas.ops.tenants._Turn
+    monkeypatch.setattr(fh_saas.ops.upgrades, 'turn_lasts', 1.5)
+    turn = fh_saas.ops.upgrades.HostTurn
     with turn(lite) as mine:
         other = turn(lite)
         with writing(lite.engine) as conn: write_meta(conn, upgrading=f'{other.who} {timestamp()}')
@@ -777,7 +779,7 @@ def test_who_was_not_heard_of_for_long_and_has_the_turn_again_keeps_it(lite, mon
 
 def test_no_copy_is_put_back_while_tenants_are_upgraded(lite, tmp_path, monkeypatch):
     many(lite, 2)
-    monkeypatch.setattr(fh_saas.ops.tenants, 'heeded', 0.1)
+    for m in (fh_saas.ops.upgrades, fh_saas.ops.copies): monkeypatch.setattr(m, 'heeded', 0.1)
     copy = export_tenant(lite, 't0', tmp_path/'copy')
     def upgrade(db):
         other = 'upgrades the tenants of this host.*nothing was changed' if db.tenant_id == 't1' else 'is migrating: nothing was put back'
@@ -787,7 +789,7 @@ def test_no_copy_is_put_back_while_tenants_are_upgraded(lite, tmp_path, monkeypa
     assert upgraded(lite, upgrade, workers=1) == dict(t0=None, t1=None) and len(ran) == 2
     assert lite.find('t0').held is None
     with ThreadPoolExecutor(1) as pool:
-        with fh_saas.ops.tenants._Turn(lite): later = pool.submit(restore_tenant, lite, 't0', copy); time.sleep(0.5); assert lite.find('t0').held is None
+        with fh_saas.ops.upgrades.HostTurn(lite): later = pool.submit(restore_tenant, lite, 't0', copy); time.sleep(0.5); assert lite.find('t0').held is None
         later.result(20)
     assert lite.find('t0').held
 
@@ -799,7 +801,7 @@ def test_a_version_may_be_a_number(lite):
 
 def test_a_tenant_is_suspended_though_its_database_is_locked(lite):
     many(lite, 1)
-    fh_saas.ops.tenants.write_notes(lite.url_of(lite.find('t0')), lite, state_before='active')  # left by one who was killed
+    fh_saas.ops.upgrades.write_notes(lite.url_of(lite.find('t0')), lite, state_before='active')  # left by one who was killed
     with sqlite3.connect(lite.url_of(lite.find('t0')).database, isolation_level=None) as conn:
         conn.execute('BEGIN IMMEDIATE')
         suspend_tenant('t0', lite)
@@ -809,22 +811,22 @@ def test_a_tenant_is_suspended_though_its_database_is_locked(lite):
 def test_a_note_of_who_upgrades_now_is_not_taken_for_one_that_was_left(lite):
     many(lite, 1)
     with writing(lite.engine) as conn: write_meta(conn, upgrading=f'web:1:abc {timestamp()}')
-    fh_saas.ops.tenants.write_notes(lite.url_of(lite.find('t0')), lite, state_before='active')
+    fh_saas.ops.upgrades.write_notes(lite.url_of(lite.find('t0')), lite, state_before='active')
     suspend_tenant('t0', lite)
     with pytest.raises(TenantSuspended, match='migrate again'): resume_tenant('t0', lite)
 
 def test_no_password_of_a_url_is_in_the_arguments_of_a_tool(monkeypatch):
     seen = []
-    monkeypatch.setattr(fh_saas.ops.tenants.subprocess, 'run', lambda args, env, **kw: seen.append((args, env)) or SimpleNamespace(returncode=0, stdout=''))
-    monkeypatch.setattr(fh_saas.ops.tenants.shutil, 'which', lambda name: f'/bin/{name}')
+    monkeypatch.setattr(fh_saas.ops.copies.subprocess, 'run', lambda args, env, **kw: seen.append((args, env)) or SimpleNamespace(returncode=0, stdout=''))
+    monkeypatch.setattr(fh_saas.ops.copies.shutil, 'which', lambda name: f'/bin/{name}')
     for url in ('postgresql://u:s3cret@h/db', 'postgresql://u@h/db?password=s3cret&sslmode=require'):
-        fh_saas.ops.tenants._copy_pg(sa.make_url(url), 'there')
+        fh_saas.ops.copies._copy_pg(sa.make_url(url), 'there')
         args, env = seen.pop()
         assert 's3cret' not in ' '.join(args) and env['PGPASSWORD'] == 's3cret' and 'host=h' in args[-1]
-    with pytest.raises(DatabaseUnavailable, match='key without one'): fh_saas.ops.tenants._copy_pg(sa.make_url('postgresql://u@h/db?sslpassword=s3cret'), 'there')
+    with pytest.raises(DatabaseUnavailable, match='key without one'): fh_saas.ops.copies._copy_pg(sa.make_url('postgresql://u@h/db?sslpassword=s3cret'), 'there')
 
 def test_who_has_lost_his_turn_does_not_end_that_of_another(host):
-    one, two, three = (fh_saas.ops.tenants._Turn(host) for _ in range(3))
+    one, two, three = (fh_saas.ops.upgrades.HostTurn(host) for _ in range(3))
     assert one.take() and not two.take()
     with writing(host.engine) as conn: write_meta(conn, upgrading=f'{one.who} {timestamp(time.time() - 20)}')  # `one` was stopped for so long
     assert two.take()
@@ -851,7 +853,7 @@ def test_a_tenant_that_is_suspended_while_it_is_upgraded_is_not_resumed_before_t
 def test_a_run_that_is_interrupted_leaves_no_tenant_out_of_service_that_it_did_not_come_to(lite, monkeypatch):
     ids = many(lite, 40)
     lite.set_state('t39', 'migrating')  # another run was cut off there
-    monkeypatch.setattr(fh_saas.ops.tenants, 'heeded', 0.3)
+    monkeypatch.setattr(fh_saas.ops.upgrades, 'heeded', 0.3)
     ran = []
     run = migrate_tenants(lite, lambda db: ran.append(db.tenant_id), '2', workers=2)
     next(run)
@@ -864,12 +866,12 @@ def test_a_run_that_is_interrupted_leaves_no_tenant_out_of_service_that_it_did_n
 def test_a_run_that_ended_between_its_last_two_steps_keeps_nobody_from_resuming(lite):
     many(lite, 1)
     assert upgraded(lite, lambda db: None) == dict(t0=None)
-    fh_saas.ops.tenants.write_notes(lite.url_of(lite.find('t0')), lite, state_before='active')
+    fh_saas.ops.upgrades.write_notes(lite.url_of(lite.find('t0')), lite, state_before='active')
     suspend_tenant('t0', lite)
     resume_tenant('t0', lite)
     assert lite.find('t0').state == 'active'
     suspend_tenant('t0', lite)
-    fh_saas.ops.tenants.write_notes(lite.url_of(lite.find('t0')), lite, state_before='active')
+    fh_saas.ops.upgrades.write_notes(lite.url_of(lite.find('t0')), lite, state_before='active')
     with pytest.raises(TenantSuspended): resume_tenant('t0', lite)
     assert upgraded(lite, lambda db: 1/0) == dict(t0=None)  # it is done
     resume_tenant('t0', lite)
@@ -878,9 +880,9 @@ def test_a_run_that_ended_between_its_last_two_steps_keeps_nobody_from_resuming(
 def test_what_another_process_has_done_meanwhile_is_not_done_again(lite, monkeypatch, how):
     many(lite, 1)
     def wait(s):
-        if how == 'done': fh_saas.ops.tenants.write_notes(lite.url_of(lite.find('t0')), lite, app_version='2')
+        if how == 'done': fh_saas.ops.upgrades.write_notes(lite.url_of(lite.find('t0')), lite, app_version='2')
         lite.set_state('t0', 'active')
-    monkeypatch.setattr(fh_saas.ops.tenants.time, 'sleep', wait)
+    monkeypatch.setattr(fh_saas.ops.upgrades.time, 'sleep', wait)
     ran = []
     assert upgraded(lite, ran.append) == dict(t0=None if how == 'done' else 'FhSaasError') and ran == [] and lite.find('t0').state == 'active'
 

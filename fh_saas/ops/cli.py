@@ -19,7 +19,9 @@ from ..jobs.rules import kept_by
 from ..jobs.settings import Settings
 from ..jobs.tenancy import rules_of, settle_held
 from .cli_jobs import job_commands
-from .tenants import export_tenant, migrate_tenants, restore_tenant, suspended, tenant_report
+from .copies import export_tenant, restore_tenant
+from .tenants import suspended, tenant_report
+from .upgrades import migrate_tenants
 from .terminal import did, table, the_host
 from ..workers.fleet import Fleet
 from ..workers.worker import BadTarget, Worker, load_target, supervise, unusable
