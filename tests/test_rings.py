@@ -14,7 +14,7 @@ from fh_saas.utils_bgtsk import BackgroundTaskManager
 from fh_saas.jobs.tenancy import rules_of
 from fh_saas.jobs import notes
 from fh_saas.jobs.wake import Wakes, wakes_of
-from fh_saas.workers import runner
+from fh_saas.workers import lookout
 from fh_saas.workers.fleet import Fleet
 from fh_saas.workers.runner import Runner
 
@@ -74,7 +74,7 @@ def test_a_ring_is_heard_at_once(host, serve):
     p.wait(10)
 
 def test_who_is_called_does_not_ask_the_host_first(host, serve, monkeypatch):
-    monkeypatch.setattr(runner, 'headstart', 60)
+    monkeypatch.setattr(lookout, 'headstart', 60)
     p = child(host, 'rings')
     time.sleep(2)
     p.stdin.write('\n'); p.stdin.flush()
@@ -395,10 +395,10 @@ def test_the_sweep_finds_what_nobody_rang_for_and_visits_nobody_else(tmp_path):
 
 def test_an_idle_process_looks_less_often_until_somebody_comes(host):
     with Runner(host, Settings(poll=3600)) as r: pass  # what it listens with is there, and nobody listens any more
-    often, seldom = (runner.glance, 3*runner.glance) if r.wakes.bell else (0.5, 0.5)
+    often, seldom = (lookout.glance, 3*lookout.glance) if r.wakes.bell else (0.5, 0.5)
     r._lively = time.monotonic()
     assert r._pause() == often
-    r._lively -= runner.drowsy
+    r._lively -= lookout.drowsy
     assert r._pause() == seldom
     r._visiting.add('acme')
     assert r._pause() == often
