@@ -411,7 +411,7 @@ def test_a_call_keeps_a_process_awake(tmp_path, monkeypatch):
         def __init__(self, *args): pass
         def wait(self, seconds): time.sleep(0.01); return calls.pop() if calls else []
         def close(self): pass
-    monkeypatch.setattr(runner, 'Ear', CalledEar)
+    monkeypatch.setattr(lookout, 'Ear', CalledEar)
     monkeypatch.setattr(Runner, '_hurry', lambda self, id: True)  # it looks there without a visit
     h = HostDatabase(f'sqlite:///{tmp_path}/host.db')
     with Runner(h, Settings(poll=3600)) as r:
