@@ -368,7 +368,7 @@ def test_a_list_of_some_jobs_asks_for_the_same_when_it_looks_again(web):
 def test_a_banner_finds_the_jobs_of_its_page_behind_many_others(web):
     m = web.m['acme']
     id = m.submit('ours', sync, path='x', run_at='2100-01-01')[0]
-    for n in range(60): m.submit('other', sync, path='x', run_at='2100-01-01')
+    m.submit_many('other', sync, [dict(path='x')]*450, run_at='2100-01-01')
     @web.app.route('/page', methods=['GET'])
     def page(): return JobBanner(m, 'ours', 'theirs')
     @web.app.route('/since', methods=['GET'])

@@ -139,6 +139,15 @@ def _row(m, j):
     return Tr(Td(title(j)), Td(Span(words(state), cls=f'fs-status fs-{state}')), Td(bar, ' ', Span(j.progress_message or '', **_now(j, 'message')) if j.status not in final else ''), Td(since(j.started_at or j.created_at), title=shown(j.created_at)), Td(summary(j)), data_state=state)
 
 # %% ../../nbs/web/07_components.ipynb #6a6708ec
+def _since(store, types, at, n=20) -> list: # Their ids
+    "The newest jobs that were submitted since the page was loaded; of those of others, a thousand are passed by"
+    found, cursor = [], None
+    for _ in range(5):
+        rows, cursor = store.page(200, cursor)
+        found += [r['id'] for r in rows if (not types or r['job_type'] in types) and (r['created_at'] or '') >= at]
+        if len(found) >= n or cursor is None or not rows or (rows[-1]['created_at'] or '') < at: break
+    return found[:n]
+
 def JobBanner(m:BackgroundTaskManager,
     *types:str, # Job types that belong to this page; all if none is named
     live:bool=False,
@@ -147,7 +156,7 @@ def JobBanner(m:BackgroundTaskManager,
 ):
     "What is still under way: a user who returns to a page sees it, and then how it ended"
     rows = m.store.under_way(5, types)[:5]
-    if at: seen = [*seen, *[r['id'] for r in m.store.page(200)[0] if (not types or r['job_type'] in types) and (r['created_at'] or '') >= at][:20]]
+    if at: seen = [*seen, *_since(m.store, types, at)]
     there = {r['id'] for r in rows}
     if seen: rows += m.store.these([i for i in dict.fromkeys(seen) if i not in there])
     lines = [m.job_class(**r) for r in rows]
