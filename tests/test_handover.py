@@ -3,7 +3,8 @@ import asyncio, sqlite3, threading, time
 from concurrent.futures import Future
 from contextlib import contextmanager
 import psycopg, pytest
-from fh_saas.db_connect import DatabaseBusy, DatabaseUnavailable, NewerDatabase
+from fh_saas.db_connect import DatabaseBusy, DatabaseUnavailable, NewerDatabase, writing
+from fh_saas.jobs import heartbeats
 from fh_saas.jobs.ends import Stale
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.rules import Limits
@@ -311,6 +312,20 @@ def test_a_claim_of_a_suspect_that_was_not_confirmed_is_given_back(make, monkeyp
     with psycopg.connect(m.store.url.set(drivername='postgresql').render_as_string(hide_password=False)) as conn: conn.execute('UPDATE tenant_jobs SET run_at = created_at, lost = 1, attempt = 1, retry_count = 1')
     m.engine.attend(m.store)
     assert m.wait(id, 20).status == 'completed' and done and [a['number'] for a in m.attempts(id)] == [2]
+
+def test_a_suspect_that_runs_for_long_does_not_keep_the_others_waiting(kind, make, monkeypatch):
+    monkeypatch.setattr(heartbeats, 'trusted_after', 1.5)
+    m, over, begun = make(kind), threading.Event(), []
+    def long(): begun.append(time.monotonic()); over.wait(30)
+    ids = [m.submit('t', long, 3, run_at='2100-01-01')[0] for _ in range(3)]
+    with writing(m.store.engine) as conn: conn.execute(m.store.t.jobs.update().values(run_at='2020-01-01T00:00:00.000000', lost=1, attempt=1, retry_count=1))
+    m.engine.attend(m.store)
+    wait_until(lambda: len(begun) == 3, 20)
+    assert all(1.4 < b - a < 8 for a, b in zip(begun, begun[1:])) and not over.is_set()
+    over.set()
+    assert {m.wait(id, 20).status for id in ids} == {'completed'}
+    calm(m)
+    assert not m.engine.slot.taken
 
 def test_claims_that_never_began_are_in_no_doubt_and_those_that_are_stay_so_until_the_engine_stops(make, monkeypatch):
     m = make('postgresql', lease=60)

@@ -60,7 +60,7 @@ def _written(self:Recorder, a, written):
     "An outcome is on the disk; or it is dropped, because the claim was lost"
     a.desk.let_go(a, ended=written and a.outcome.status != 'pending')
     self._free_key(a)
-    if a.suspect: self._visit_soon(self.slot.give())
+    self._clear(a)
     if not written and a.outcome.kind != 'release':
         self.stale += 1
         log.warning('%s: its outcome %r was dropped: the job is not its own any more', a, a.outcome.kind)

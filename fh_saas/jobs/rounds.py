@@ -73,7 +73,7 @@ def _passed_over(self:Rounds, a):
 def _tell_nobody(self:Rounds, a):
     "It is not run here: who waits for it goes on"
     for future in (a.done, a.waiter): future and settle(future)
-    if a.suspect: self._visit_soon(self.slot.give())
+    self._clear(a)
 
 # %% ../../nbs/jobs/13_rounds.ipynb #aca96aff
 @patch
