@@ -181,7 +181,7 @@ def _sqlite_connect(u, synchronous, busy, create=False, explicit=True):
                 _wal(conn, busy)
                 for pragma in (f'synchronous={synchronous}', 'foreign_keys=ON', 'data_version'): conn.execute(f'PRAGMA {pragma}').fetchall()  # the last one reads
             except BaseException: conn.close(); raise
-            if file == file_of(u): return conn
+            if file in (None, file_of(u)): return conn  # None: it was made here
             conn.close()
     raise DatabaseUnavailable(f"{show_url(u)}: the file was replaced each time that it was opened: try again")
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 import pytest
 import sqlalchemy as sa
+from hypothesis import given, settings, strategies as st
 import fh_saas.db_tenant
 from conftest import wait_until
 from children.launch import Child
@@ -21,7 +22,7 @@ from fh_saas.utils_bgtsk import BackgroundTaskManager, QueueClosed
 from fh_saas.ops import copies
 from fh_saas.ops.copies import export_tenant, restore_tenant
 from fh_saas.ops.terminal import the_host
-from fh_saas.workers.fleet import Fleet
+from fh_saas.workers.fleet import Fleet, share_turn
 from fh_saas.workers.worker import Worker
 
 command = 'import sys; from fh_saas.ops.cli import main; sys.exit(main())'
@@ -46,8 +47,8 @@ class Shop:
     def submit(self, tenant_id, func=ping, **kw): return self.manager(tenant_id).submit(func.__name__, func, **kw)[0]
     def row(self, tenant_id, job_id): return self.manager(tenant_id).get_job(job_id)
 
-    def worker(self, *args, lease=30):
-        self.procs.append(p := Child('-c', command, 'worker', 'fleet_app:host', *args, FLEET_HOST=self.host.url.render_as_string(hide_password=False), FLEET_TRACE=self.trace, FLEET_LEASE=lease))
+    def worker(self, *args, lease=30, target='fleet_app:host'):
+        self.procs.append(p := Child('-c', command, 'worker', target, *args, FLEET_HOST=self.host.url.render_as_string(hide_password=False), FLEET_TRACE=self.trace, FLEET_LEASE=lease))
         return p
 
     def forget(self):
@@ -624,6 +625,66 @@ def test_limits_are_counted_by_one_at_a_time(new_url):
         except QuotaExceeded: return False
     with ThreadPoolExecutor(4) as pool: assert sum(pool.map(add, stores)) == 1
     for s in stores: s.close()
+
+
+# --- A limit that is less than the number of processes
+
+class _Fleet:
+    "Processes that share the limit of a queue, each with its engine, on one host whose clock is moved"
+    def __init__(self, url, n, limit):
+        self.host, self.limit = HostDatabase(url), limit
+        self.fleet, self.engines = Fleet(self.host), [Engine(Settings(concurrency=4)) for _ in range(n)]
+        for e in self.engines: self.beat(e)
+        for e in self.engines: self.beat(e)
+    def hand(self, e): return e.line.in_hand().get('q', 0)
+    def look(self, e): e.line.shares = self.fleet.shares(e, dict(q=self.limit))
+    def beat(self, e): self.look(e); self.fleet.beat(e)
+    def claim(self, e):
+        if self.hand(e) < e.line.limit('q'): e.line._by_queue['q'] = self.hand(e) + 1
+    def end(self, e): e.line._by_queue['q'] = max(0, self.hand(e) - 1)
+    def pass_time(self, seconds): self.fleet.db.kind.ahead += seconds
+    def close(self):
+        for e in self.engines: e.stop(0)
+        for x in (self.fleet.db.bell, self.fleet.db, self.host): x and x.close()
+
+moves = st.lists(st.tuples(st.sampled_from(['look', 'beat', 'claim', 'claim', 'end', 'time', 'time']), st.integers(0, 3), st.sampled_from([1, 3, 5])), max_size=80)
+
+@settings(max_examples=80, deadline=None)
+@given(n=st.integers(1, 4), limit=st.integers(1, 3), moves=moves)
+def test_turns_of_a_limit_never_come_to_more_than_it(tmp_path_factory, n, limit, moves):
+    f = _Fleet(f'sqlite:///{tmp_path_factory.mktemp("turns")}/host.db', n, limit)
+    silent = [0]*n
+    try:
+        for what, i, seconds in moves:
+            if what == 'time':
+                for k in range(n):
+                    if silent[k] + seconds > 8: f.beat(f.engines[k]); silent[k] = 0
+                f.pass_time(seconds)
+                silent = [s + seconds for s in silent]
+            else:
+                getattr(f, what)(f.engines[i % n])
+                if what == 'beat': silent[i % n] = 0
+            assert sum(map(f.hand, f.engines)) <= limit, [(f.hand(e), e.line.shares) for e in f.engines]
+    finally: f.close()
+
+def test_each_process_has_its_turn_at_a_limit_of_one(tmp_path):
+    f, had = _Fleet(f'sqlite:///{tmp_path}/host.db', 3, 1), []
+    for _ in range(6):
+        for _ in range(2): [f.beat(e) for e in f.engines]
+        [holder] = [e for e in f.engines if e.line.limit('q')]
+        had.append(holder)
+        f.pass_time(share_turn)
+    assert len({*had[:3]}) == 3 and had[3:] == had[:3]
+    f.close()
+
+def test_a_job_of_a_limited_queue_waits_for_no_process_that_does_not_know_it(files, tmp_path):
+    "One of two processes does not know the task, and it is its turn or not"
+    rules_of(files.host).set(queue='imports', concurrency=1)
+    strangers = [files.worker('--concurrency', '2', target='fleet_stranger:host') for _ in range(3)]
+    w = files.worker()
+    wait_until(lambda: len(Fleet(files.host).workers()) == 4, 30)
+    jobs = [files.submit('acme', queue='imports', n=n) for n in range(3)]
+    wait_until(lambda: len(files.said('ping')) == 3, 100)
 
 
 # --- Several processes under one

@@ -1,5 +1,6 @@
 "Tenants that are made anew and files that are replaced while processes still remember the ones before"
 import sqlite3, subprocess, sys, time
+from pathlib import Path
 from concurrent.futures import ThreadPoolExecutor
 import pytest
 import sqlalchemy as sa
@@ -133,6 +134,17 @@ def test_a_step_that_was_undone_holds_nobody(host, new_engine):
     wait_until(lambda: m.get_job(ids[1]).status == 'completed')
     m.engine.run_job(m.store, ids[0], greet)
     assert host.find('acme').held is None and m.get_job(ids[0]).status == 'completed'
+
+def test_a_file_that_is_only_being_made_anew_gets_no_tables_from_who_knew_the_one_before(host, new_engine):
+    m = BackgroundTaskManager(db := open_tenant_db('acme', host), new_engine(concurrency=0))
+    db.close()
+    path = Path(m.store.url.database)
+    delete_tenant('acme', host, force=True)
+    path.touch()  # as whoever makes it anew does, a moment before saying whose it is
+    for _ in range(2):
+        with pytest.raises(DatabaseUnavailable, match='being made anew'): m.list_jobs()
+    get_or_create_tenant_db('acme', host=host).close()
+    assert m.list_jobs() == [] and m.submit('t', greet)
 
 # --- On a server a database that was made anew has the name of the one before, and no file to tell them apart
 

@@ -99,6 +99,11 @@ def limit(self:Line, queue) -> int:
     return min(own, self.shares.get(queue, own))
 
 @patch
+def in_hand(self:Line) -> dict:
+    "Jobs that are here, of each queue with a limit of its own"
+    return {q: n for q, n in list(self._by_queue.items()) if n and self.limited(q)}
+
+@patch
 def started(self:Line, a):
     "A job runs"
     self.running += 1

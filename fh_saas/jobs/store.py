@@ -9,14 +9,14 @@ __all__ = ['bind', 'PENDING', 'RUNNING', 'heavy', 'most_json', 'unique_lock', 'J
            'Busy', 'QuotaExceeded', 'Adding', 'added', 'bound', 'tagged', 'any_open']
 
 # %% ../../nbs/jobs/05_store.ipynb #5376d71b
-import asyncio, time
+import asyncio, os, time
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 import sqlalchemy as sa
 from fastcore.basics import patch
 from fastsql.core import NotFoundError
-from ..db_connect import DatabaseBusy, FhSaasError, connect, db_errors, meta_table, show_url
+from ..db_connect import DatabaseBusy, DatabaseUnavailable, FhSaasError, connect, db_errors, meta_table, show_url
 from ..db_host import timestamp
 from .commit import Committer
 from .drivers import SQLite
@@ -49,24 +49,33 @@ class Store(Committer):
     def opened(self):
         with db_errors(self.url):
             notes = self._noted()
-            if not isinstance(self.kind, SQLite) and 'tenant_id' in self.notes and 'tenant_id' not in notes: return  # whoever makes the tenant anew has not said yet whose it is
+            if 'tenant_id' in self.notes and 'tenant_id' not in notes:  # whoever makes the tenant anew has not said yet whose it is
+                if not isinstance(self.kind, SQLite): return
+                if not notes and self._young(): raise DatabaseUnavailable(f"{show_url(self.url)}: it is empty: is it being made anew? Try again in a moment")
             self.notes = notes
             if notes.get(f'schema:{self.t.jobs.name}') == str(schema_version): return
             ensure_tables(self.engine, self.t.jobs.name)
             self.engine.dispose()
             self.notes = self._noted()
 
-    def _noted(self) -> dict:
-        "What the database says about itself; nothing if it is new"
-        conn = connect(self.url, self.synchronous, self.busy)
-        try: notes = dict(conn.execute(_note).fetchall())
-        except Exception: conn.close(); return {}  # no such table, or something that the upgrade will name
-        self._spare.append(conn)
-        return notes
-
     def __repr__(self): return f'Store({show_url(self.url)}, {self.t.jobs.name})'
 
+# %% ../../nbs/jobs/05_store.ipynb #ff3fe3a7
 _note = str(sa.select(meta_table.c.key, meta_table.c.value))
+
+@patch
+def _noted(self:Store) -> dict:
+    "What the database says about itself; nothing if it is new"
+    conn = connect(self.url, self.synchronous, self.busy)
+    try: notes = dict(conn.execute(_note).fetchall())
+    except Exception: conn.close(); return {}  # no such table, or something that the upgrade will name
+    self._spare.append(conn)
+    return notes
+
+@patch
+def _young(self:Store) -> bool:
+    try: return time.time() < os.stat(self.url.database.removeprefix('file:')).st_mtime + 2
+    except OSError: return True
 
 # %% ../../nbs/jobs/05_store.ipynb #2fde0648
 @patch

@@ -19,7 +19,7 @@ from ..jobs.pool import Pool
 from ..jobs.store import any_open
 from ..jobs.tenancy import rules_of
 from ..jobs.wake import wakes_of
-from .fleet import Fleet, beat_every
+from .fleet import Fleet, beat_every, share_turn
 
 log = logging.getLogger('fh_saas.jobs')
 
@@ -36,7 +36,7 @@ class Lookout:
     def _begin(self):
         self.fleet, self.rules, self.wakes = Fleet(self.host), rules_of(self.host), wakes_of(self.host)
         self._stores, self._visiting, self._passed, self._shut, self._known, self._beaten, self._adopted, self._swept, self._news, self._lively = {}, set(), {}, set(), None, -60.0, -1e9, 0.0, True, 0.0
-        self._names, self._place = None, (0, 1)
+        self._names, self._place, self._turn = None, (0, 1), 0
         self._looking, self._todo, self._more, self._began, self._pool = threading.Lock(), deque(), False, {}, Pool(32, 'fh_saas-visit')
         self._watching = threading.Thread(target=self._watch, name='fh_saas-watch', daemon=True)
         self._watching.start()
@@ -204,10 +204,13 @@ def _each_second(self:Lookout):
     e.tidy(known, self._visiting)
     for id in [id for id, store in list(self._stores.items()) if not e.knows(store)]: self._stores.pop(id, None)
     if time.monotonic() > self._adopted + self.sweep: self._adopted = time.monotonic(); self.wakes.adopt()
-    if time.monotonic() > self._beaten + beat_every:
-        self._beaten = time.monotonic()
+    turn = int(time.time()//share_turn)
+    first, due = self._beaten < 0, time.monotonic() > self._beaten + beat_every or e.line.shares and turn != self._turn
+    if first: self.fleet.beat(e, self.kind, self.state)  # who is not known has no share
+    if due or e.line.shares: e.line.shares = self.fleet.shares(e, self.rules.queues())  # a turn that is over is given up before it is said
+    if due:
+        self._beaten, self._turn = time.monotonic(), turn
         self._obey(**self.fleet.beat(e, self.kind, self.state))
-        e.line.shares = self.fleet.shares(e, self.rules.queues())
         if not self.wakes.bell: self._place = self.fleet.place(e.worker)
     self._quietly(self.say_alive)
 
