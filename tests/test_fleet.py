@@ -677,6 +677,20 @@ def test_each_process_has_its_turn_at_a_limit_of_one(tmp_path):
     assert len({*had[:3]}) == 3 and had[3:] == had[:3]
     f.close()
 
+def test_what_a_process_that_ends_still_runs_is_taken_from_the_limit(tmp_path):
+    f = _Fleet(f'sqlite:///{tmp_path}/host.db', 3, 4)
+    ends, one, two = sorted(f.engines, key=lambda e: e.worker)
+    assert ends.line.limit('q') == 2
+    for _ in range(2): f.claim(ends)
+    f.fleet.beat(ends, state='stopping')
+    for e in (one, two): f.beat(e)
+    assert [e.line.limit('q') for e in (one, two)] == [1, 1]
+    f.end(ends); f.end(ends)
+    f.fleet.beat(ends, state='stopping')
+    for e in (one, two): f.beat(e)
+    assert [e.line.limit('q') for e in (one, two)] == [2, 2]
+    f.close()
+
 def test_a_job_of_a_limited_queue_waits_for_no_process_that_does_not_know_it(files, tmp_path):
     "One of two processes does not know the task, and it is its turn or not"
     rules_of(files.host).set(queue='imports', concurrency=1)

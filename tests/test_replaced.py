@@ -135,6 +135,31 @@ def test_a_step_that_was_undone_holds_nobody(host, new_engine):
     m.engine.run_job(m.store, ids[0], greet)
     assert host.find('acme').held is None and m.get_job(ids[0]).status == 'completed'
 
+def test_a_job_of_a_held_tenant_is_not_run_by_hand(host, new_engine):
+    registry, ran = Registry(), []
+    def f(): ran.append(1)
+    registry.add(f)
+    m = BackgroundTaskManager(db := open_tenant_db('acme', host), new_engine(registry))
+    db.close()
+    id, bg = m.submit('t', f)
+    m.engine.tenancy(m.store).refresh()
+    host.hold('acme', 'put back')
+    time.sleep(1.1)  # what the host said is believed for a second
+    assert m.run_job(id) is None and not ran and m.get_job(id).status == 'pending'
+    settle_held(host, 'acme', discard=False)
+    time.sleep(1.1)
+    m.run_job(id)
+    assert ran == [1]
+
+def test_facts_of_another_tenant_do_not_move_the_mark(host):
+    t = tenancy(host)
+    before = t.facts
+    delete_tenant('acme', host)
+    get_or_create_tenant_db('acme', host=host).close()
+    t.refresh()
+    t.advanced(dict(mark='41'), before)  # a claim of before, whose thread was slow
+    assert t.seen == 0
+
 def test_a_file_that_is_only_being_made_anew_gets_no_tables_from_who_knew_the_one_before(host, new_engine):
     m = BackgroundTaskManager(db := open_tenant_db('acme', host), new_engine(concurrency=0))
     db.close()
