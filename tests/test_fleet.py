@@ -734,6 +734,13 @@ def test_processes_end_with_the_one_that_watches_over_them(files, sig):
     wait_until(lambda: fleet.workers() == [], 20)
     wait_until(lambda: not any(Path(f'/proc/{pid}').exists() for pid in pids), 20)
 
+def test_a_worker_whose_terminal_is_closed_ends_as_if_it_was_told_to(files):
+    w = files.worker()
+    w.says('jobs at once')
+    w.send(signal.SIGHUP)
+    w.ends(20)
+    assert w.proc.returncode == 0 and Fleet(files.host).workers() == []
+
 def test_what_an_app_gave_setup_jobs_can_be_served(tmp_path):
     (tmp_path/'main.py').write_text("from fasthtml.common import fast_app\nfrom fh_saas.db_host import HostDatabase\nfrom fh_saas.web.setup import setup_jobs\napp, rt = fast_app()\njobs = setup_jobs(app, HostDatabase('sqlite:///host.db'))\n")
     p = Child('-c', command, 'worker', 'main:jobs', '--once', cwd=tmp_path)
