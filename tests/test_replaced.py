@@ -205,6 +205,14 @@ def test_a_tenant_that_was_made_anew_is_served_by_those_who_knew_the_one_before(
     bg.func(*bg.args)
     assert (m.get_job(id).status, len(m.list_jobs())) == ('completed', 1)
 
+def test_a_table_that_is_missing_is_not_said_to_be_there(far, new_engine):
+    name = f'x{gen_id()[-10:]}'
+    m = BackgroundTaskManager(db := get_or_create_tenant_db(name, host=far), new_engine(concurrency=0))
+    db.close()
+    id, _ = m.submit('t', greet)
+    with m.store.engine.begin() as conn: conn.exec_driver_sql('DROP TABLE tenant_job_attempts')
+    with pytest.raises(DatabaseUnavailable, match='are missing'): m.attempts(id)
+
 def test_a_database_that_is_only_being_made_anew_gets_no_tables_from_who_knew_the_one_before(far, new_engine):
     name = f'x{gen_id()[-10:]}'
     get_or_create_tenant_db(name, host=far).close()
