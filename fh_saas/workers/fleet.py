@@ -124,7 +124,7 @@ def share(
     ids:list, # Processes alive that serve it
     me:str,
     turn:int=0, # The number of this turn
-    kept=lambda id: 0, # Jobs that a process whose turn it is not may have still
+    kept=lambda id: 0, # Jobs that a process may have, also if its turn is over
 ) -> int:
     "What falls to this process"
     if me not in ids: return 0
@@ -132,7 +132,8 @@ def share(
     if each: return each + (sorted(ids).index(me) < rest)
     first = turn*rest % len(ids)
     order = sorted(ids)[first:] + sorted(ids)[:first]
-    return int(me in order[:max(0, rest - sum(map(kept, order[rest:])))])
+    free, new = rest - sum(map(kept, ids)), [id for id in order[:rest] if not kept(id)]
+    return int(me in order[:rest] and (new.index(me) < free if me in new else free + kept(me) > 0))
 
 @patch
 def place(self:Fleet, worker:str) -> tuple: # Its number, from 0, and how many there are
@@ -149,8 +150,8 @@ def shares(self:Fleet, e:Engine, limits:dict) -> dict:
     begun = timestamp(turn*share_turn)
     def of(q, limit):
         serve = {w.id: w for w in found if w.queues is None or q in w.queues}
-        ids, had = [id for id, w in serve.items() if w.state == 'running'], lambda id: serve[id].in_hand.get(q, 0)
+        ids, had = [id for id, w in serve.items() if w.state == 'running'], lambda id: (e.line.in_hand() if id == e.worker else serve[id].in_hand).get(q, 0)
         limit = max(0, limit - sum(had(id) for id, w in serve.items() if w.state == 'stopping'))
-        def kept(id): return max(had(id), share(limit, ids, id, turn - 1) if serve[id].beat_at < begun else 0)  # who has not been heard of since may have used its turn
+        def kept(id): return max(had(id), share(limit, ids, id, turn - 1) if id != e.worker and serve[id].beat_at < begun else 0)  # who has not been heard of since may have used its turn
         return share(limit, ids, e.worker, turn, kept)
     return {q: of(q, n) for q, n in limits.items()}
