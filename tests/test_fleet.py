@@ -631,10 +631,13 @@ def test_limits_are_counted_by_one_at_a_time(new_url):
 # --- A limit that is less than the number of processes
 
 class _Fleet:
-    "Processes that share the limit of a queue, each with its engine, on one host whose clock is moved"
+    "Processes that share the limit of a queue, each with its engine, on one host whose clock stands still until it is moved"
     def __init__(self, url, n, limit):
-        self.host, self.limit = HostDatabase(url), limit
+        self.host, self.limit, self.at = HostDatabase(url), limit, 1e9
         self.fleet, self.engines = Fleet(self.host), [Engine(Settings(concurrency=4)) for _ in range(n)]
+        for i, e in enumerate(self.engines): e.worker = f'vm:1:{i}'
+        kind, begin = self.fleet.db.kind, self.fleet.db.kind.begin
+        kind.now, kind.begin = lambda cur: self.at, lambda *args: begin(*args) and self.at
         for e in self.engines: self.beat(e)
         for e in self.engines: self.beat(e)
     def hand(self, e): return e.line.in_hand().get('q', 0)
@@ -643,7 +646,7 @@ class _Fleet:
     def claim(self, e):
         if self.hand(e) < e.line.limit('q'): e.line._by_queue['q'] = self.hand(e) + 1
     def end(self, e): e.line._by_queue['q'] = max(0, self.hand(e) - 1)
-    def pass_time(self, seconds): self.fleet.db.kind.ahead += seconds
+    def pass_time(self, seconds): self.at += seconds
     def close(self):
         for e in self.engines: e.stop(0)
         for x in (self.fleet.db.bell, self.fleet.db, self.host): x and x.close()
@@ -653,10 +656,10 @@ moves = st.lists(st.tuples(st.sampled_from(['look', 'beat', 'claim', 'claim', 'e
 @settings(max_examples=100, deadline=None)
 @given(n=st.integers(2, 3), limit=st.integers(1, 2), moves=moves)
 def test_turns_of_a_limit_never_come_to_more_than_it(tmp_path_factory, n, limit, moves):
+    fleet.share_turn = 6  # seconds, in which each has beaten at least once
     f = _Fleet(f'sqlite:///{tmp_path_factory.mktemp("turns")}/host.db', n, limit)
     silent = [0]*n
     try:
-        fleet.share_turn = 6  # seconds, in which each has beaten at least once
         for what, i, seconds in moves:
             if what == 'time':
                 for k in range(n):
