@@ -1,5 +1,5 @@
 "Workers as processes of their own, over the databases of many tenants; and what operators do to them meanwhile."
-import gc, json, os, shutil, signal, sqlite3, subprocess, sys, time, uuid
+import gc, itertools, json, os, shutil, signal, sqlite3, subprocess, sys, time, uuid
 from pathlib import Path
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -671,6 +671,19 @@ def test_turns_of_a_limit_never_come_to_more_than_it(tmp_path_factory, n, limit,
                 if what == 'beat': silent[i % n] = 0
             assert sum(map(f.hand, f.engines)) <= limit, [(f.hand(e), e.line.shares) for e in f.engines]
     finally: fleet.share_turn = share_turn; f.close()
+
+@pytest.mark.parametrize('order', itertools.permutations(range(3)))
+def test_who_has_a_job_still_when_its_turn_is_over_is_counted_by_all(tmp_path, order):
+    f, held = _Fleet(f'sqlite:///{tmp_path}/host.db', 3, 2), 0
+    for _ in range(4):
+        for e in f.engines: f.claim(e)
+        f.pass_time(share_turn)
+        for i in order: f.beat(f.engines[i])
+        for e in f.engines: held = max(held, sum(max(f.hand(x), x.line.limit('q')) for x in f.engines))
+        for e in f.engines: f.end(e)
+        for i in order: f.beat(f.engines[i])
+    assert held == 2
+    f.close()
 
 def test_each_process_has_its_turn_at_a_limit_of_one(tmp_path):
     f, had = _Fleet(f'sqlite:///{tmp_path}/host.db', 3, 1), []
