@@ -43,7 +43,6 @@ class Desk:
         self.unwritten, self.retry_at, self.pause = deque(), 0.0, 0.0  # outcomes the database did not take yet
         self.sparing = False  # are its jobs in their last attempt, so that none is claimed ahead?
         self.ended, self.seen = 0, ({}, 0)  # a mark of its last end; as of the begin of its turn, with that of each queue
-        self.due_again = None  # when the first job that goes back is due, as long as the host does not know
         self.freed = []  # desks that wait for a slot which turned out not to be needed
         self.quiet, self.hungry, self._beat, self._asked, self.checked, self.checked_place, self.barred = 0.0, False, 0.0, 0.0, 0.0, None, 0.0
         self._lock = threading.Lock()

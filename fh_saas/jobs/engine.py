@@ -58,7 +58,7 @@ class Engine(Recorder, Rounds, Handles, Stopping):
         self._ended = {}  # queue -> mark of the last end in it, for those with a limit
         self._errands, self._blocked, self._agenda, self._watched = OrderedDict(), OrderedDict(), [], (0.0, False)
         self._waiting, self._claims, self._running, self._loop = set(), set(), False, None
-        self._stuck = 0  # threads of attempts that were given up
+        self._stuck, self._again = 0, {}  # threads of attempts that were given up; desk -> when a job that goes back is due there, until the host knows
         self._followed, self._following, self._commit_seen = [], False, threading.Event()  # jobs in transactions of others
         self._lock, self._wake = threading.RLock(), threading.Condition()
 

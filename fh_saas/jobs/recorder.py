@@ -72,16 +72,16 @@ def _written(self:Recorder, a, written):
 def _due_again(self:Recorder, desk, at):
     "Let the host know when a job that goes back is due: this process may be gone by then"
     if desk.tenancy is None: return
-    with desk._lock: first, desk.due_again = desk.due_again is None, min(at, desk.due_again or at)
-    if not first: return
-    if self.stopping: self._tell_due(desk)
-    else: self.house.submit(self._tell_due, desk)
+    with self._lock: first, self._again[desk] = not self._again, min(at, self._again.get(desk, at))
+    if self.stopping: self._tell_due()
+    elif first: self.house.submit(self._tell_due)
 
 @patch
-def _tell_due(self:Recorder, desk):
-    with desk._lock: at, desk.due_again = desk.due_again, None
-    try: at is None or desk.tenancy.wakes.ring(desk.tenancy.tenant_id, timestamp(at))
-    except FhSaasError as e: log.warning('tenant=%s: the host does not know of a retry, it is found later: %s', desk.store.tenant, e)
+def _tell_due(self:Recorder):
+    while self._again:
+        with self._lock: desk, at = self._again.popitem() if self._again else (None, None)
+        try: desk and desk.tenancy.wakes.ring(desk.tenancy.tenant_id, timestamp(at))
+        except FhSaasError as e: log.warning('tenant=%s: the host does not know of a retry, it is found later: %s', desk.store.tenant, e)
 
 @patch
 def _all_written(self:Recorder, desk, ends):
