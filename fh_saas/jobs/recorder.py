@@ -69,6 +69,19 @@ def _written(self:Recorder, a, written):
     if a.done: settle(a.done, a.outcome if written else None)
 
 @patch
+def _all_written(self:Recorder, desk, ends):
+    over, others = [], []
+    for a in ends: (others if a.suspect or a.outcome.status == 'pending' else over).append(a)
+    desk.let_go(*over, ended=True)
+    for a in over:
+        if a.row['concurrency_key'] is not None: self._free_key(a)
+    if events.subscribers: events.tell(*(_end_of(a.store, a.row, a.outcome) for a in over))
+    for a in over:
+        if a.done: settle(a.done, a.outcome)
+    for a in others: self._written(a, True)
+
+# %% ../../nbs/jobs/12_recorder.ipynb #6637b084
+@patch
 def _due_again(self:Recorder, desk, at):
     "Let the host know when a job that goes back is due: this process may be gone by then"
     if desk.tenancy is None: return
@@ -82,18 +95,6 @@ def _tell_due(self:Recorder):
         with self._lock: desk, at = self._again.popitem() if self._again else (None, None)
         try: desk and desk.tenancy.wakes.ring(desk.tenancy.tenant_id, timestamp(at))
         except FhSaasError as e: log.warning('tenant=%s: the host does not know of a retry, it is found later: %s', desk.store.tenant, e)
-
-@patch
-def _all_written(self:Recorder, desk, ends):
-    over, others = [], []
-    for a in ends: (others if a.suspect or a.outcome.status == 'pending' else over).append(a)
-    desk.let_go(*over, ended=True)
-    for a in over:
-        if a.row['concurrency_key'] is not None: self._free_key(a)
-    if events.subscribers: events.tell(*(_end_of(a.store, a.row, a.outcome) for a in over))
-    for a in over:
-        if a.done: settle(a.done, a.outcome)
-    for a in others: self._written(a, True)
 
 # %% ../../nbs/jobs/12_recorder.ipynb #25c10193
 def _end_of(store, row, o, status=None):

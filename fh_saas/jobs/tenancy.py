@@ -114,6 +114,7 @@ def read_notes(self:Tenancy,
             if last: raise
             self.refresh()
 
+# %% ../../nbs/jobs/17_tenancy.ipynb #4a34e01d
 @patch
 def advanced(self:Tenancy, notes:dict, facts:dict, steps:int=1):
     "What `notes` says is committed, and so many steps with it"
@@ -159,6 +160,7 @@ def _check_owner(store, host, tenant_id):
     raise TenantMismatch(f"the database of tenant {tenant_id!r} is one of tenant {its['tenant_id']!r}{'' if its.get('host_id', host.id) == host.id else ' of another host'}: "
         f"put the right file in its place; or, if {tenant_id!r} is to see what is in it, say so (adopt); nothing was changed")
 
+# %% ../../nbs/jobs/17_tenancy.ipynb #9140dfe8
 def settle_held(
     host:HostDatabase,
     tenant_id:str, # A tenant that is held
