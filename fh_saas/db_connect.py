@@ -147,12 +147,6 @@ def _wal(conn, busy):
         time.sleep(0.01)
 
 # %% ../nbs/00_db_connect.ipynb #81618013
-class _Gate:
-    "One thread at a time opens a file"
-    def __init__(self): self._lock = threading.Lock()
-    def __enter__(self): self._lock.acquire()
-    def __exit__(self, *exc): self._lock.release()
-
 def _no_gates():
     global _gates, _gates_lock
     _gates, _gates_lock = weakref.WeakValueDictionary(), threading.Lock()
@@ -160,8 +154,8 @@ def _no_gates():
 _no_gates()
 os.register_at_fork(after_in_child=_no_gates)  # who stands in one stands there in the parent
 
-def _gate(path) -> _Gate:
-    with _gates_lock: return _gates.setdefault(path, _Gate())
+def _gate(path) -> threading.Lock: # There as long as somebody is at it
+    with _gates_lock: return _gates.setdefault(path, threading.Lock())
 
 def file_of(u) -> tuple: # Device and inode; None if there is none
     "Which file a SQLite URL leads to"

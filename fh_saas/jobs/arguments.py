@@ -128,6 +128,7 @@ class Wire:
         if self.same is not None and type(v) is self.same: return v
         return msgspec.convert(v, self.typ, str_keys=True, dec_hook=_unpacked)
 
+# %% ../../nbs/jobs/06_arguments.ipynb #6be41fc8
 def wire(typ) -> Wire: # None: values of this type are taken as they come
     "The way of a type, if it has one"
     if typ is inspect.Parameter.empty or isinstance(typ, str): return None

@@ -103,13 +103,14 @@ class SQLite:
     def durable(self, cur): return  # as its level says
     def pairs(self, o): return sa.func.json_each(o).table_valued('key', 'value')
 
-# %% ../../nbs/jobs/03_drivers.ipynb #2851dcf5
+# %% ../../nbs/jobs/03_drivers.ipynb #ad272381
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 locked = '55P03'  # lock_timeout
 deadlock = '40P01'  # one of two transactions that waited for each other was ended: nothing of it was written
 ended = '57P01'  # the server was told to end the connection, and answers the next message with that
 no_table = '42P01'  # another database has that name by now: its tenant was deleted, and made anew
 
+# %% ../../nbs/jobs/03_drivers.ipynb #2851dcf5
 class PostgreSQL:
     "Rows that others hold are skipped; the server's clock is the clock"
     name, dialect, insert, ahead = 'postgresql', psycopg.dialect(), staticmethod(postgresql.insert), 0.0

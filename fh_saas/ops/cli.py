@@ -156,6 +156,7 @@ def unsuspend(tenant:str, host:str=None):
     resume_tenant(tenant, h := the_host(host))
     did(h, 'unsuspend', f'tenant {tenant!r}', f'tenant {tenant!r} is active')
 
+# %% ../../nbs/ops/01_cli.ipynb #1c82c52e
 def release(
     tenant:str, # A tenant that is held
     adopt:bool=False, # Also if the database says that it is another tenant's: who opens this one sees what is in it

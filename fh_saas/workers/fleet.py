@@ -141,6 +141,7 @@ def place(self:Fleet, worker:str) -> tuple: # Its number, from 0, and how many t
     ids = sorted({worker, *(w.id for w in self.workers() if w.state == 'running')})
     return ids.index(worker), len(ids)
 
+# %% ../../nbs/workers/00_fleet.ipynb #9a8201b6
 @patch
 def shares(self:Fleet, e:Engine, limits:dict) -> dict:
     "This process's share of each queue that has a limit for all together"
