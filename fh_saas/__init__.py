@@ -48,10 +48,11 @@ __version__ = "0.10.0"
 
 # The names that apps use, imported when they are first asked for: `import fh_saas` alone stays light.
 _names = {n: m for m, names in dict(
-    db_host='HostDatabase SystemJob timestamp gen_id', db_tenant='get_or_create_tenant_db open_tenant_db delete_tenant', utils_bgtsk='BackgroundTaskManager TenantJob',
-    **{'jobs.tasks': 'task', 'jobs.options': 'Unique InvalidJob', 'jobs.unique': 'NotUnique', 'jobs.retries': 'Permanent RetryAfter Snooze Cancel TimedOut',
+    db_connect='FhSaasError DatabaseBusy DatabaseUnavailable', db_host='HostDatabase SystemJob TenantNotFound timestamp gen_id', utils_bgtsk='BackgroundTaskManager TenantJob',
+    db_tenant='get_or_create_tenant_db open_tenant_db delete_tenant suspend_tenant resume_tenant TenantSuspended',
+    **{'jobs.tasks': 'task UnknownTask', 'jobs.options': 'Unique InvalidJob', 'jobs.unique': 'NotUnique', 'jobs.retries': 'TaskSignal Permanent RetryAfter Snooze Cancel TimedOut',
     'jobs.states': 'Priority Status', 'jobs.context': 'JobContext current_job', 'jobs.events': 'events Event', 'jobs.settings': 'Settings', 'jobs.store': 'JobNotFound QuotaExceeded',
-    'jobs.asking': 'JobFailed StillRunning', 'jobs.control': 'WrongState', 'jobs.arguments': 'BadPayload', 'jobs.masking': 'hide', 'workers.runner': 'Runner', 'web.setup': 'setup_jobs',
+    'jobs.asking': 'JobFailed StillRunning', 'jobs.control': 'WrongState', 'jobs.arguments': 'BadPayload', 'jobs.masking': 'hide', 'jobs.notice': 'QueueClosed', 'jobs.tenancy': 'rules_of', 'ops.upgrades': 'migrate_tenants', 'ops.copies': 'export_tenant restore_tenant', 'workers.runner': 'Runner', 'web.setup': 'setup_jobs',
     'web.access': 'Access', 'web.components': 'JobButton JobBanner JobProgress JobStatus JobResult JobList'}).items() for n in names.split()}
 __all__ = ['__version__', *_names]
 

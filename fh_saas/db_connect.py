@@ -36,6 +36,13 @@ def show_url(url) -> str:
     u = sa.make_url(url)
     return u.set(query={k: '***' if 'pass' in k.lower() else v for k, v in u.query.items()}).render_as_string(hide_password=True)
 
+def _covered(url) -> str:
+    "What is no URL, as far as it surely is no secret"
+    if not isinstance(url, str): return f'a {type(url).__name__}'
+    start, sep, rest = url.partition('://')
+    if not sep: return repr(url[:200]) if '@' not in url else 'a text without ://'
+    return repr(f"{start}://{'***@' if '@' in rest else ''}{rest.rpartition('@')[2].partition('?')[0][:200]}")
+
 _checked = set()  # what came out of `check_url`: the hot path brings it back for each connection
 
 def _keep(u):
@@ -49,14 +56,15 @@ def check_url(
     "Refuse what is not the URL of a SQLite file or a PostgreSQL database"
     if type(url) is sa.URL and url in _checked: return url
     try: u = sa.make_url(url)
-    except (ArgumentError, ValueError, TypeError):
-        raise InvalidDatabaseURL(f"{type(url).__name__} value is not a database URL; use sqlite:///path/to/file.db or postgresql://user:password@host:port/name") from None
+    except (ArgumentError, ValueError, TypeError) as e:
+        raise InvalidDatabaseURL(f"{_covered(url)} is not a database URL{': its port is no number' if type(e) is ValueError else ''}; use sqlite:///path/to/file.db or postgresql://user:password@host:port/name") from None
+    if '@' in (u.host or ''): raise InvalidDatabaseURL("there is an @ too many before the host: in a password it is written %40, / is %2F and : is %3A")
     name = u.get_backend_name()
     if name == 'sqlite':
         if u.database in (None, '', ':memory:') or u.query.get('mode') == 'memory' or 'mode=memory' in u.database or u.database.startswith('file::memory:'):
             raise UnsupportedDatabase(f"{u}: an in-memory database lives in one connection, and jobs need several (and must outlive the process); use a file, for example sqlite:///jobs.db")
         return _keep(u.set(drivername='sqlite', database=u.database if u.database.startswith('file:') else str(Path(u.database).resolve())))
-    if name == 'postgresql':
+    if name in ('postgresql', 'postgres'):
         if not u.database: raise InvalidDatabaseURL(f"{show_url(u)} names no database; add it: postgresql://user:password@host:port/name")
         return _keep(u.set(drivername='postgresql+psycopg'))
     raise InvalidDatabaseURL(f"{show_url(u)}: fh_saas runs on SQLite and PostgreSQL, not on {name!r}")
@@ -138,12 +146,13 @@ os.register_at_fork(before=lambda: [eng.dispose() for eng in list(_engines)])
 def _wal(conn, busy):
     "Switch `conn` to WAL, waiting for others who are switching: SQLite does not always wait by itself here"
     until = time.monotonic() + busy
+    sure = min(until, time.monotonic() + 0.1)
     while True:
         try:
             if any(conn.execute(f'PRAGMA journal_mode{to}').fetchone()[0] == 'wal' for to in ('', '=WAL')): return
+            if time.monotonic() > sure: return  # a file system without shared memory keeps its journal
         except sqlite3.OperationalError as e:
             if _kind(e) is not DatabaseBusy or time.monotonic() > until: raise
-        if time.monotonic() > until: return  # a file system without shared memory keeps its journal
         time.sleep(0.01)
 
 # %% ../nbs/00_db_connect.ipynb #81618013
@@ -157,6 +166,12 @@ os.register_at_fork(after_in_child=_no_gates)  # who stands in one stands there 
 def _gate(path) -> threading.Lock: # There as long as somebody is at it
     with _gates_lock: return _gates.setdefault(path, threading.Lock())
 
+@contextmanager
+def _through(gate, u, until):
+    if not gate.acquire(timeout=max(0.0, until - time.monotonic())): raise DatabaseBusy(f"{show_url(u)}: another connection held the write lock while others of this process waited to open the file: try again; nothing was written")
+    try: yield
+    finally: gate.release()
+
 def file_of(u) -> tuple: # Device and inode; None if there is none
     "Which file a SQLite URL leads to"
     try: st = os.stat(u.database.removeprefix('file:'))
@@ -167,12 +182,13 @@ def _sqlite_connect(u, synchronous, busy, create=False, explicit=True):
     if synchronous not in levels: raise ValueError(f"synchronous={synchronous!r}: use one of {', '.join(levels)}")
     own = u.database.startswith('file:')  # a URI that says itself how it wants to be opened
     path = f"{u.database}?{urlencode({k: v for k, v in u.query.items() if k != 'uri'})}" if own else f"file:{quote(u.database)}?mode={'rwc' if create else 'rw'}"
+    until = time.monotonic() + busy
     for _ in range(3):
-        with _gate(path):
+        with _through(_gate(path), u, until):
             file = file_of(u)
             conn = sqlite3.connect(path, uri=True, timeout=busy, check_same_thread=False, isolation_level=None if explicit else '')
             try:
-                _wal(conn, busy)
+                _wal(conn, max(0.0, until - time.monotonic()))
                 for pragma in (f'synchronous={synchronous}', 'foreign_keys=ON', 'data_version'): conn.execute(f'PRAGMA {pragma}').fetchall()  # the last one reads
             except BaseException: conn.close(); raise
             if file in (None, file_of(u)): return conn  # None: it was made here

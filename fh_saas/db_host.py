@@ -18,7 +18,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from fastcore.basics import patch
 from fastsql import Database
-from .db_connect import (FhSaasError, InvalidDatabaseURL, add_columns, check_url, inherited, lock_schema, of_this_process,
+from .db_connect import (DatabaseUnavailable, FhSaasError, InvalidDatabaseURL, add_columns, check_url, inherited, lock_schema, of_this_process,
     open_engine, read_meta, reading, show_url, write_meta, writing)
 
 # %% ../nbs/00_db_host.ipynb #a307a935
@@ -158,12 +158,16 @@ class HostDatabase:
         synchronous:str='FULL', # SQLite's level for the host and what its tenants' handles write: see `fh_saas.db_connect`; jobs have that of `Settings`
         create:bool=True, # Make it a host if it is none yet?
     ):
-        self.url, self.synchronous, self._db, self._db_of = check_url(db_url or env_url()), synchronous, None, None
-        if create and self.url.get_backend_name() == 'sqlite' and not self.url.database.startswith('file:'): Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
+        self.url, self.synchronous, self._db, self._db_of = check_url(env_url() if db_url is None else db_url), synchronous, None, None
+        if create and self.url.get_backend_name() == 'sqlite' and not self.url.database.startswith('file:'): self._make_folder(Path(self.url.database).parent)
         self.engine = open_engine(self.url, synchronous, create=create)
         try:
             with writing(self.engine) as conn: self.id = _catalog_in(conn, create)
         except BaseException: self.engine.dispose(); raise
+
+    def _make_folder(self, folder):
+        try: folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise DatabaseUnavailable(f"{show_url(self.url)}: its folder cannot be made ({e})") from e
 
     def __repr__(self): return f'HostDatabase({show_url(self.url)})'
 

@@ -35,6 +35,7 @@ from .jobs.events import event_of, events
 from .jobs.following import Followed
 from .jobs.notice import QueueClosed, hint, moment, open_for, ring, ringing, slow, soon  # noqa: F401
 from .jobs.options import InvalidJob, Unique, checked, checks, text  # noqa: F401
+from .jobs.payload import clean
 from .jobs.states import Outcome
 from .jobs.steering import Steering, WrongState  # noqa: F401
 from .jobs.store import Adding, added
@@ -102,6 +103,10 @@ class JobTask(BackgroundTask):
         self.func, self.args, self.kwargs, self.is_async = manager.run_job, (job_id, task_func), {}, False
         self.manager, self.is_new, self.later = manager, is_new, later
 
+    def __ft__(self):
+        log.warning('job=%s: its task was made a part of a page, where it is not shown and not run: return it beside the page; it runs %g s after its submit', self.args[0], self.manager.engine.settings.handoff)
+        return ''
+
     async def __call__(self):
         if self.later or not self.is_new: return
         try: engine, store = self.manager.here
@@ -135,6 +140,7 @@ def _alike(t, job_type, max_retries) -> dict: # Not to be changed
 def _meant(self:BackgroundTaskManager, job_type, task_func) -> tuple: # Job type and function
     "A task may be given by its function or its registered name alone: its jobs are filed under its name"
     if isinstance(job_type, str) and callable(task_func): return job_type, task_func
+    if callable(job_type) and task_func is not None and not isinstance(task_func, str): raise InvalidJob(f"{clean(repr(task_func), 80)} is no task: the arguments of a job go by keyword, submit(task, name=value)")
     if odd := next((x for x in (job_type, task_func) if inspect.isawaitable(x)), None): getattr(odd, 'close', int)(); raise InvalidJob("a coroutine is a call that was made already: give submit the function itself, and its arguments by keyword")
     if task_func is None and callable(job_type):
         if stands_for_itself(job_type): raise InvalidJob(f"{job_type!r} has no name to file its jobs under: submit('a_job_type', …)")
@@ -153,7 +159,7 @@ def _stored(self:BackgroundTaskManager, here, op, handoff=None, conn=None) -> di
     (engine, store), queue = here, op.jobs[0].get('queue', 'default')
     limits, served, tenancy = open_for(queue, engine, store), engine.serves(queue), engine.tenancy(store)
     op.delay, op.quota, op.after = self._handoff(served) if handoff is None else handoff, limits.pending, ringing(tenancy, queue, served)
-    if conn is None: store.refuse_beside_own()
+    if conn is None: store.refuse_beside_own(submits=True)
     begun = time.monotonic()
     hint(tenancy)
     try: said = added(store.write_soon(op, None if conn is None else lambda op: store.join(conn, op)))
@@ -263,7 +269,7 @@ def _operation(store, job, t) -> Adding:
     if callable(key := job.get('concurrency_key')): job['concurrency_key'] = t.key(job['payload'], key)
     if not unique: return Adding(store, [job])
     if not t.named: raise InvalidJob(f"unique: {t.func!r} has no name that other jobs could have too: give submit a function with @task")
-    return Once(store, job | dict(unique_key=unique_key(unique, t.name, t.signature.full(job['payload']))), unique)
+    return Once(store, job | dict(unique_key=unique_key(unique, t.name, t.signature.full(job['payload']))), unique, t.aliases)
 
 # %% ../nbs/02_utils_bgtsk.ipynb #5138e2c7
 @patch
@@ -280,7 +286,8 @@ def submit_many(self:BackgroundTaskManager,
     here, (job_type, task_func) = self.here, self._meant(job_type, task_func)
     (engine, store), registry = here, here[0].registry
     if stands_for_itself(task_func) or captures(task_func): raise InvalidJob(f"{task_func!r} has no name under which other processes find it: give submit_many a function with @task")
-    t, filed, payloads = registry.meet(task_func), text('job_type', job_type, 200), [*(payloads or [])]
+    if payloads is None: raise InvalidJob("submit_many: payloads are missing: a list with a dict of arguments for each job; it may be empty")
+    t, filed, payloads = registry.meet(task_func), text('job_type', job_type, 200), [*payloads]
     if unknown := options.keys() - {'triggered_by', 'queue', 'priority', 'run_at', 'timeout', 'tags', 'concurrency_key'}: raise InvalidJob(f"submit_many: {', '.join(sorted(unknown))} is no option here; arguments come in payloads")
     common = _by() | t.defaults | _attempts(t, max_retries) | checked(**options)
     if odd := next((p for p in payloads if not isinstance(p, dict)), None): raise BadPayload(f"payloads holds a {type(odd).__name__}: use a dict of the arguments of task {t.name!r} for each job")
@@ -314,7 +321,7 @@ async def _astored(self:BackgroundTaskManager, here, op, conn=None):
     limits = await in_thread(open_for, queue, engine, store) if tenancy and tenancy.rules.stale else open_for(queue, engine, store)
     if tenancy and not tenancy.wakes.hinted(tenancy.tenant_id): await in_thread(hint, tenancy)
     op.delay, op.quota, op.after = self._handoff(served), limits.pending, ringing(tenancy, queue, served)
-    if conn is None: store.refuse_beside_own(waits=False)
+    if conn is None: store.refuse_beside_own(waits=False, submits=True)
     try: said = added(await store.awrite_soon(op, engine.writers.submit, None if conn is None else lambda op: store.join(conn, op)))
     except DatabaseBusy as e: self._dropped(op); self._explain(e, conn)
     except Exception: self._dropped(op); raise

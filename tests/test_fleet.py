@@ -1,5 +1,5 @@
 "Workers as processes of their own, over the databases of many tenants; and what operators do to them meanwhile."
-import gc, itertools, json, os, shutil, signal, sqlite3, subprocess, sys, time, uuid
+import gc, itertools, json, os, random, shutil, signal, sqlite3, subprocess, sys, threading, time, uuid
 from pathlib import Path
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 import fh_saas.db_tenant
 from conftest import wait_until
 from children.launch import Child
-from fh_saas.db_connect import DatabaseBusy, FhSaasError, open_engine, reading, writing
+from fh_saas.db_connect import DatabaseBusy, DatabaseUnavailable, FhSaasError, open_engine, reading, writing
 from fh_saas.db_host import HostDatabase, NotAHost, seconds
 from fh_saas.db_tenant import TenantMismatch, delete_tenant, get_or_create_tenant_db, list_tenants, open_tenant_db, suspend_tenant, resume_tenant
 from fh_saas.jobs.engine import Engine
@@ -17,13 +17,13 @@ from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.store import JobNotFound, QuotaExceeded
 from fh_saas.jobs.tasks import Registry
 from fh_saas.jobs.tenancy import Held, rules_of, settle_held
-from fh_saas.jobs.wake import wakes_of
+from fh_saas.jobs.wake import Wakes, wakes_of
 from fh_saas.utils_bgtsk import BackgroundTaskManager, QueueClosed
 from fh_saas.ops import copies
 from fh_saas.ops.copies import export_tenant, restore_tenant
 from fh_saas.ops.terminal import the_host
-from fh_saas.workers import fleet
 from fh_saas.workers.fleet import Fleet, share_turn
+from fh_saas.workers.runner import Runner
 from fh_saas.workers.worker import Worker
 
 command = 'import sys; from fh_saas.ops.cli import main; sys.exit(main())'
@@ -632,45 +632,58 @@ def test_limits_are_counted_by_one_at_a_time(new_url):
 
 class _Fleet:
     "Processes that share the limit of a queue, each with its engine, on one host whose clock stands still until it is moved"
-    def __init__(self, url, n, limit):
+    def __init__(self, url, n, limit, there=None):
         self.host, self.limit, self.at = HostDatabase(url), limit, 1e9
-        self.fleet, self.engines = Fleet(self.host), [Engine(Settings(concurrency=4)) for _ in range(n)]
-        for i, e in enumerate(self.engines): e.worker = f'vm:1:{i}'
+        self.fleet, self.engines, self.states = Fleet(self.host), [Engine(Settings(concurrency=4)) for _ in range(n)], {}
+        for i, e in enumerate(self.engines): e.worker, e.line.shares = f'vm:1:{i}', dict(q=0)
         kind, begin = self.fleet.db.kind, self.fleet.db.kind.begin
         kind.now, kind.begin = lambda cur: self.at, lambda *args: begin(*args) and self.at
-        for e in self.engines: self.beat(e)
-        for e in self.engines: self.beat(e)
-    def hand(self, e): return e.line.in_hand().get('q', 0)
-    def look(self, e): e.line.shares = self.fleet.shares(e, dict(q=self.limit))
-    def beat(self, e): self.look(e); self.fleet.beat(e)
+        for e in self.engines[:there]: self.beat(e)
+        for e in self.engines[:there]: self.beat(e)
+    def runs(self, e): return e.line._running_by_queue.get('q', 0)
+    def run(self, e, n): e.line._running_by_queue['q'] = self.runs(e) + n
+    def beat(self, e): self.fleet.beat(e, state=self.states.get(e, 'running'), limits=dict(q=self.limit))
+    def second(self, e):
+        if self.fleet.shifts(e, self.states.get(e, 'running'), dict(q=self.limit)): self.beat(e)
     def claim(self, e):
-        if self.hand(e) < e.line.limit('q'): e.line._by_queue['q'] = self.hand(e) + 1
-    def end(self, e): e.line._by_queue['q'] = max(0, self.hand(e) - 1)
+        if self.runs(e) < e.line.limit('q'): self.run(e, 1)
+    def end(self, e):
+        if self.runs(e): self.run(e, -1)
+    def quiet(self, e): self.states[e] = 'running' if e in self.states and self.states[e] == 'quiet' else 'quiet'
+    def stopping(self, e): self.states[e] = 'stopping'; self.beat(e)
+    def leave(self, e):
+        if self.runs(e) == 0: self.fleet.leave(e.worker); e.line.shares = dict(q=0)
     def pass_time(self, seconds): self.at += seconds
+    @property
+    def most(self): return sum(max(self.runs(e), e.line.limit('q')) for e in self.engines)
     def close(self):
         for e in self.engines: e.stop(0)
         for x in (self.fleet.db.bell, self.fleet.db, self.host): x and x.close()
 
-moves = st.lists(st.tuples(st.sampled_from(['look', 'beat', 'claim', 'claim', 'end', 'time', 'time']), st.integers(0, 3), st.sampled_from([1, 2, 3])), min_size=20, max_size=80)
+moves = st.lists(st.tuples(st.sampled_from(['second', 'second', 'beat', 'claim', 'claim', 'claim', 'end', 'quiet', 'stopping', 'leave', 'time', 'time']), st.integers(0, 4), st.sampled_from([1, 2, 7])), min_size=20, max_size=100)
 
-@settings(max_examples=100, deadline=None)
-@given(n=st.integers(2, 3), limit=st.integers(1, 2), moves=moves)
-def test_turns_of_a_limit_never_come_to_more_than_it(tmp_path_factory, n, limit, moves):
-    fleet.share_turn = 6  # seconds, in which each has beaten at least once
-    f = _Fleet(f'sqlite:///{tmp_path_factory.mktemp("turns")}/host.db', n, limit)
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(2, 5), there=st.integers(0, 5), limit=st.integers(1, 5), moves=moves)
+def test_shares_of_a_limit_never_come_to_more_than_it(tmp_path_factory, n, there, limit, moves):
+    "Whatever processes come, go, fall silent for a while or are asked to be quiet: also what they may begin in the next moment counts"
+    f = _Fleet(f'sqlite:///{tmp_path_factory.mktemp("shares")}/host.db', n, limit, there)
     silent = [0]*n
     try:
         for what, i, seconds in moves:
             if what == 'time':
-                for k in range(n):
-                    if silent[k] + seconds > 4: f.beat(f.engines[k]); silent[k] = 0
+                for k, e in enumerate(f.engines):
+                    if silent[k] + seconds > 14 and (e.line.shares['q'] or f.runs(e)): f.beat(e); silent[k] = 0
                 f.pass_time(seconds)
                 silent = [s + seconds for s in silent]
             else:
                 getattr(f, what)(f.engines[i % n])
-                if what == 'beat': silent[i % n] = 0
-            assert sum(map(f.hand, f.engines)) <= limit, [(f.hand(e), e.line.shares) for e in f.engines]
-    finally: fleet.share_turn = share_turn; f.close()
+                if what in ('beat', 'stopping'): silent[i % n] = 0
+            assert f.most <= limit, [(f.runs(e), e.line.shares) for e in f.engines]
+        f.states.clear()
+        for e in f.engines: f.run(e, -f.runs(e))
+        for _ in range(3): [f.beat(e) for e in f.engines]
+        assert f.most == limit  # and nothing of it is lost
+    finally: f.close()
 
 @pytest.mark.parametrize('order', [''.join(p) for p in itertools.permutations('012')])
 def test_who_has_a_job_still_when_its_turn_is_over_is_counted_by_all(tmp_path, order):
@@ -678,37 +691,93 @@ def test_who_has_a_job_still_when_its_turn_is_over_is_counted_by_all(tmp_path, o
     for busy in ('0', '1', '2', '01', '02', '12'):
         for _ in range(3):
             for i in busy: f.claim(f.engines[int(i)])
-            f.pass_time(share_turn)
-            for i in order: f.beat(f.engines[int(i)])
-            most = max(most, sum(max(f.hand(e), e.line.limit('q')) for e in f.engines))
+            f.pass_time(share_turn/2)
+            for e in f.engines: f.beat(e)  # none of them is lost
+            f.pass_time(share_turn/2)
+            for i in order: f.second(f.engines[int(i)])
+            most = max(most, f.most)
             for e in f.engines: f.end(e)
-            for i in order: f.beat(f.engines[int(i)])
+            for i in order*2: f.second(f.engines[int(i)])
+            assert f.most == 2
     assert most == 2
     f.close()
+
+def test_shares_hold_while_processes_take_them_at_the_same_moment(url):
+    "Each has a connection and a thread of its own"
+    host = HostDatabase(url)
+    fleets, engines, over = [Fleet(host) for _ in range(4)], [Engine(Settings(concurrency=4)) for _ in range(4)], []
+    for f in fleets[1:]: f.db = Wakes(host)
+    until = time.monotonic() + 3
+    def process(f, e, me):
+        while time.monotonic() < until:
+            f.beat(e, limits=dict(q=3), state=random.choice(['running', 'quiet']))
+            if sum(x.line.shares.get('q', 0) for x in engines) > 3: over.append([x.line.shares for x in engines])
+    threads = [threading.Thread(target=process, args=(f, e, n)) for n, (f, e) in enumerate(zip(fleets, engines))]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    for e in engines: e.stop(0)
+    for f in fleets[1:]: f.db.close()
+    assert not over and len(fleets[0].workers()) == 4
 
 def test_each_process_has_its_turn_at_a_limit_of_one(tmp_path):
     f, had = _Fleet(f'sqlite:///{tmp_path}/host.db', 3, 1), []
     for _ in range(6):
-        for _ in range(2): [f.beat(e) for e in f.engines]
+        for _ in range(2): [f.second(e) for e in f.engines]
         [holder] = [e for e in f.engines if e.line.limit('q')]
         had.append(holder)
         f.pass_time(share_turn)
+        for e in f.engines: f.beat(e)
     assert len({*had[:3]}) == 3 and had[3:] == had[:3]
     f.close()
 
-def test_what_a_process_that_ends_still_runs_is_taken_from_the_limit(tmp_path):
+@pytest.mark.parametrize('state', ['stopping', 'quiet'])
+def test_what_a_process_that_begins_nothing_still_runs_is_taken_from_the_limit(tmp_path, state):
     f = _Fleet(f'sqlite:///{tmp_path}/host.db', 3, 4)
     ends, one, two = sorted(f.engines, key=lambda e: e.worker)
     assert ends.line.limit('q') == 2
     for _ in range(2): f.claim(ends)
-    f.fleet.beat(ends, state='stopping')
-    for e in (one, two): f.beat(e)
-    assert [e.line.limit('q') for e in (one, two)] == [1, 1]
+    f.states[ends] = state
+    f.beat(ends)
+    for e in (one, two): f.second(e)
+    assert [e.line.limit('q') for e in (ends, one, two)] == [0, 1, 1]
     f.end(ends); f.end(ends)
-    f.fleet.beat(ends, state='stopping')
-    for e in (one, two): f.beat(e)
+    f.second(ends)
+    for e in (one, two): f.second(e)
     assert [e.line.limit('q') for e in (one, two)] == [2, 2]
     f.close()
+
+def test_jobs_in_line_take_no_share_from_others(tmp_path):
+    f = _Fleet(f'sqlite:///{tmp_path}/host.db', 3, 2)
+    [busy] = [e for e in f.engines if e.worker.endswith('0')]
+    busy.line._by_queue['q'] = 30  # claimed ahead
+    for e in f.engines*2: f.beat(e)
+    assert f.most == 2
+    f.close()
+
+def test_who_cannot_reach_the_host_for_long_gives_its_shares_up(tmp_path, monkeypatch):
+    host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    rules_of(host).set(queue='imports', concurrency=2)
+    with Runner(host, Settings(concurrency=4)) as r:
+        wait_until(lambda: r.engine.line.shares == dict(imports=2), 10)
+        def away(*args, **kw): raise DatabaseUnavailable('away')
+        monkeypatch.setattr(r, '_each_second', away)
+        time.sleep(1.5)
+        assert r.engine.line.shares == dict(imports=2)
+        r._beaten = time.monotonic() - 14
+        wait_until(lambda: r.engine.line.shares == dict(imports=0), 5)
+    host.close()
+
+def test_a_larger_share_calls_whom_the_limit_has_kept_waiting(new_manager, new_sqlite):
+    "As many as it has grown by"
+    m = new_manager(new_sqlite(), concurrency=4)
+    e, desk = m.engine, m.engine._desks[m.store]
+    e.crew.call = lambda *args: None
+    e.line.shares, e._blocked[desk], desk.hungry, desk.seen = dict(imports=0), frozenset({'imports'}), False, (e._ended.copy(), desk.ended)
+    e.admit(dict(imports=0))
+    assert desk in e._blocked
+    e.admit(dict(imports=1))
+    assert desk not in e._blocked and e.line.shares == dict(imports=1)
+    assert e._bar(desk, ['imports']) == 0.0 and desk not in e._blocked  # its turn had looked before
 
 def test_a_job_of_a_limited_queue_waits_for_no_process_that_does_not_know_it(files, tmp_path):
     "One of two processes does not know the task, and it is its turn or not"
@@ -718,6 +787,37 @@ def test_a_job_of_a_limited_queue_waits_for_no_process_that_does_not_know_it(fil
     wait_until(lambda: len(Fleet(files.host).workers()) == 4, 30)
     jobs = [files.submit('acme', queue='imports', n=n) for n in range(3)]
     wait_until(lambda: len(files.said('ping')) == 3, 100)
+
+
+# --- The end of a process
+
+def test_who_stops_beside_another_that_stops_returns_when_the_process_has_left(tmp_path, monkeypatch):
+    "A web server ends the process when the second one returns: that of its lifespan, after that of its signal"
+    host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    r, fleet = Runner(host, Settings(concurrency=1)).start(), Fleet(host)
+    wait_until(lambda: len(fleet.workers()) == 1, 10)
+    leave, at_it, go_on = r.fleet.leave, threading.Event(), threading.Event()
+    monkeypatch.setattr(r.fleet, 'leave', lambda *args: at_it.set() or go_on.wait(10) and leave(*args))
+    threads = [threading.Thread(target=r.stop) for _ in range(2)]
+    threads[0].start(); at_it.wait(10)
+    threads[1].start(); threads[1].join(0.5)
+    assert threads[1].is_alive()
+    go_on.set()
+    threads[1].join(10)
+    assert fleet.workers() == []
+    host.close()
+
+def test_processes_end_with_the_one_that_watches_over_them_though_the_host_is_away(files):
+    w = files.worker('--processes', '2')
+    fleet = Fleet(files.host)
+    wait_until(lambda: len(fleet.workers()) == 2, 30)
+    pids = [f.pid for f in fleet.workers()]
+    path = Path(files.host.url.database)
+    path.rename(path.with_name('away'))
+    try:
+        w.send(signal.SIGKILL)
+        wait_until(lambda: not any(Path(f'/proc/{pid}').exists() for pid in pids), 30)
+    finally: path.with_name('away').rename(path)
 
 
 # --- Several processes under one
@@ -742,6 +842,18 @@ def test_processes_that_cannot_import_their_target_are_not_started_for_ever(tmp_
         p = Child('-c', command, 'worker', target, '--processes', '2', cwd=tmp_path)
         p.ends(20)
         assert p.proc.returncode == 78 and why in p.text, p.text
+
+def test_what_a_target_reaches_for_in_vain_is_tried_again(tmp_path):
+    (tmp_path/'early.py').write_text('raise ConnectionRefusedError("nobody listens yet")')
+    p = Child('-c', command, 'worker', 'early:host', cwd=tmp_path)
+    p.ends(20)
+    assert p.proc.returncode == 1 and 'nobody listens yet' in p.text
+
+def test_a_module_may_have_a_name_that_is_no_identifier(tmp_path):
+    (tmp_path/'my-app.py').write_text(f'from fh_saas.db_host import HostDatabase\nhost = HostDatabase("sqlite:///{tmp_path}/host.db")')
+    p = Child('-c', command, 'worker', 'my-app:host', '--once', cwd=tmp_path)
+    p.ends(30)
+    assert p.proc.returncode == 0, p.text
 
 @pytest.mark.parametrize('sig', [signal.SIGKILL, signal.SIGHUP])
 def test_processes_end_with_the_one_that_watches_over_them(files, sig):

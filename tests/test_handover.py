@@ -1,7 +1,8 @@
 "Between a claim and the begin of its job, and between its end and the record of it: who waits, who has gone, who is not told."
-import asyncio, sqlite3, threading, time
+import asyncio, signal, sqlite3, threading, time
 from concurrent.futures import Future
 from contextlib import contextmanager
+from types import SimpleNamespace
 import psycopg, pytest
 from fh_saas.db_connect import DatabaseBusy, DatabaseUnavailable, NewerDatabase, writing
 from fh_saas.jobs import heartbeats
@@ -312,6 +313,47 @@ def test_a_claim_of_a_suspect_that_was_not_confirmed_is_given_back(make, monkeyp
     with psycopg.connect(m.store.url.set(drivername='postgresql').render_as_string(hide_password=False)) as conn: conn.execute('UPDATE tenant_jobs SET run_at = created_at, lost = 1, attempt = 1, retry_count = 1')
     m.engine.attend(m.store)
     assert m.wait(id, 20).status == 'completed' and done and [a['number'] for a in m.attempts(id)] == [2]
+
+def test_a_claim_that_is_interrupted_while_another_thread_writes_it_is_given_back(make):
+    m = make(concurrency=0)
+    id, _ = m.submit('t', lambda: 7, 1)
+    desk, s, led, at_it, go_on, done = m.engine._desks[m.store], m.store, threading.Event(), threading.Event(), threading.Event(), threading.Event()
+    threads = [threading.Thread(target=s.write, args=(lambda cur, now: led.set() or go_on.wait(10),)), threading.Thread(target=lambda: s.write(lambda cur, now: at_it.set() or done.wait(10)))]
+    def interrupt():
+        wait_until(lambda: len(s._queue) == 2)
+        go_on.set()
+        at_it.wait(10)  # the claim is in the same batch, and comes after this
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.3)
+        done.set()
+    threads[0].start(); led.wait(10)
+    threads[1].start(); wait_until(lambda: len(s._queue) == 1)
+    threads.append(t := threading.Thread(target=interrupt)); t.start()
+    with pytest.raises(KeyboardInterrupt): desk.claim(id)
+    for t in threads: t.join(10)
+    wait_until(lambda: m.get_job(id).status == 'running')  # nobody has it
+    desk.undoubt()
+    job = m.get_job(id)
+    assert (job.status, job.attempt) == ('pending', 0) and not desk.unsure
+
+def test_a_suspect_is_not_trusted_before_it_has_begun(make):
+    m = make(concurrency=0)
+    id, _ = m.submit('t', lambda: 7, 3)
+    with writing(m.store.engine) as conn: conn.execute(m.store.t.jobs.update().values(run_at='2020-01-01T00:00:00.000000', lost=1, attempt=1, retry_count=1))
+    e, desk = m.engine, m.engine._desks[m.store]
+    [a] = desk.suspect(e.slot, e._room(desk, 1, suspects=True))
+    e._see_to_suspects()
+    assert a.suspect and e.slot.taken
+    desk.give_back([a])
+
+def test_one_host_that_fails_in_another_way_keeps_no_retry_from_being_told(make):
+    m, rung = make(), []
+    class Desk:
+        def __init__(self, name, ring): self.store, self.tenancy = SimpleNamespace(tenant=name), SimpleNamespace(tenant_id=name, wakes=SimpleNamespace(ring=ring))
+    for name, ring in (('a', lambda id, at: 1/0), ('b', lambda id, at: rung.append(id)), ('c', lambda id, at: 1/0)): m.engine._due_again(Desk(name, ring), 1)
+    wait_until(lambda: rung == ['b'])
+    m.engine._due_again(Desk('d', lambda id, at: rung.append(id)), 1)
+    wait_until(lambda: rung == ['b', 'd'] and not m.engine._again)
 
 def test_a_suspect_that_runs_for_long_does_not_keep_the_others_waiting(kind, make, monkeypatch):
     monkeypatch.setattr(heartbeats, 'trusted_after', 1.5)

@@ -840,6 +840,28 @@ def test_a_transaction_that_an_interrupt_has_left_open_swallows_no_job(new_sqlit
     assert other.get('a')['status'] == 'pending' and add(other, id='b')
     store.close(); other.close()
 
+def test_who_waits_to_open_a_locked_file_does_not_wait_for_all_before_it(tmp_path):
+    "One at a time opens a file"
+    url, took = f'sqlite:///{tmp_path}/a.db', []
+    conn = sqlite3.connect(f'{tmp_path}/a.db', isolation_level=None)  # another program's, not in WAL mode
+    conn.execute('CREATE TABLE t (x)')
+    conn.execute('BEGIN EXCLUSIVE')
+    def opens(n):
+        began = time.monotonic()
+        with pytest.raises(DatabaseBusy), db_connect.db_errors(url): db_connect.connect(url, busy=1.0)
+        return time.monotonic() - began
+    with ThreadPoolExecutor(6) as pool: took = list(pool.map(opens, range(6)))
+    assert 0.9 < min(took) and max(took) < 2.5
+    conn.execute('ROLLBACK')
+    db_connect.connect(url, busy=1.0).close()
+    conn.close()
+
+def test_a_file_that_keeps_its_journal_is_opened_soon(tmp_path):
+    conn = SimpleNamespace(execute=lambda sql: SimpleNamespace(fetchone=lambda: ('delete',)))
+    began = time.monotonic()
+    db_connect._wal(conn, 5.0)
+    assert time.monotonic() < began + 1
+
 def test_where_there_is_no_shared_memory_a_commit_waits_for_readers(new_sqlite, monkeypatch):
     "On such a file system SQLite keeps its rollback journal"
     monkeypatch.setattr(db_connect, '_wal', lambda conn, busy: None)

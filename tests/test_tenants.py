@@ -743,7 +743,7 @@ def test_who_was_not_heard_of_for_long_begins_no_further_tenant(lite, monkeypatc
     monkeypatch.setattr(fh_saas.ops.upgrades, 'heeded', 0)
     turn = fh_saas.ops.upgrades.HostTurn
     made, init, read = [], turn.__init__, turn._read
-    monkeypatch.setattr(turn, '__init__', lambda self, host: init(self, host) or made.append(self))
+    monkeypatch.setattr(turn, '__init__', lambda self, host, *args: init(self, host, *args) or made.append(self))
     monkeypatch.setattr(turn, 'give', lambda self: monkeypatch.setattr(turn, '_read', read))
     def upgrade(db):
         ran.append(db.tenant_id)
@@ -814,6 +814,23 @@ def test_a_note_of_who_upgrades_now_is_not_taken_for_one_that_was_left(lite):
     fh_saas.ops.upgrades.write_notes(lite.url_of(lite.find('t0')), lite, state_before='active')
     suspend_tenant('t0', lite)
     with pytest.raises(TenantSuspended, match='migrate again'): resume_tenant('t0', lite)
+
+@pytest.mark.parametrize('note', ['web:1:abc 2020-01-01T00:00:00.000000', 'restore:web:1:abc now'])
+def test_a_note_that_was_left_keeps_no_tenant_from_being_resumed(lite, note):
+    many(lite, 1)
+    with writing(lite.engine) as conn: write_meta(conn, upgrading=note.replace('now', timestamp()))
+    fh_saas.ops.upgrades.write_notes(lite.url_of(lite.find('t0')), lite, state_before='active')
+    suspend_tenant('t0', lite)
+    resume_tenant('t0', lite)
+    assert lite.find('t0').state == 'active'
+
+def test_a_copy_is_put_back_when_who_upgraded_was_killed_just_before(lite, tmp_path, monkeypatch):
+    many(lite, 1)
+    monkeypatch.setattr(fh_saas.ops.copies, 'heeded', 0.1)
+    copy = export_tenant(lite, 't0', tmp_path/'copy')
+    with writing(lite.engine) as conn: write_meta(conn, upgrading=f'web:1:abc {timestamp(time.time() - 12)}')
+    restore_tenant(lite, 't0', copy)
+    assert lite.find('t0').held
 
 def test_no_password_of_a_url_is_in_the_arguments_of_a_tool(monkeypatch):
     seen = []

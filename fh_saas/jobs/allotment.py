@@ -89,6 +89,17 @@ def _bar(self:Allotment, desk,
 
 # %% ../../nbs/jobs/12_allotment.ipynb #74aa8d46
 @patch
+def admit(self:Allotment, shares:dict):
+    "What falls to this process of each limit that holds for all; whom it has kept from claiming may try again if that is more"
+    before, self.line.shares = self.line.shares, shares
+    with self._lock:
+        for q, n in shares.items():
+            if (more := n - before.get(q, n)) <= 0: continue
+            self._ended[q] = next(self._count)  # for a turn that is about to be barred
+            for d in [d for d, queues in self._blocked.items() if q in queues][:more]: self._blocked.pop(d); d.hungry, self._errands[d] = True, None
+    if self._errands: self.crew.call()
+
+@patch
 def _unblock(self:Allotment, desk, queue):
     "A job of `desk` has ended, in `queue`: whom a limit has kept from claiming may try again"
     desk.ended = next(self._count)  # before the look: a turn that is about to be barred looks at it afterwards

@@ -44,14 +44,18 @@ def list_jobs(self:Asking,
     whole('offset', offset, 0, 2**31-1)
     if odd := only.keys() - {'task', 'queue', 'triggered_by', 'rerun_of', 'tag'}: raise InvalidJob(f"list_jobs: {', '.join(sorted(odd))} is no filter: use job_type, status, task, queue, triggered_by, rerun_of or tag")
     if only.get('tag'): word('tag', only['tag'])
+    if status and status not in [*Status]: raise InvalidJob(f"list_jobs: status={clean(repr(status), 80)} is none of {', '.join(Status)}")
     only = {k: str(v) for k, v in dict(job_type=job_type, status=status, **only).items() if v}
     return [self.job_class(**r) for r in self.store.list(limit, offset, **only)]
 
 # %% ../../nbs/jobs/19_asking.ipynb #81cc37dd
 @patch
-def state(self:Asking, job:JobRecord) -> str:
+def state(self:Asking,
+    job:JobRecord, # Or its id
+) -> str:
     "The job's state in words: its status, or `waiting` (for a task that no living process has registered), `scheduled`, `retrying`, `snoozed`, `cancelling`"
     engine, store = self.here
+    if isinstance(job, str): job = self.get_job(job)
     shown = shown_state(job, timestamp(time.time() + store.kind.ahead), _known(engine, store, job) if job.status == Status.pending else None)
     # a job that waits for its response has no moment of its own
     return 'pending' if shown == 'scheduled' and seconds(job.run_at) <= seconds(job.created_at) + engine.settings.handoff + 0.001 else shown

@@ -134,18 +134,21 @@ def hear(self:Desk):
 # %% ../../nbs/jobs/11_desk.ipynb #700fbd67
 class Slot:
     "Room for one suspect in a process, whichever database it is from"
-    def __init__(self): self._lock, self.taken, self.waiting = threading.Lock(), False, []
+    def __init__(self): self._lock, self.taken, self.waiting, self._last, self._called = threading.Lock(), False, [], None, {}
 
     def take(self, desk) -> bool:
-        "Is it this desk's now? If not, the desk is told when it is free"
+        "Is it this desk's now? If not, the desk is told when it is free; who had it last lets those go first that were told"
         with self._lock:
-            if self.taken: self.waiting.append(desk); return False
-            self.taken = True
+            self._called.pop(desk, None)
+            if self.taken or desk is self._last and any(until > time.monotonic() for until in self._called.values()): self.waiting.append(desk); return False
+            self.taken, self._last = True, desk
             return True
 
     def give(self) -> list:
         "It is free again; the desks that wait for it"
-        with self._lock: waiting, self.waiting, self.taken = self.waiting, [], False
+        with self._lock:
+            waiting, self.waiting, self.taken = self.waiting, [], False
+            self._called = {d: time.monotonic() + 1 for d in waiting if d is not self._last}  # one that is shut by now may never come
         return waiting
 
 # %% ../../nbs/jobs/11_desk.ipynb #038819f5
@@ -159,8 +162,9 @@ def _claimed(self:Desk, claim, token):
     op.single = getattr(claim, 'single', False)
     try: return self.store.write(op)
     except BaseException as e:
-        # all others were rolled back: a commit was cut off, or interrupted; one that waits for a standby may come long after its answer was lost
-        if tried and (isinstance(e, DatabaseUnavailable) or type(e) is FhSaasError or not isinstance(e, Exception)):
+        # all others were rolled back: a commit was cut off, or interrupted; one that waits for a standby may come long after its answer was lost,
+        # and one that another thread is about to write is not begun yet
+        if not isinstance(e, Exception) or tried and (isinstance(e, DatabaseUnavailable) or type(e) is FhSaasError):
             with self._lock: self.doubtful[token], self.unsure = time.monotonic() + self.settings.lease + 60, True
         raise
 
@@ -263,7 +267,7 @@ def suspect(self:Desk, slot, room:Room) -> list: # Attempts; None if another one
     try: rows = self._claimed(lambda cur, now: claim(cur, now) if self._still_open() else [], token)
     finally: self.freed = [] if rows else slot.give()
     attempts = self._take(rows)
-    for a in attempts: a.suspect = True
+    for a in attempts: a.since, a.suspect = time.monotonic(), True
     return attempts
 
 @patch

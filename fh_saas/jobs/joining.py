@@ -136,8 +136,9 @@ def transaction(self:Store):
 @patch
 def refuse_beside_own(self:Store,
     waits:bool=True, # Would this thread wait, and keep an event loop from going on?
+    submits:bool=False, # Is a job to be written? On a server it would be committed by itself, whatever becomes of the transaction
 ):
     "Raise if who asks for the lock holds it"
-    if not isinstance(self.kind, SQLite): return
+    if not isinstance(self.kind, SQLite) and not submits: return
     if (those := _here.get()) and any(o.store is self and not o.over for o in those): raise InvalidJob("a transaction of this database is open here: pass it on with conn=…, or end it first; nothing was written")
-    if waits and self in _own.__dict__.get('stores', ()): raise DatabaseBusy(f"{show_url(self.url)}: another task of this event loop has a transaction open, and cannot end it while this one waits: hold none across an await, or try again; nothing was written")
+    if waits and isinstance(self.kind, SQLite) and self in _own.__dict__.get('stores', ()): raise DatabaseBusy(f"{show_url(self.url)}: another task of this event loop has a transaction open, and cannot end it while this one waits: hold none across an await, or try again; nothing was written")

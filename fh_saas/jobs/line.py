@@ -99,9 +99,16 @@ def limit(self:Line, queue) -> int:
     return min(own, self.shares.get(queue, own))
 
 @patch
-def in_hand(self:Line) -> dict:
-    "Jobs that are here, of each queue with a limit of its own"
-    return {q: n for q, n in list(self._by_queue.items()) if n and self.limited(q)}
+def give_up(self:Line, shares:dict):
+    "What of its shares is others' now goes at once; what it gains comes later"
+    with self._lock: self.shares = {q: min(n, self.shares.get(q, n)) for q, n in shares.items()}
+
+@patch
+def holds(self:Line, shares:dict=None) -> dict: # Only those that are not 0
+    "Jobs of each queue that run, or with these shares may begin"
+    with self._lock:
+        shares, running = self.shares if shares is None else shares, self._running_by_queue
+        return {q: n for q in {*running, *shares} if (n := max(running.get(q, 0), shares.get(q, 0)))}
 
 @patch
 def started(self:Line, a):
@@ -162,7 +169,7 @@ def _over(self:Line, a, took, now):
 def follow(self:Line, a, took:float): # None if another has the turn: `done` is still to be told
     "`a` has ended, and the next of the same task of the same database takes its place"
     with self._lock:
-        if not a.counted or self._newest is not a or a.lane.most or self.running > self.size or self._ring.first is not a.desk: return None
+        if not a.counted or self._newest is not a or a.lane.most or self.running > self.size or self._ring.first is not a.desk or self.shares and self._running_by_queue[q := a.row['queue']] > self.limit(q): return None
         b = (jobs := self._jobs[a.desk])[0]
         if b.lane is not a.lane or b.row['queue'] != a.row['queue']: return None
         if len(self._ring) > 1: self._ring.grant(a.desk, self.unit(), 1); self._ring.took(a.desk, 1)

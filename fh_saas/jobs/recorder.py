@@ -94,7 +94,7 @@ def _tell_due(self:Recorder):
     while self._again:
         with self._lock: desk, at = self._again.popitem() if self._again else (None, None)
         try: desk and desk.tenancy.wakes.ring(desk.tenancy.tenant_id, timestamp(at))
-        except FhSaasError as e: log.warning('tenant=%s: the host does not know of a retry, it is found later: %s', desk.store.tenant, e)
+        except Exception as e: log.warning('tenant=%s: the host does not know of a retry, it is found later: %s', desk.store.tenant, e, exc_info=not isinstance(e, FhSaasError))
 
 # %% ../../nbs/jobs/12_recorder.ipynb #25c10193
 def _end_of(store, row, o, status=None):
@@ -156,7 +156,7 @@ def _abandon(self:Recorder, a):
         self._stuck += 1
         if free := self._stuck <= most_stuck: self.crew.size += 1
     if free: self._off(a); self._unblock(a.desk, a.row['queue']); self._errand(a.desk); self._fed()
-    log.error('%s: given up; its thread runs on, the %s. that does%s', a, self._stuck, '' if free else ', and keeps its place, because there are too many of them')
+    log.error('%s: given up; its thread runs on, one of %s that do%s', a, self._stuck, '' if free else ', and keeps its place, because there are too many of them')
 
 # %% ../../nbs/jobs/12_recorder.ipynb #d738da89
 @patch

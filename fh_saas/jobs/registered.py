@@ -22,7 +22,7 @@ log = logging.getLogger('fh_saas.jobs')
 lost_after = 15 # seconds: a process that was silent for longer is taken for dead
 
 workers_table = sa.Table('fh_saas_workers', sa.MetaData(), sa.Column('id', sa.String, primary_key=True), *(sa.Column(c, sa.String) for c in
-    ('machine', 'kind', 'queues', 'jobs', 'state', 'started_at', 'beat_at', 'asked', 'tasks', 'in_hand')), *(sa.Column(c, sa.Integer) for c in ('pid', 'concurrency', 'running', 'asked_concurrency')))
+    ('machine', 'kind', 'queues', 'jobs', 'state', 'started_at', 'beat_at', 'asked', 'tasks', 'holds')), *(sa.Column(c, sa.Integer) for c in ('pid', 'concurrency', 'running', 'asked_concurrency')))
 
 most_names = 1000 # of tasks; a process that knows more does not say which
 

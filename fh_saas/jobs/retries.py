@@ -39,9 +39,10 @@ class Permanent(TaskSignal): "This will never work: fail at once, whatever attem
 
 class _Later(TaskSignal):
     def __init__(self,
-        seconds:float, # From now; 0 or more
+        seconds:float=None, # From now; 0 or more
         message:str='', # Why, for the record
     ):
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)): raise TypeError(f"{type(self).__name__}({'' if seconds is None else repr(seconds)}): say in how many seconds, for example {type(self).__name__}(60)")
         if not 0 <= seconds < float('inf'): raise ValueError(f"{type(self).__name__}({seconds!r}): seconds must be a finite number, 0 or more")
         super().__init__(message or f'again in {seconds:g} s')
         self.seconds = float(seconds)

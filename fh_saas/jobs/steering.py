@@ -19,6 +19,7 @@ from .options import InvalidJob, checked, moment, text, word
 from .payload import clean, from_json, to_json
 from .states import Status
 from .store import Adding
+from .unique import under_names
 
 # %% ../../nbs/jobs/20_steering.ipynb #01a535f5
 class Steering:
@@ -60,10 +61,15 @@ def _runnable(self:Steering, job):
 
 # %% ../../nbs/jobs/20_steering.ipynb #110c8b61
 @patch
+def _keys(self:Steering, job) -> list:
+    t = self.engine.registry.find(job.task, job.job_type)
+    return [job.unique_key, *(under_names(job.unique_key, (t.name, *t.aliases)) if t else ())]
+
+@patch
 def retry(self:Steering, job_id:str) -> JobRecord: # As it is now
     "Run a failed or cancelled job again, now, with at least one attempt"
     self._runnable(job := self.get_job(job_id))
-    if job.unique_key and job.has_ended and (twin := self.store.twin_of(job.unique_key)): raise WrongState(f"job {job.id} is unique, and the same one is there again: {twin[0]} is {twin[1]}; nothing was changed")
+    if job.unique_key and job.has_ended and (twin := self.store.twin_of(self._keys(job))): raise WrongState(f"job {job.id} is unique, and the same one is there again: {twin[0]} is {twin[1]}; nothing was changed")
     self._changed('retry', job_id, job.queue)
     return self.get_job(job_id)
 

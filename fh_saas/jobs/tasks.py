@@ -234,6 +234,8 @@ def task(
 ):
     "Register a function as a task; it stays a plain function"
     options = checked(queue=queue, priority=priority, max_retries=max_retries, timeout=timeout, unique=unique, concurrency_key=concurrency_key, tags=tags)
+    if not (isinstance(backoff, wait_base) or callable(backoff)): raise InvalidJob(f"backoff={clean(repr(backoff), 80)}: use a wait of tenacity, for example wait_fixed(60)")
+    if not isinstance(aliases, (str, list, tuple, set, frozenset)): raise InvalidJob(f"aliases={clean(repr(aliases), 80)}: use a name, or a list of names")
     aliases = (aliases,) if isinstance(aliases, str) else tuple(aliases)
     for n in aliases: text('alias', n, 200)
     own = dict(on_error=check_policy(on_error), rate=_rate(rate), isolate=_isolation(isolate, memory))

@@ -126,9 +126,10 @@ def advanced(self:Tenancy, notes:dict, facts:dict, steps:int=1):
 def tell(self:Tenancy, every:float=0.0):
     "Let the host know how far the database has come, at most once in `every` seconds"
     if self.seen <= self.told or time.monotonic() < self.told_at + every: return
-    mark, facts, self.told_at = self.seen, self.facts, time.monotonic()
+    with self._lock: mark, facts, self.told_at = self.seen, self.facts, time.monotonic()  # of one and the same epoch
     self.wakes.marked(self.tenant_id, mark, facts['created'], facts['epoch'])
-    if _which(self.facts) == _which(facts): self.told = mark
+    with self._lock:
+        if _which(self.facts) == _which(facts): self.told = mark
 
 @patch
 def hold(self:Tenancy, why:Held) -> bool: # False: it is another tenant by now, of the same name

@@ -24,7 +24,7 @@ from .tenants import suspended, tenant_report
 from .upgrades import migrate_tenants
 from .terminal import did, table, the_host
 from ..workers.fleet import Fleet
-from ..workers.worker import BadTarget, Worker, load_target, supervise, unusable
+from ..workers.worker import Unusable, Worker, load_target, supervise, unusable
 
 # %% ../../nbs/ops/01_cli.ipynb #2ac6ad79
 def queue_limits(pairs:list) -> dict: # None: all queues, without limits of their own
@@ -52,10 +52,15 @@ def worker(
     if processes > 1: return supervise(_alone(target, Queue, concurrency, grace, health, once), processes)
     try: runner = load_target(target)
     except FhSaasError: raise
-    except (ValueError, OSError): traceback.print_exc(); return unusable  # the app's own: where it comes from says more than its words
+    except (ValueError, OSError) as e:  # the app's own: where it comes from says more than its words
+        traceback.print_exc()
+        return unusable if isinstance(e, ValueError) else 1  # what it reaches for may come yet
     given = {k: v for k, v in dict(concurrency=limits and sum(limits.values()) if concurrency is None else concurrency, grace=grace).items() if v is not None}
-    settings = replace(runner.settings, **given) if runner.settings else Settings.from_env(**given)
-    Worker(runner.host, settings, limits or runner.queues, runner.sweep, health).run(once)
+    try:
+        settings = replace(runner.settings, **given) if runner.settings else Settings.from_env(**given)
+        w = Worker(runner.host, settings, limits or runner.queues, runner.sweep, health)
+    except ValueError as e: raise Unusable(str(e)) from e
+    w.run(once)
 
 def _alone(target, queues, concurrency, grace, health, once) -> list:
     "The command that starts one of several processes"
@@ -82,7 +87,7 @@ def ask(
     "Ask something of one process; it does so within a few seconds"
     h = the_host(host)
     id = Fleet(h).ask(worker, *((None, int(what)) if what.isdecimal() else (what,)))
-    did(h, 'ask', f'{what}: worker {id}', id)
+    did(h, 'ask', f'{what}: worker {id}', f"{id} is asked {f'to run {what} jobs at once' if what.isdecimal() else f'to be {what}' if what == 'quiet' else f'to {what}'}")
 
 # %% ../../nbs/ops/01_cli.ipynb #20a7df28
 def _scope(**names) -> dict:
@@ -131,6 +136,7 @@ def _mode(mode, done):
         was = next((x.mode for x in r.all() if (x.tenant, x.queue, x.task) == tuple(scope.values())), None)
         r.set(**scope, mode=mode)
         still = t and not mode and '; '.join(filter(None, (kept_by(r.all(), t), suspended(h, t))))
+        if not mode and was is None: done = 'there was no such rule'
         did(h, command.__name__, where, f"{where}: {done}{f', instead of {was}' if was and mode and was != mode else ''}{f'; still, {still}' if still else ''}")
     return command
 
@@ -243,4 +249,4 @@ def main():
     try:
         args, kw, _ = parse_cli(f)
         return f(*args, **kw)
-    except (CliError, FhSaasError, ValueError, OSError) as e: print(f'fh-saas {name}: {e}', file=sys.stderr); return unusable if isinstance(e, BadTarget) else 1
+    except (CliError, FhSaasError, ValueError, OSError) as e: print(f'fh-saas {name}: {e}', file=sys.stderr); return unusable if isinstance(e, Unusable) else 1

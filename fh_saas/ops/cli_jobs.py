@@ -99,6 +99,7 @@ def _bulk(action, done):
     ):
         only = dict(job_type=type, queue=queue, status=status, tag=tag, since=since, until=until)
         if job_ids and (everything or any(only.values())): raise CliError("name jobs or a filter, not both")
+        if not (job_ids or everything or any(v is not None for v in only.values())): raise CliError("which jobs? Name them, or a filter (--type, --queue, --status, --tag, --since, --until), or say --everything; nothing was changed")
         with _manager(host, tenant) as m:
             if job_ids: return _each(m, action, job_ids, done)
             which = ', '.join(f'{k} {v}' for k, v in only.items() if v) or 'everything'

@@ -15,7 +15,7 @@ from urllib.parse import quote
 import sqlalchemy as sa
 from ..db_connect import DatabaseBusy, DatabaseUnavailable, FhSaasError, NewerDatabase, connect, db_errors, open_engine, read_meta, reading, set_timeout, show_url
 from ..db_host import HostDatabase, TenantNotFound, gen_id, timestamp
-from ..db_tenant import TenantMismatch, heeded  # with this module a host has `url_of`
+from ..db_tenant import TenantMismatch, heeded, restoring, turn_lasts  # with this module a host has `url_of`
 from ..jobs.model import schema_version
 from ..jobs.store import Store
 from ..jobs.wake import wakes_of
@@ -71,14 +71,14 @@ def restore_tenant(
     host:HostDatabase,
     tenant_id:str,
     path:str, # A copy that `export_tenant` has made of this tenant
-    busy:float=10.0, # Seconds to wait for a lock, and for others who put a copy back or upgrade tenants
+    busy:float=turn_lasts + 1, # Seconds to wait for a lock, and for others who put a copy back or upgrade tenants, or were killed at it
 ):
     "Let a tenant's database be what it was when a copy was made, while others have it open; what it is now is gone"
     if (t := host.find(tenant_id)) is None: raise TenantNotFound(f"no tenant {tenant_id!r}")
     if t.state in ('migrating', 'deleting'): raise FhSaasError(f"tenant {tenant_id!r} is {t.state}: nothing was put back")
     if not Path(path).is_file(): raise FileNotFoundError(f"there is no file {path}")
     url = host.url_of(t)
-    with (_file if url.get_backend_name() == 'sqlite' else _archive)(url, path) as (notes, put), HostTurn(host, busy) as turn:
+    with (_file if url.get_backend_name() == 'sqlite' else _archive)(url, path) as (notes, put), HostTurn(host, busy, restoring) as turn:
         _check_copy(host, t, notes, path)
         why = f"tenant {tenant_id!r}: open jobs are held: since {timestamp()}Z this copy was to become its database: {path}"
         ours = host.hold(tenant_id, why, created_at=t.created_at, epoch=t.epoch)

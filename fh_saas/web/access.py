@@ -63,6 +63,8 @@ class Gate:
             if f is not None and not callable(f): raise TypeError(f"{name} is a {type(f).__name__}: use a function of the request, for example lambda req: req.session.get({name!r})")
         if tenant is not None and role is None: raise ValueError("tenant= says whose jobs a user may see, and nothing says what they may do: add role=lambda req: 'operator'")
         self.tenant, self.role, self.user = tenant, role, user
+        if not (tokens is None or isinstance(tokens, dict) or callable(tokens)): raise TypeError(f"tokens is a {type(tokens).__name__}: use a dict of token -> Access, or a function of the token")
+        if isinstance(tokens, dict) and (odd := next((a for a in tokens.values() if not isinstance(a, Access)), None)) is not None: raise TypeError(f"tokens holds a {type(odd).__name__}: say what a token may do with Access('operator', tenant='acme', user='ci')")
         if isinstance(tokens, dict): tokens = {_digest(t): a for t, a in tokens.items()}  # looked up by digest: the time it takes says nothing
         self.tokens = tokens
 

@@ -73,6 +73,7 @@ class Jobs:
     ):
         for name, p in dict(api=api, pages=pages).items():
             if not isinstance(p, str) or not p.startswith('/') or p.endswith('/') or quote(p) != p: raise ValueError(f"{name}={p!r}: use a path such as '/{name}', without an end of '/'")
+        if not isinstance(tasks, (dict, type(None))): raise TypeError(f"tasks is a {type(tasks).__name__}: use a dict of domain -> tasks, for example dict(products=[product_import])")
         self.app, self.gate, self.directory, self.api, self.pages, self.tasks = app, gate, directory, api, pages, tasks or {}
         self.secret, self.pace, self.routes = str(app.secret_key), Pace(*rate), []
         self.names_tenants = directory.host is not None

@@ -43,7 +43,7 @@ class WorkerRecord:
     asked: str = None
     asked_concurrency: int = None
     tasks: list = None
-    in_hand: dict = field(default_factory=dict)
+    holds: dict = field(default_factory=dict)
 
 # %% ../../nbs/workers/00_fleet.ipynb #a83e1b9e
 class Fleet:
@@ -57,16 +57,15 @@ class Fleet:
 
     def workers(self) -> list[WorkerRecord]:
         "All of them, the oldest first"
-        return self._rows()[1]
+        with self.db.cursor() as cur: return self._read(cur, self.db.kind.now(cur))
 
-    def _rows(self) -> tuple: # The moment, too
+    def _read(self, cur, now):
         w = workers_table
-        stmt = self.db.statement(('workers',), lambda: sa.select(w).order_by(w.c.started_at, w.c.id))
-        with self.db.cursor() as cur: now, rows = self.db.kind.now(cur), rows_of(stmt(cur))
+        rows = rows_of(self.db.statement(('workers',), lambda: sa.select(w).order_by(w.c.started_at, w.c.id))(cur))
         for r in rows:
-            r['queues'], r['jobs'], r['in_hand'], r['tasks'] = json.loads(r['queues']), json.loads(r['jobs']), json.loads(r['in_hand'] or '{}'), names_of(r['tasks'])
-            if seconds(r['beat_at']) < now - lost_after: r |= dict(state='lost', running=0, jobs=[])
-        return now, [WorkerRecord(**r) for r in rows]
+            r['queues'], r['jobs'], r['holds'], r['tasks'] = json.loads(r['queues']), json.loads(r['jobs']), json.loads(r['holds'] or '{}'), names_of(r['tasks'])
+            if seconds(r['beat_at']) < now - lost_after: r |= dict(state='lost', running=0, jobs=[], holds={})
+        return [WorkerRecord(**r) for r in rows]
 
 # %% ../../nbs/workers/00_fleet.ipynb #2e1cabda
 @patch
@@ -74,19 +73,24 @@ def beat(self:Fleet,
     e:Engine, # Of this process
     kind:str='worker', # Or `web`
     state:str='running',
+    limits:dict=None, # Of queues, for all processes together; None: its shares of them stay as they are
 ) -> dict: # What is asked of it: `asked`, `asked_concurrency`
-    "This process is alive, and does this"
+    "This process is alive, and does this; it gets its share of each limit"
     w, live = workers_table, e.running_jobs()
-    row = dict(id=e.worker, kind=kind, machine=socket.gethostname(), pid=os.getpid(), queues=json.dumps(e.line.queues), concurrency=e.line.size, state=state, running=len(live), jobs=json.dumps(live[:50]), in_hand=json.dumps(e.line.in_hand()), tasks=names_as_text(e.able))
+    row = dict(id=e.worker, kind=kind, machine=socket.gethostname(), pid=os.getpid(), queues=json.dumps(e.line.queues), concurrency=e.line.size, state=state, running=len(live), jobs=json.dumps(live[:50]), tasks=names_as_text(e.able))
     def build():
         new = self.db.kind.insert(w).values({c.name: bind(c.name, type_=c.type) for c in w.c if not c.name.startswith('asked')})
-        return new.on_conflict_do_update(index_elements=[w.c.id], set_={c: new.excluded[c] for c in ('beat_at', 'state', 'running', 'jobs', 'in_hand', 'tasks', 'concurrency')}).returning(w.c.asked, w.c.asked_concurrency)
+        return new.on_conflict_do_update(index_elements=[w.c.id], set_={c: new.excluded[c] for c in ('beat_at', 'state', 'running', 'jobs', 'holds', 'tasks', 'concurrency')}).returning(w.c.asked, w.c.asked_concurrency)
     stmt = self.db.statement(('worker beat',), build)
     gone = self.db.statement(('workers gone',), lambda: w.delete().where(w.c.beat_at < bind('then')))
     def op(cur, now):
+        if limits: self.db.kind.alone(cur)  # two who count at once would both find room
         gone(cur, then=timestamp(now - gone_after))
-        return stmt(cur, **row, started_at=timestamp(now), beat_at=timestamp(now)).fetchone()
-    asked, n = self.db.write(op)
+        shares = None if limits is None else self._shares(e, state, limits, now, self._read(cur, now) if limits else [])
+        if shares is not None: e.line.give_up(shares)  # before others can read it
+        return *stmt(cur, **row, holds=json.dumps(e.line.holds(shares)), started_at=timestamp(now), beat_at=timestamp(now)).fetchone(), shares
+    asked, n, shares = self.db.write(op)
+    if shares is not None: e.admit(shares)
     return dict(asked=asked, asked_concurrency=n)
 
 # %% ../../nbs/workers/00_fleet.ipynb #e70d3984
@@ -103,7 +107,7 @@ def ask(self:Fleet,
     concurrency:int=None, # Jobs at once
 ) -> str: # Its whole id
     "Ask something of a process; it does so within a few seconds"
-    if what not in (None, 'quiet', 'run', 'stop'): raise ValueError(f"{what!r} cannot be asked of a worker: use quiet, run or stop")
+    if what not in (None, 'quiet', 'run', 'stop'): raise ValueError(f"{what!r} cannot be asked of a worker: use quiet, run or stop, or a number of jobs at once")
     if concurrency is not None and not (isinstance(concurrency, int) and 1 <= concurrency <= 1000): raise ValueError(f"concurrency={concurrency!r}: use a whole number from 1 to 1000")
     ids = [w.id for w in self.workers() if w.id == worker or w.id.endswith(worker)]
     if len(ids) != 1: raise UnknownWorker(f"{'no worker' if not ids else f'{len(ids)} workers'} with id …{worker}: see the list of workers")
@@ -122,37 +126,36 @@ share_turn = 20 # seconds for which a part of a limit is one process's, where th
 def share(
     limit:int, # Of the queue, in all processes together
     ids:list, # Processes alive that serve it
-    me:str,
+    me:str, # One of them
     turn:int=0, # The number of this turn
-    kept=lambda id: 0, # Jobs that a process may have, also if its turn is over
+    held:int=0, # Jobs that the others run, or may begin
 ) -> int:
     "What falls to this process"
-    if me not in ids: return 0
     each, rest = divmod(limit, len(ids))
-    if each: return each + (sorted(ids).index(me) < rest)
-    first = turn*rest % len(ids)
-    order = sorted(ids)[first:] + sorted(ids)[:first]
-    free, new = rest - sum(map(kept, ids)), [id for id in order[:rest] if not kept(id)]
-    return int(me in order[:rest] and (new.index(me) < free if me in new else free + kept(me) > 0))
+    first = 0 if each else turn*rest % len(ids)
+    place = (sorted(ids).index(me) - first) % len(ids)
+    return max(0, min(each + (place < rest), limit - held))
+
+# %% ../../nbs/workers/00_fleet.ipynb #9a8201b6
+@patch
+def _shares(self:Fleet, e, state, limits, now, found) -> dict:
+    turn, others = int(now//share_turn), [w for w in found if w.id != e.worker and w.state != 'lost']
+    def of(q, limit):
+        if state != 'running' or e.line.queues is not None and q not in e.line.queues: return 0
+        serve = [w for w in others if w.queues is None or q in w.queues]
+        return share(limit, [e.worker, *(w.id for w in serve if w.state == 'running')], e.worker, turn, sum(w.holds.get(q, 0) for w in serve))
+    return {q: of(q, n) for q, n in limits.items()}
+
+@patch
+def shifts(self:Fleet, e:Engine, state:str, limits:dict) -> bool:
+    "Has a share of this process changed, or what it holds? Then it is time for a beat"
+    if not limits: return bool(e.line.shares)
+    with self.db.cursor() as cur: found = self._read(cur, now := self.db.kind.now(cur))
+    said, holds = next((w.holds for w in found if w.id == e.worker), None), e.line.holds(shares := self._shares(e, state, limits, now, found))
+    return said is None or shares != e.line.shares or any(said.get(q, 0) != holds.get(q, 0) for q in limits)
 
 @patch
 def place(self:Fleet, worker:str) -> tuple: # Its number, from 0, and how many there are
     "Where a process stands among those that run jobs"
     ids = sorted({worker, *(w.id for w in self.workers() if w.state == 'running')})
     return ids.index(worker), len(ids)
-
-# %% ../../nbs/workers/00_fleet.ipynb #9a8201b6
-@patch
-def shares(self:Fleet, e:Engine, limits:dict) -> dict:
-    "This process's share of each queue that has a limit for all together"
-    if not limits: return {}
-    now, found = self._rows()
-    turn = int(now//share_turn)
-    begun = timestamp(turn*share_turn)
-    def of(q, limit):
-        serve = {w.id: w for w in found if w.queues is None or q in w.queues}
-        ids, had = [id for id, w in serve.items() if w.state == 'running'], lambda id: (e.line.in_hand() if id == e.worker else serve[id].in_hand).get(q, 0)
-        limit = max(0, limit - sum(had(id) for id, w in serve.items() if w.state == 'stopping'))
-        def kept(id): return max(had(id), share(limit, ids, id, turn - 1) if id != e.worker and serve[id].beat_at < begun else 0)  # who has not been heard of since may have used its turn
-        return share(limit, ids, e.worker, turn, kept)
-    return {q: of(q, n) for q, n in limits.items()}

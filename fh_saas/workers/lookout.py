@@ -16,10 +16,11 @@ from ..db_connect import FhSaasError, connect, db_errors
 from ..db_host import timestamp
 from ..jobs.bell import Ear
 from ..jobs.pool import Pool
+from ..jobs.registered import lost_after
 from ..jobs.store import any_open
 from ..jobs.tenancy import rules_of
 from ..jobs.wake import wakes_of
-from .fleet import Fleet, beat_every, share_turn
+from .fleet import Fleet, beat_every
 
 log = logging.getLogger('fh_saas.jobs')
 
@@ -36,7 +37,7 @@ class Lookout:
     def _begin(self):
         self.fleet, self.rules, self.wakes = Fleet(self.host), rules_of(self.host), wakes_of(self.host)
         self._stores, self._visiting, self._passed, self._shut, self._known, self._beaten, self._adopted, self._swept, self._news, self._lively = {}, set(), {}, set(), None, -60.0, -1e9, 0.0, True, 0.0
-        self._names, self._place, self._turn = None, (0, 1), 0
+        self._names, self._place = None, (0, 1)
         self._looking, self._todo, self._more, self._began, self._pool = threading.Lock(), deque(), False, {}, Pool(32, 'fh_saas-visit')
         self._watching = threading.Thread(target=self._watch, name='fh_saas-watch', daemon=True)
         self._watching.start()
@@ -74,6 +75,7 @@ def _watch(self:Lookout):
             log.warning('the host cannot be read, next try in a second: %s', e, exc_info=not isinstance(e, FhSaasError))
             if ear: self._quietly(ear.close)
             ear = conn = seen = None
+            if time.monotonic() > self._beaten + lost_after - 2: self.engine.line.give_up(dict.fromkeys(self.engine.line.shares, 0))  # the others take it for lost
             self._stopped.wait(1)
     for c in filter(None, (ear, conn)): self._quietly(c.close)
 
@@ -204,15 +206,15 @@ def _each_second(self:Lookout):
     e.tidy(known, self._visiting)
     for id in [id for id, store in list(self._stores.items()) if not e.knows(store)]: self._stores.pop(id, None)
     if time.monotonic() > self._adopted + self.sweep: self._adopted = time.monotonic(); self.wakes.adopt()
-    turn = int(time.time()//share_turn)
-    first, due = self._beaten < 0, time.monotonic() > self._beaten + beat_every or e.line.shares and turn != self._turn
-    if first: self.fleet.beat(e, self.kind, self.state)  # who is not known has no share
-    if due or e.line.shares: e.line.shares = self.fleet.shares(e, self.rules.queues())  # a turn that is over is given up before it is said
-    if due:
-        self._beaten, self._turn = time.monotonic(), turn
-        self._obey(**self.fleet.beat(e, self.kind, self.state))
-        if not self.wakes.bell: self._place = self.fleet.place(e.worker)
+    if time.monotonic() > self._beaten + beat_every: self._beat(); self._place = (0, 1) if self.wakes.bell else self.fleet.place(e.worker)
+    elif self.fleet.shifts(e, self.state, self.rules.queues()): self._beat()
     self._quietly(self.say_alive)
+
+@patch
+def _beat(self:Lookout):
+    asked = self.fleet.beat(self.engine, self.kind, self.state, self.rules.queues())
+    self._beaten = time.monotonic()
+    self._obey(**asked)
 
 @patch
 def _heed(self:Lookout):
@@ -222,7 +224,7 @@ def _heed(self:Lookout):
     if known != self._known:
         self._known = known
         self._passed.clear()
-        e.line.shares = self.fleet.shares(e, self.rules.queues())
+        self._beat()
         e.reconsider()
     if shut != self._shut: e.reconsider(shut ^ self._shut)
     self._shut = shut
