@@ -17,6 +17,12 @@ def cli_sync(account, api_key='', job=None):
     if account < 0: raise Permanent('no such account')
     return account
 
+def test_all_jobs_are_meant_only_by_a_word(shop, run):
+    m, *_ = shop
+    m.submit('t', cli_sync, account=1, run_at='2100-01-01')
+    assert '--everything' in run('cancel', code=1) and '--everything' in run('remove', '--yes', code=1) and len(m.list_jobs(status='pending')) == 1
+    assert run('cancel', '--everything', '--yes') and m.list_jobs(status='pending') == []
+
 def cli_named(job_id, self=None): return [job_id, self]
 
 @pytest.fixture
@@ -62,7 +68,7 @@ def test_steered(shop, run):
     assert m.get_job(ids[0]).status == 'cancelled' and 'has ended' in run('cancel', ids[0], code=1)
     assert '3 jobs match' in run('cancel', '--queue', 'q') and m.get_job(ids[1]).status == 'pending'
     assert '3 jobs' in run('cancel', '--queue', 'q', '--yes') and {j.status for j in m.list_jobs()} == {'cancelled'}
-    assert 'everything=True' in run('remove', '--yes', code=1) and 'not both' in run('remove', ids[0], '--queue', 'q', code=1)
+    assert '--everything' in run('remove', '--yes', code=1) and 'not both' in run('remove', ids[0], '--queue', 'q', code=1)
     run('remove', ids[3])
     assert '3 jobs deleted' in run('remove', '--everything', '--yes') and m.list_jobs() == []
 
@@ -114,12 +120,12 @@ def test_an_option_that_is_given_empty_does_not_mean_everything(shop, command):
     assert command('rules', 'weight=2', '--tenant', '')[0] == 1 and command('rules')[1] == 'there are no rules\n'
 
 def test_rules_of_a_tenant_go_with_it(shop, command):
-    url = shop[1]
+    url, gone = shop[1], f'gone{time.time_ns()}'
     host = HostDatabase(url)
-    get_or_create_tenant_db('gone', host=host).close()
-    command('pause', '--tenant', 'gone'); command('rules', 'concurrency=2', '--tenant', 'gone'); command('rules', 'weight=2', '--tenant', '*')
-    assert command('delete', 'gone', '--yes')[0] == 0
-    assert len(command('rules')[1].splitlines()) == 2 and 'gone' not in command('rules')[1]
+    get_or_create_tenant_db(gone, host=host).close()
+    command('pause', '--tenant', gone); command('rules', 'concurrency=2', '--tenant', gone); command('rules', 'weight=2', '--tenant', '*')
+    assert command('delete', gone, '--yes')[0] == 0
+    assert len(command('rules')[1].splitlines()) == 2 and gone not in command('rules')[1]
     host.close()
 
 def test_one_mode_in_the_place_of_another_is_said(shop, command):
@@ -152,7 +158,7 @@ def test_each_act_is_in_the_audit_and_says_what_it_did(shop, run, command, tmp_p
     assert 'nobody' in run('cancel', a, 'nobody', b, code=1)
     run('retry', '--status', 'cancelled', '--yes'); run('move', c, '--priority', '4'); new = run('rerun', c, 'api_key="q7Yb2"').strip()
     assert 'is suspended' in run('suspend') and 'is active' in run('unsuspend')
-    assert "queue 'q': no new jobs" in command('drain', '--queue', 'q')[1] and command('resume')[1] == 'everything: the rule is taken back\n'
+    assert "queue 'q': no new jobs" in command('drain', '--queue', 'q')[1] and command('resume')[1] == 'everything: there was no such rule\n' and 'taken back' in command('resume', '--queue', 'q')[1]
     command('rules', 'weight=2', '--tenant', tenant); command('pause', '--tenant', tenant); command('pause', '--tenant', '*')
     assert f'fh-saas resume --tenant {tenant}`' in command('tenants', '--wrong')[1]
     assert "fh-saas resume --tenant '*'`" in command('resume', '--tenant', tenant)[1] and "tenant '*'" in command('resume', '--tenant', '*')[1]
@@ -160,7 +166,7 @@ def test_each_act_is_in_the_audit_and_says_what_it_did(shop, run, command, tmp_p
     run('export', str(tmp_path/'copy')); command('migrate')
     done = noted()
     assert {by for by, *_ in done} == {person()}
-    assert [(t, action) for _, t, action, _ in done] == [(tenant, x) for x in ('cancel', 'retry', 'move', 'rerun')] + [(None, x) for x in ('suspend', 'unsuspend', 'drain', 'resume', 'rules', 'pause', 'pause', 'resume', 'resume', 'export', 'migrate')]
+    assert [(t, action) for _, t, action, _ in done] == [(tenant, x) for x in ('cancel', 'retry', 'move', 'rerun')] + [(None, x) for x in ('suspend', 'unsuspend', 'drain', 'resume', 'resume', 'rules', 'pause', 'pause', 'resume', 'resume', 'export', 'migrate')]
     what = dict((action, what) for *_, action, what in done)
     assert what['cancel'] == f'{a}, {b}' and what['retry'] == '2 jobs with status cancelled' and what['rerun'] == f'{c} as {new}' and 'q7Yb2' not in str(done)
     assert what['rules'] == f"tenant '{tenant}': weight=2" and what['drain'] == "queue 'q'" and what['export'] == f"tenant '{tenant}': {tmp_path/'copy'}"

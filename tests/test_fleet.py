@@ -843,6 +843,13 @@ def test_processes_that_cannot_import_their_target_are_not_started_for_ever(tmp_
         p.ends(20)
         assert p.proc.returncode == 78 and why in p.text, p.text
 
+@pytest.mark.parametrize('name,value', [('FH_SAAS_CONCURRENCY', '0'), ('FH_SAAS_LEASE', 'abc')])
+def test_processes_whose_settings_cannot_work_are_not_started_for_ever(tmp_path, name, value):
+    (tmp_path/'shop_.py').write_text(f'from fh_saas.db_host import HostDatabase\nhost = HostDatabase("sqlite:///{tmp_path}/host.db")')
+    p = Child('-c', command, 'worker', 'shop_:host', '--processes', '2', cwd=tmp_path, **{name: value})
+    p.ends(20)
+    assert p.proc.returncode == 78 and name in p.text and 'Traceback' not in p.text, p.text
+
 def test_what_a_target_reaches_for_in_vain_is_tried_again(tmp_path):
     (tmp_path/'early.py').write_text('raise ConnectionRefusedError("nobody listens yet")')
     p = Child('-c', command, 'worker', 'early:host', cwd=tmp_path)

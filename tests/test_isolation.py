@@ -182,6 +182,19 @@ def test_a_suspended_tenant_starts_nothing(tmp_path):
         time.sleep(2.5)
         assert ran == [] and m.store.get(job_id)['status'] == 'pending'
 
+def test_tenants_take_turns_at_the_slot_of_suspects(new_sqlite, new_engine):
+    "After a crash, one has five interrupted jobs and others have two"
+    e, ran = new_engine(handoff=3600, poll=0.2), []
+    managers = [BackgroundTaskManager(Database(new_sqlite()), e) for _ in range(3)]
+    def interrupted(name): ran.append(name); time.sleep(0.05)
+    for name, m, n in zip('abc', managers, (5, 2, 2)):
+        for _ in range(n): m.submit('t', interrupted, 3, name=name, run_at='2100-01-01')
+        with writing(m.store.engine) as conn: conn.execute(m.store.t.jobs.update().values(run_at='2020-01-01T00:00:00.000000', lost=1, attempt=1, retry_count=1))
+    for m in managers: e.attend(m.store)
+    wait_until(lambda: len(ran) == 9, 40, f'{ran}')
+    assert all(x != y for x, y in zip(ran[:6], ran[1:6])), ran
+    for m in managers: m.db.conn.close(); m.db.engine.dispose()
+
 def test_desks_that_waited_for_the_slot_of_a_suspect_come_to_rest(two):
     e, ids = two[0].engine, []
     for m in two:

@@ -259,8 +259,13 @@ def test_a_forgotten_conn_is_said_at_once(new_sqlite, new_pg, new_manager):
     id, bg = m.submit('t', f, 1)
     assert 'conn=' in bg.func(*bg.args).error
     p = new_manager(new_pg())
-    with p.transaction(): p.submit('t', confirm, n=1)
-    assert jobs(p) == [1]
+    async def later(): await p.asubmit('t', confirm, n=1)
+    with p.transaction():  # it would be committed by itself, and run before the rows are there
+        pytest.raises(InvalidJob, lambda: p.submit('t', confirm, n=1)).match('conn=')
+        pytest.raises(InvalidJob, lambda: asyncio.run(later())).match('conn=')
+        with p.transaction() as other: p.submit('t', confirm, n=2, conn=other)
+    p.submit('t', confirm, n=1)
+    assert sorted(jobs(p)) == [1, 2]
 
 def test_a_transaction_that_is_over_is_refused(shop):
     with shop.transaction() as tx: pass

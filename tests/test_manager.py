@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 import pytest
+from fasthtml.common import Div, P, to_xml
 import sqlalchemy as sa
 from fastsql import Database
 from fastsql.core import NotFoundError
@@ -286,6 +287,19 @@ def test_an_option_that_makes_no_sense_is_refused(lite, kw):
     with pytest.raises(InvalidJob, match=name): lite.submit(**dict(job_type='t', task_func=print) | kw)
     assert lite.list_jobs() == []
 
+@pytest.mark.parametrize('call,said', [(lambda m: m.submit(noted_alike, 3), 'by keyword'), (lambda m: m.submit_many(noted_alike), 'payloads are missing'), (lambda m: m.list_jobs(status='faild'), "'faild' is none of")])
+def test_a_call_that_was_meant_in_another_way_says_so(lite, call, said):
+    with pytest.raises(InvalidJob, match=said): call(lite)
+    assert lite.list_jobs() == []
+
+def test_a_state_is_told_by_id_too(lite):
+    id, _ = lite.submit('t', noted_alike, n=1, run_at='2100-01-01')
+    assert lite.state(id) == lite.state(lite.get_job(id)) == 'scheduled'
+
+def test_a_handle_that_is_made_a_part_of_a_page_is_not_shown(lite, caplog):
+    id, bg = lite.submit('t', noted_alike, n=1)
+    assert to_xml(Div(P('done'), bg)) == to_xml(Div(P('done'), '')) and 'return it beside the page' in caplog.text and id in caplog.text
+
 def test_options_reach_the_row(manager):
     at = datetime.now(timezone(timedelta(hours=5))) + timedelta(hours=1)
     id, _ = manager.submit('t', lambda: 1, 7, priority=4, queue='slow', triggered_by='manual:ann', run_at=at)
@@ -310,7 +324,7 @@ def test_jobs_are_listed_newest_first_and_filtered(manager):
 
 def test_filters_are_bound(manager):
     manager.submit('a', lambda: 1)
-    for text in ("' OR 1=1 --", "x'; DROP TABLE tenant_jobs; --", '%', '\\', 'a\x00b', '\ud800'): assert manager.list_jobs(job_type=text) == manager.list_jobs(status=text) == [] and len(manager.list_jobs()) == 1
+    for text in ("' OR 1=1 --", "x'; DROP TABLE tenant_jobs; --", '%', '\\', 'a\x00b', '\ud800'): assert manager.list_jobs(job_type=text) == manager.list_jobs(queue=text) == [] and len(manager.list_jobs()) == 1
 
 @pytest.mark.parametrize('limit', [-1, '5', 1.5, True])
 def test_a_limit_that_is_none_is_refused(lite, limit):

@@ -114,7 +114,7 @@ def test_a_notebook_cell_that_is_run_again_keeps_the_newest_options(registry):
     task('f', queue='r', max_retries=9)(f)
     assert registry.find('f', None).defaults == dict(queue='r', max_retries=9)
 
-@pytest.mark.parametrize('kw', [dict(queue=''), dict(queue=7), dict(priority=0), dict(priority='HIGH'), dict(max_retries=-1), dict(max_retries=True), dict(aliases=['']), dict(aliases=[7])])
+@pytest.mark.parametrize('kw', [dict(queue=''), dict(queue=7), dict(priority=0), dict(priority='HIGH'), dict(max_retries=-1), dict(max_retries=True), dict(aliases=['']), dict(aliases=[7]), dict(aliases=5), dict(backoff=7), dict(backoff='x')])
 def test_bad_options_are_refused_where_they_are_written(registry, kw):
     with pytest.raises(InvalidJob): task('f', **kw)
     assert registry.names == ((), ())

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import sqlalchemy as sa
 import fh_saas.db_tenant
-from fh_saas.db_connect import (DatabaseCorrupt, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, InvalidDatabaseURL, UnsupportedDatabase, open_engine, read_meta, reading, write_meta, writing)
+from fh_saas.db_connect import (DatabaseCorrupt, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, InvalidDatabaseURL, UnsupportedDatabase, check_url, open_engine, read_meta, reading, write_meta, writing)
 from fh_saas.db_host import HostDatabase, TenantCatalog, TenantNotFound, env_url, gen_id, shown, timestamp
 from fh_saas.db_tenant import (InvalidTenantId, TenantBusy, TenantDatabase, TenantMismatch, TenantSuspended, check_tenant_id, close_tenant_db,
     delete_tenant, get_or_create_tenant_db, list_tenants, open_tenant_db, resume_tenant, suspend_tenant)
@@ -17,6 +17,7 @@ from fh_saas.jobs.states import Outcome
 from fh_saas.jobs.store import Store
 import fh_saas.ops.copies, fh_saas.ops.upgrades
 from fh_saas.ops.copies import export_tenant, restore_tenant
+from fh_saas.ops.tenants import tenant_report
 from fh_saas.ops.upgrades import migrate_tenants
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from children.launch import here
@@ -925,13 +926,60 @@ def test_a_state_before_is_remembered_no_longer_than_the_upgrade(host, prefix):
 
 def test_a_tenant_that_is_being_deleted_or_upgraded_is_not_resumed(lite):
     many(lite, 1)
-    for state, acts in dict(deleting=(suspend_tenant, resume_tenant), migrating=(resume_tenant,)).items():
+    for state, acts in dict(deleting=(suspend_tenant,), migrating=(resume_tenant,)).items():
         lite.set_state('t0', state)
         for act in acts:
             with pytest.raises(TenantSuspended, match=state): act('t0', lite)
         assert lite.find('t0').state == state
     suspend_tenant('t0', lite); suspend_tenant('t0', lite); resume_tenant('t0', lite); resume_tenant('t0', lite)
     assert lite.find('t0').state == 'active'
+
+def test_a_deletion_that_was_refused_is_taken_back(host, prefix):
+    get_or_create_tenant_db(prefix, host=host).close()
+    with closing(Store(host.url_of(host.find(prefix)))) as s:
+        s.add(dict(id='a', job_type='t', task='t', max_retries=3)); s.claim_one('a', 'tok', 'w', 30)
+    with pytest.raises(TenantBusy, match='unsuspend takes it back'): delete_tenant(prefix, host)
+    assert 'unsuspend' in next(r['why'] for r in tenant_report(host, wrong=True) if r['id'] == prefix)
+    resume_tenant(prefix, host)
+    assert host.find(prefix).state == 'active' and tenant_report(host, wrong=True) == []
+    open_tenant_db(prefix, host).close()
+
+def test_a_deletion_whose_database_is_gone_is_not_taken_back(host, prefix, monkeypatch):
+    get_or_create_tenant_db(prefix, host=host).close()
+    with monkeypatch.context() as m:
+        m.setattr(HostDatabase, 'unregister', lambda *args: 1/0)
+        with pytest.raises(ZeroDivisionError): delete_tenant(prefix, host)
+    with pytest.raises(TenantSuspended, match='deleting'): resume_tenant(prefix, host)
+
+def test_what_is_taken_back_in_the_last_moment_is_not_deleted(lite, monkeypatch):
+    many(lite, 1)
+    close = type(lite.open_dbs).close
+    monkeypatch.setattr(type(lite.open_dbs), 'close', lambda *args: close(*args) or resume_tenant('t0', lite))
+    with pytest.raises(TenantBusy, match='nothing was deleted'): delete_tenant('t0', lite)
+    monkeypatch.undo()
+    open_tenant_db('t0', lite).close()
+
+def test_an_older_release_leaves_alone_what_a_newer_one_has_upgraded(lite):
+    many(lite, 2)
+    ran = []
+    assert dict(migrate_tenants(lite, lambda db: ran.append(3), 3)) == dict(t0=None, t1=None)
+    old = dict(migrate_tenants(lite, lambda db: ran.append(2), 2))
+    assert set(old) == {'t0', 't1'} and 'is at version 3' in str(old['t0']) and ran == [3, 3]
+    assert dict(migrate_tenants(lite, lambda db: ran.append(10), '10')) == dict(t0=None, t1=None) and ran == [3, 3, 10, 10]
+    assert {t.state for t in lite.tenants()} == {'active'}
+
+def test_urls_of_providers_and_urls_that_are_none(monkeypatch):
+    assert check_url('postgres://u:p@h/db') == check_url('postgresql://u:p@h/db')
+    for url, said in (('postgresql://u:s3cret@h:port/db', r"'postgresql://\*\*\*@h:port/db' is not a database URL: its port"), ('/tmp/x.db', "'/tmp/x.db' is not a database URL"),
+            ('postgresql://u:s3@cret@h/db', 'written %40'), (7, 'a int is not'), ('s3cret@h', 'a text without')):
+        with pytest.raises(InvalidDatabaseURL, match=said) as e: check_url(url)
+        assert 'cret' not in str(e.value)
+    monkeypatch.setenv('DATABASE_URL', 'sqlite:////nowhere/x.db')
+    with pytest.raises(InvalidDatabaseURL): HostDatabase('')
+
+def test_a_folder_that_cannot_be_made_is_said_as_such(tmp_path):
+    (tmp_path/'file').touch()
+    with pytest.raises(DatabaseUnavailable, match='its folder cannot be made'): HostDatabase(f'sqlite:///{tmp_path}/file/host.db')
 
 def test_a_claim_that_waited_for_the_lock_asks_again_whether_the_tenant_is_active(lite, new_engine):
     with get_or_create_tenant_db('acme', host=lite) as db:

@@ -11,7 +11,7 @@ from fh_saas.jobs.options import InvalidJob, Unique
 from fh_saas.jobs.states import Outcome
 from fh_saas.jobs.control import WrongState
 from fh_saas.jobs.store import Adding, Store
-from fh_saas.jobs.tasks import task
+from fh_saas.jobs.tasks import Registry, task
 from fh_saas.jobs.unique import NotUnique
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from conftest import wait_until
@@ -30,6 +30,19 @@ def test_the_same_job_is_not_submitted_twice(manager):
     assert a == b and first.is_new and not again.is_new and ids(manager) == [a]
     assert len({a, *(manager.submit('t', f, unique=True, **kw)[0] for f, kw in ((sync, dict(account=2)), (sync, dict(account=1, full=True)), (other, dict(account=1))))}) == 4
     assert manager.submit('t', sync, account=1, **far)[0] != a  # who does not ask for it gets a job of its own
+
+def test_the_same_job_is_met_under_a_name_that_its_task_had_before(url, new_engine):
+    "Two releases, each in a process of its own"
+    def bill(k): return k
+    old, new = (BackgroundTaskManager(Database(url), new_engine(Registry(), concurrency=0)) for _ in range(2))
+    for m, name, kw in ((old, 'invoice', {}), (new, 'send_invoice', dict(aliases=['invoice']))): m.engine.registry.add(bill, name, **kw)
+    def submit(m, name, **kw): return m.submit(name, name, unique=True, **kw, **far)[0]
+    a = submit(old, 'invoice', k=1)
+    assert submit(new, 'send_invoice', k=1) == a and submit(new, 'send_invoice', k=2) != a
+    old.cancel(a)
+    b = submit(new, 'send_invoice', k=1)
+    assert b != a
+    with pytest.raises(WrongState, match='the same one is there again'): new.retry(a)
 
 def test_the_same_job_is_not_submitted_twice_by_processes_that_know_nothing_of_each_other(url, new_engine):
     managers, start = [BackgroundTaskManager(Database(url), new_engine(concurrency=0)) for _ in range(3)], threading.Barrier(3)
@@ -236,7 +249,7 @@ def test_bad_tags(lite, bad):
 
 def test_an_open_transaction_that_holds_a_key_stops_nobody_else(new_pg, new_manager):
     m = new_manager(new_pg(), busy=1)
-    with m.transaction() as tx:
+    with m.transaction() as tx, ThreadPoolExecutor(1) as pool:
         m.submit('t', sync, account=1, unique='k', conn=tx)
         def clicks():
             for _ in range(3):
@@ -246,7 +259,7 @@ def test_an_open_transaction_that_holds_a_key_stops_nobody_else(new_pg, new_mana
         took = []
         while c.is_alive():
             begun = time.monotonic()
-            m.submit('t', sync, account=2, **far)
+            pool.submit(m.submit, 't', sync, account=2, **far).result()  # beside the transaction, not in it
             took.append(time.monotonic() - begun)
     c.join()
     assert len(took) > 10 and max(took) < 0.9 and m.submit('t', sync, account=1, unique='k')[0]
@@ -306,7 +319,7 @@ def test_a_quota_counted_in_an_open_transaction_stops_no_claim(new_pg, new_manag
     m.engine.registry.add(report, 'report', rate=(100, 60))
     with m.transaction() as tx:
         m.store.join(tx, Adding(m.store, [dict(id='x', job_type='t', task='report', payload='{"day":1}', max_retries=3, run_at='2100-01-01')], quota=100))
-        id, _ = m.submit('t', report, day=2, run_at='2020-01-01')
+        with ThreadPoolExecutor(1) as pool: id, _ = pool.submit(m.submit, 't', report, day=2, run_at='2020-01-01').result()  # beside the transaction
         assert m.wait(id, 5).status == 'completed'
         with pytest.raises(DatabaseBusy, match='quota'): m.store.add(dict(id='y', job_type='t', max_retries=3), quota=100)
 

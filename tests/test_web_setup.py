@@ -105,3 +105,10 @@ def test_what_cannot_be_set_up(shop):
     with pytest.raises(ValueError, match='already'): setup_jobs(app, host)
     with pytest.raises(TypeError, match='lifespan'): setup_jobs(object())
     with pytest.raises(TypeError, match='HostDatabase'): setup_jobs(FastHTML(secret_key='x'), 'sqlite:///x.db')
+    for kw, error, said in ((dict(settings=dict(concurrency=2)), TypeError, r'Settings\('), (dict(queues=['a']), ValueError, 'queue -> jobs'), (dict(queues={'a': '4'}), ValueError, 'whole number'), (dict(queues={'a': 0}), ValueError, 'whole number'),
+            (dict(queues={'a': None}), ValueError, 'whole number'), (dict(queues={}), ValueError, 'leave it out'), (dict(queues={'a': 2.5}), ValueError, 'whole number'), (dict(tasks=[print]), TypeError, 'domain -> tasks'),
+            (dict(tokens={'s3cret': 'admin'}, role=lambda req: None), TypeError, r'Access\('), (dict(tokens=['s3cret'], role=lambda req: None), TypeError, 'token -> Access')):
+        with pytest.raises(error, match=said) as e: setup_jobs(FastHTML(secret_key='x'), host, **kw)
+        assert 's3cret' not in str(e.value)
+    for kw in (dict(concurrency=2.5), dict(concurrency=True), dict(lease=True)):
+        with pytest.raises(ValueError, match='number'): Settings(**kw)

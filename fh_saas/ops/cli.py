@@ -136,8 +136,8 @@ def _mode(mode, done):
         was = next((x.mode for x in r.all() if (x.tenant, x.queue, x.task) == tuple(scope.values())), None)
         r.set(**scope, mode=mode)
         still = t and not mode and '; '.join(filter(None, (kept_by(r.all(), t), suspended(h, t))))
-        if not mode and was is None: done = 'there was no such rule'
-        did(h, command.__name__, where, f"{where}: {done}{f', instead of {was}' if was and mode and was != mode else ''}{f'; still, {still}' if still else ''}")
+        said = done if mode or was else 'there was no such rule'
+        did(h, command.__name__, where, f"{where}: {said}{f', instead of {was}' if was and mode and was != mode else ''}{f'; still, {still}' if still else ''}")
     return command
 
 pause, drain, go_on = _mode('paused', 'nothing is started'), _mode('draining', 'no new jobs are taken'), _mode(None, 'the rule is taken back')
