@@ -34,20 +34,28 @@ def _steps(j):
     after = sa.select(sa.func.min(j.c.queue)).where(j.c.status == PENDING, j.c.queue > first.c.q).scalar_subquery()
     return first.union_all(sa.select(after).where(first.c.q.is_not(None)))
 
+def _levels(j, q):
+    "The least and the greatest priority of what waits in a queue, and whether any of it names no moment"
+    waits, known = (j.c.status == PENDING, j.c.queue == q), (j.c.priority >= sa.literal_column('1'), j.c.priority <= sa.literal_column('4'))
+    return *(sa.select(f(j.c.priority)).where(*waits, *known).scalar_subquery() for f in (sa.func.min, sa.func.max)), sa.exists().where(*waits, _undated(j))
+
+def _undated(j): return sa.and_(j.c.priority.in_(_priorities), j.c.run_at.is_(None))  # somebody else's row: long due
+_priorities = [sa.literal_column(str(p)) for p in (4, 3, 2, 1)]
+
+def _waits(kind, j):
+    q = _steps(j).c.q
+    return sa.select(q, *(_levels(j, q) if isinstance(kind, SQLite) else ())).where(q.is_not(None))
+
 @patch
-def queues(self:Store, cur) -> list:
+def waiting(self:Store, cur) -> list: # Of each: its name, and of a file its levels
     "Queues in which jobs wait"
-    j = self.t.jobs
-    def build(): return sa.select((s := _steps(j)).c.q).where(s.c.q.is_not(None))
-    return [q for q, in self.statement(('queues', j.name), build)(cur).fetchall()]
+    return self.statement(('waiting', self.t.jobs.name), lambda: _waits(self.kind, self.t.jobs))(cur).fetchall()
 
 # %% ../../nbs/jobs/05_store_candidates.ipynb #0873696c
 def _known(kind, j, names, old_types):
     if names is None: return sa.true()
     def among(c, k, v): return c.in_(sa.bindparam(k, [*v], expanding=True)) if isinstance(kind, SQLite) else c == sa.any_(sa.bindparam(k, [*v], sa.ARRAY(sa.String)))
     return sa.or_(among(j.c.task, 'names', names), sa.and_(j.c.task.is_(None), among(j.c.job_type, 'types', old_types)))
-
-_priorities = [sa.literal_column(str(p)) for p in (4, 3, 2, 1)]
 
 def _arms(kind, r, queue, names, old_types, suspects):
     "Jobs of `queue` that may be claimed, the first of them: as `f(where)`; and those of a priority that are due, and of all that name no moment"
@@ -58,8 +66,6 @@ def _arms(kind, r, queue, names, old_types, suspects):
     when, known = j.c.run_at <= bind('now') if suspects is not None else j.c.run_at.is_not(None), _known(kind, j, names, old_types)
     def arm(where): return sa.select(*(sa.literal_column(f'j.{c.name}') for c in columns(j))).select_from(j).where(j.c.status == PENDING, j.c.queue == queue, where, *which, known, free).order_by(j.c.run_at, j.c.id).limit(bind('n', type_=sa.Integer))
     return arm, lambda p: sa.and_(j.c.priority == p, when), _undated(j)
-
-def _undated(j): return sa.and_(j.c.priority.in_(_priorities), j.c.run_at.is_(None))  # somebody else's row: long due
 
 def _first(kind, r, queue, names, old_types, suspects):
     "The first of each priority, in one statement"
@@ -92,12 +98,12 @@ def _whole(self:Store, key, build):
 # %% ../../nbs/jobs/05_store_candidates.ipynb #a0c82f3b
 @patch
 def _candidates(self:Store, names, old_types, suspects=None):
-    "Jobs of one queue that may be claimed, or only the next one, which need not be due: as `f(cur, queue=, n=, now=)`"
-    j, which = self.t.jobs, (names, old_types, suspects)
-    if not isinstance(self.kind, SQLite): return self._whole(('candidates', j.name, *which), lambda: _first(self.kind, j, bind('queue'), *which))
-    levels, dated = self.statement(('levels', j.name), lambda: _levels(j)), self._whole(('candidates', j.name, *which), lambda: _of_file(self.kind, j, which))
-    def read(cur, queue, **params):
-        low, high, strays = levels(cur, queue=queue).fetchone()
+    "Jobs of one queue that may be claimed, or only the next one, which need not be due: as `f(cur, queue, n=, now=)`, the queue as from `waiting`"
+    j, which, server = self.t.jobs, (names, old_types, suspects), not isinstance(self.kind, SQLite)
+    dated = self._whole(('candidates', j.name, *which), lambda: _first(self.kind, j, bind('queue'), *which) if server else _of_file(self.kind, j, which))
+    if server: return lambda cur, of, **params: dated(cur, queue=of[0], **params)
+    def read(cur, of, **params):
+        queue, low, high, strays = of
         rows = self._whole(('undated', j.name, *which), lambda: _of_file(self.kind, j, which, strays=True))(cur, queue=queue, **params) if strays else []
         for p in (4, 3, 2, 1):
             if low is not None and low <= p <= high: rows += dated(cur, queue=queue, priority=p, **params)
@@ -107,12 +113,6 @@ def _candidates(self:Store, names, old_types, suspects=None):
 def _of_file(kind, j, which, strays=False):
     arm, due, undated = _arms(kind, j, bind('queue'), *which)
     return arm(undated if strays else due(bind('priority', type_=sa.Integer)))
-
-def _levels(j):
-    "The least and the greatest priority of what waits in a queue, and whether any of it names no moment"
-    waits, known = (j.c.status == PENDING, j.c.queue == bind('queue')), (j.c.priority >= sa.literal_column('1'), j.c.priority <= sa.literal_column('4'))
-    ends = (sa.select(f(j.c.priority)).where(*waits, *known).scalar_subquery() for f in (sa.func.min, sa.func.max))
-    return sa.select(*ends, sa.exists().where(*waits, _undated(j)))
 
 # %% ../../nbs/jobs/05_store_candidates.ipynb #ea1ee165
 @patch
@@ -129,15 +129,27 @@ def _in(t, now):
     except ValueError: return -1.0  # no moment at all: due
 
 @patch
-def due_in(self:Store, cur, now, names, old_types, closed=(), only=None) -> tuple: # As `next_due`; and the queues in which anything waits
+def _ahead(self:Store, cur, now) -> tuple: # As `waiting`, and seconds
+    "What waits, and until a lease runs out"
     j = self.t.jobs
     def build():
-        waits = sa.select((s := _steps(j)).c.q, sa.null(), sa.null()).where(s.c.q.is_not(None))
-        return waits.union_all(sa.select(sa.null(), sa.func.min(sa.func.coalesce(j.c.lease_until, timestamp(0))), sa.func.max(j.c.lease_until)).where(j.c.status == RUNNING))
-    *waits, (_, *leases) = sorted(self.statement(('outlook', j.name), build)(cur).fetchall(), key=lambda r: r[0] is None)
-    first, queues, (lapse, last) = self._candidates(names, old_types), [q for q, *_ in waits], (_in(t, now) for t in leases)
-    due = [_in(r['run_at'] or timestamp(0), now) for q in queues if q not in closed and (only is None or q in only) for r in first(cur, queue=q, n=1)]
-    return min(due, default=None), -1.0 if last and last > max_lease + 1 else lapse, queues
+        waits = _waits(self.kind, j)
+        leases = sa.func.min(sa.func.coalesce(j.c.lease_until, timestamp(0))), sa.func.max(j.c.lease_until)
+        return waits.add_columns(sa.null(), sa.null()).union_all(sa.select(*[sa.null()]*len(waits.selected_columns), *leases).where(j.c.status == RUNNING))
+    *waits, leases = sorted(self.statement(('ahead', j.name), build)(cur).fetchall(), key=lambda r: r[0] is None)
+    lapse, last = (_in(t, now) for t in leases[-2:])
+    return [r[:-2] for r in waits], -1.0 if last and last > max_lease + 1 else lapse
+
+@patch
+def _moments(self:Store, cur, now, waits, names, old_types=(), closed=(), only=None) -> dict: # Seconds
+    "When the first job of each of these queues is due"
+    first, waits = self._candidates(names, old_types), [of for of in waits if of[0] not in closed and (only is None or of[0] in only)]
+    return {of[0]: min(_in(r['run_at'] or timestamp(0), now) for r in rows) for of in waits if (rows := first(cur, of, n=1))}
+
+@patch
+def due_in(self:Store, cur, now, names, old_types, closed=(), only=None) -> tuple: # As `next_due`; and the queues in which anything waits
+    waits, lapse = self._ahead(cur, now)
+    return min(self._moments(cur, now, waits, names, old_types, closed, only).values(), default=None), lapse, [q for q, *_ in waits]
 
 @patch
 def next_due(self:Store, names:tuple, old_types:tuple,
@@ -150,11 +162,9 @@ def next_due(self:Store, names:tuple, old_types:tuple,
 @patch
 def outlook(self:Store, names:tuple, old_types:tuple, closed=(), only=None) -> tuple: # As `next_due`; and queue -> seconds from now, negative if past
     "The same, and when the first job of each queue is due, whoever can run it"
-    first = self._candidates(None, ())
     with self.cursor(brief=True) as cur:
         self.kind.snapshot(cur)
-        now = self.kind.now(cur)
-        due, lapse, queues = self.due_in(cur, now, names, old_types, closed, only)
-        waiting = {q: min(_in(r['run_at'] or timestamp(0), now) for r in rows) for q in queues if (rows := first(cur, queue=q, n=1))}
+        waits, lapse = self._ahead(cur, now := self.kind.now(cur))
+        mine, all_ = self._moments(cur, now, waits, names, old_types, closed, only), self._moments(cur, now, waits, None)
         self.kind.commit(cur)
-    return due, lapse, waiting
+    return min(mine.values(), default=None), lapse, all_

@@ -112,8 +112,8 @@ def _due(self:Store, cur, now, room, n, most, which):
     more = reach if room.by_task else 0
     if room.by_queue is None and not (most or room.closed or isinstance(self.kind, SQLite)): return self._anywhere(*which)(cur, now=timestamp(now), n=n + more)
     rows = []
-    for q in self.queues(cur):
-        if (k := min(n, room.of(q), most.get(q, n))) > 0: rows += self._candidates(*which)(cur, queue=q, now=timestamp(now), n=k + more)
+    for of in self.waiting(cur):
+        if (k := min(n, room.of(of[0]), most.get(of[0], n))) > 0: rows += self._candidates(*which)(cur, of, now=timestamp(now), n=k + more)
     return rows
 
 @patch

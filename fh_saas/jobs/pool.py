@@ -8,7 +8,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/pool.html.md"""
 __all__ = ['log', 'call_in', 'settle', 'Pool', 'Crew']
 
 # %% ../../nbs/jobs/03_pool.ipynb #434f9c65
-import asyncio, logging, queue, threading, time, weakref
+import asyncio, logging, threading, time, weakref
 from collections import deque
 from concurrent.futures import Future, InvalidStateError
 
@@ -61,31 +61,43 @@ class Pool:
     "Daemon threads that run functions; as many as needed, up to `size`"
     def __init__(self, size:int, name:str):
         self.size, self.name, self.busy = size, name, 0
-        self._queue, self._lock, self._threads = queue.SimpleQueue(), threading.Lock(), 0
+        self._queue, self._lock, self._idle, self._threads, self._closed = deque(), threading.Lock(), [], 0, 0
 
     def submit(self, f, *args) -> Future:
         "Run `f(*args)` in one of the threads"
         future = Future()
         with self._lock:
             self.busy += 1
-            grow = self.busy > self._threads < self.size
-            if grow: self._threads += 1
-        self._queue.put((future, f, args))
+            self._queue.append((future, f, args))
+            bed = self._idle.pop() if self._idle else None
+            if grow := bed is None and self._threads < self.size: self._threads += 1
+        if bed is not None: bed.release()
         if grow: self._grow()
         return future
 
 # %% ../../nbs/jobs/03_pool.ipynb #760eabac
 @patch
 def _grow(self:Pool):
-    try: threading.Thread(target=self._work, name=self.name, daemon=True).start()
+    try: threading.Thread(target=self._work, args=(self._closed,), name=self.name, daemon=True).start()
     except RuntimeError:  # the interpreter is ending and starts no thread any more: the work is done here
         with self._lock: self._threads -= 1
-        self._queue.put(None)
-        self._work()
+        self._work(-1)
 
 @patch
-def _work(self:Pool):
-    while (item := self._queue.get()) is not None:
+def _next(self:Pool, bed, born): # None: it is to end
+    while True:
+        with self._lock:
+            if self._queue: return self._queue.popleft()
+            if born != self._closed: return None
+            self._idle.append(bed)
+        bed.acquire()
+
+@patch
+def _work(self:Pool,
+    born, # How often the pool had been closed then; the next time ends the thread
+):
+    (bed := threading.Lock()).acquire()
+    while (item := self._next(bed, born)) is not None:
         future, f, args = item
         try: result, error = f(*args), None
         except BaseException as e: result, error = None, e
@@ -96,8 +108,8 @@ def _work(self:Pool):
 @patch
 def close(self:Pool):
     "Let the threads end when the queue is empty; what comes later still finds one"
-    with self._lock: n, self._threads = self._threads, 0
-    for _ in range(n): self._queue.put(None)
+    with self._lock: self._closed, self._threads, beds, self._idle = self._closed + 1, 0, self._idle, []
+    for bed in beds: bed.release()
 
 # %% ../../nbs/jobs/03_pool.ipynb #a3387ee4
 class Crew:
@@ -108,8 +120,7 @@ class Crew:
         find, # Called without arguments: something to call, None, or seconds until one thread looks again
     ):
         self.size, self.name, self.find = size, name, find
-        self._lock, self._tokens = threading.Lock(), queue.SimpleQueue()
-        self._threads = self._idle = 0
+        self._lock, self._idle, self._threads = threading.Lock(), [], 0
         self._waking = self._closed = self._guarded = False
 
 # %% ../../nbs/jobs/03_pool.ipynb #0d9d2770
@@ -121,39 +132,38 @@ def call(self:Crew,
     if self._waking or spare and self._guarded: return
     with self._lock:
         if self._waking or self._closed: return
-        grow = not self._idle and self._threads < self.size
-        if not self._idle and not grow: return  # all are busy, and each looks for more when it is done
+        bed = self._idle.pop() if self._idle else None
+        if bed is None and self._threads >= self.size: return  # all are busy, and each looks for more when it is done
         self._waking = True
-        if grow: self._threads += 1
-        else: self._idle -= 1
-    if not grow: self._tokens.put(True)
-    else:
-        try: threading.Thread(target=self._work, name=self.name, daemon=True).start()
-        except RuntimeError:  # the interpreter is ending and starts no thread any more
-            with self._lock: self._threads, self._waking = self._threads - 1, False
+        if bed is None: self._threads += 1
+    if bed is not None: return bed.release()
+    try: threading.Thread(target=self._work, name=self.name, daemon=True).start()
+    except RuntimeError:  # the interpreter is ending and starts no thread any more
+        with self._lock: self._threads, self._waking = self._threads - 1, False
 
 # %% ../../nbs/jobs/03_pool.ipynb #8d96e051
 @patch
 def _work(self:Crew):
-    awake = True
-    while awake and not self._closed:
+    (bed := threading.Lock()).acquire()
+    while not self._closed:
         with self._lock: self._waking = False
         while (f := self.find()) is not None and self._do(f): pass
-        with self._lock: self._idle += 1
+        with self._lock:
+            if self._closed: return
+            self._idle.append(bed)
         # what came after the last look and before this thread counted as idle has called nobody
         f = self.find()
-        if not (callable(f) or f is not None and not self._guarded): awake = self._tokens.get(); continue
-        # a token on its way to this thread is taken before the work begins: until then nobody else is woken
-        if not self._back(): awake, self._waking = self._tokens.get(), False
+        if not (callable(f) or f is not None and not self._guarded): bed.acquire(); continue
+        # a call on its way to this thread is taken before the work begins: until then nobody else is woken
+        if not self._back(bed): bed.acquire(); self._waking = False
         if callable(f): self._do(f)
 
 @patch
-def _back(self:Crew) -> bool:
-    "Is this thread still idle? If not, a token is on its way to it"
+def _back(self:Crew, bed) -> bool:
+    "Is this thread still idle? If not, a call is on its way to it"
     with self._lock:
-        if not self._idle: return False
-        self._idle -= 1
-        return True
+        if idle := bed in self._idle: self._idle.remove(bed)
+        return idle
 
 # %% ../../nbs/jobs/03_pool.ipynb #b35b4e3e
 @patch
@@ -176,5 +186,5 @@ def _guard(self:Crew, wait) -> bool:
 @patch
 def close(self:Crew):
     "Let the threads end when they are done"
-    with self._lock: self._closed, n, self._idle = True, self._threads, 0
-    for _ in range(n): self._tokens.put(False)
+    with self._lock: self._closed, beds, self._idle = True, self._idle, []
+    for bed in beds: bed.release()

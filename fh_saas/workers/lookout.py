@@ -52,7 +52,7 @@ def _pause(self:Lookout) -> float: # Seconds to listen before the next look
 def _watch(self:Lookout):
     "Hear the bell, see to rules and registration every second, and look where something is due"
     ear, conn, seen, second, again = None, None, None, 0.0, 0.0
-    own, called, until, place = None, None, 0.0, None
+    own, called, until, place, looked = None, None, 0.0, None, 0.0
     while not self._stopped.is_set():
         try:
             if own is None: self.engine.attend(own := self.engine.store(self.host.url, 'sys_jobs', 'host'))
@@ -63,6 +63,8 @@ def _watch(self:Lookout):
                 call, id = id[:1] == '!', id.lstrip('!')
                 if (call or self._at_home(id)) and self._hurry(id): called, until = id, now + (headstart if self.wakes.bell else headstart/4)  # a server says nothing of the next job until then
                 if not call: again = min(again, until if id == called else now)
+            if now < until and now < min(again, second, looked + glance): continue  # what was called for has begun, and has the interpreter for itself
+            looked = now
             if self.wakes.bell:
                 if conn is not None and place != self.wakes.place: conn.close(); conn = None
                 with db_errors(self.host.url):
