@@ -164,10 +164,12 @@ def _commit(self:Committer, batch):
 
 # %% ../../nbs/jobs/05_commit.ipynb #4b2fd006
 @patch
-def _transact(self:Committer, batch, again=True):
+def _transact(self:Committer, batch, again=True, lazy=True):
     alone = len(batch) == 1 and getattr(batch[0].op, 'single', False)
     try:
         cur = self._writing(self._look(), not alone)
+        lazy = lazy and self._lazily and all(getattr(w.op, 'lazy', None) for w in batch)
+        if lazy: cur.execute('PRAGMA synchronous=NORMAL')
         now = self.kind.now(cur) if alone else self.kind.begin(cur, self.busy)
     except BaseException as e:
         self._drop()  # an interrupt may come when the lock is there already
@@ -177,9 +179,12 @@ def _transact(self:Committer, batch, again=True):
         return self._transact(batch, again=False)
     try:
         if alone: results = [self.kind.at_once(batch[0].op, cur, now, self.busy)]
-        else: results = _results([w.op for w in batch], cur, now); self.kind.commit(cur)
+        else: results = _results([w.op for w in batch], cur, now)
+        if lazy and not all(w.op.lazy(r) for w, r in zip(batch, results)): self._undo(lazy); return self._transact(batch, again, lazy=False)
+        if not alone: self.kind.commit(cur)
+        if lazy: self._prompt()
     except BaseException as e:
-        self._undo()
+        self._undo(lazy)
         state = getattr(e, 'sqlstate', None)
         if again and state == deadlock: time.sleep(0.05)  # who waited for what this one held gets it before it is asked for anew
         if again and state == no_table: self.opened()
@@ -187,6 +192,7 @@ def _transact(self:Committer, batch, again=True):
         if (known := self._error(e)) is e: raise
         raise known from e
     for w, r in zip(batch, results): w.result, w.error, w.written = r, None, True
+    for w in batch if lazy else (): w.op.unsynced = True
 
 # %% ../../nbs/jobs/05_commit.ipynb #ea3dd9c3
 def _results(ops, cur, now) -> list:
@@ -200,8 +206,13 @@ def _results(ops, cur, now) -> list:
     return [found[i] if i in found else op(cur, now) for i, op in enumerate(ops)]
 
 @patch
-def _undo(self:Committer):
-    try: self._writer.rollback()
+def _prompt(self:Committer): self._writer.execute(f'PRAGMA synchronous={self.synchronous}')
+
+@patch
+def _undo(self:Committer, lazy):
+    try:
+        self._writer.rollback()
+        if lazy: self._prompt()
     except BaseException as e:
         self._drop()  # it is rolled back by the end of its connection
         if not isinstance(e, Exception): raise

@@ -26,7 +26,7 @@ class Connections:
         self.url, self.synchronous, self.busy = check_url(url), synchronous, busy
         self.kind = SQLite() if self.url.get_backend_name() == 'sqlite' else PostgreSQL()
         self._turn, self._opening = threading.Lock(), threading.Lock()  # whose turn it is to write; who makes the engine
-        self._writer, self._spare, self._engine, self._leave = None, [], None, False
+        self._writer, self._spare, self._engine, self._leave, self._lazily = None, [], None, False, False
         self._file = self._written = self.kind.file(self.url)  # what is there, and what the writer writes to
         self._looked, self._closed = 0.0, 0
         _known.add(self)
@@ -159,7 +159,7 @@ def _writing(self:Connections, file,
     if self._written != file or self._writer is not None and not begins and not self.kind.alive(self._writer): self._drop()
     if self._writer is None:
         self._writer, self._written = self._open(), file
-        self.kind.writer(self._writer)
+        self._lazily = self.kind.writer(self._writer) and self.synchronous in ('FULL', 'EXTRA')
     return self._writer.cursor()
 
 @patch

@@ -90,7 +90,8 @@ class SQLite:
     def alive(self, conn): return not conn.in_transaction  # a second interrupt may have come while the first one was undone
     def writer(self, conn):
         # with a rollback journal a commit waits for those who read, as long as SQLite itself waits
-        if conn.execute('PRAGMA journal_mode').fetchone()[0] == 'wal': set_timeout(conn, patience)
+        if wal := conn.execute('PRAGMA journal_mode').fetchone()[0] == 'wal': set_timeout(conn, patience)
+        return wal  # may a commit be left to the next one's wait for the disk?
     def begin(self, cur, busy):
         when_free(cur.execute, 'BEGIN IMMEDIATE', busy=busy)
         return time.time() + self.ahead
@@ -122,7 +123,7 @@ class PostgreSQL:
         # a server that ends a connection says so; what is between may have forgotten one that was silent
         try: return now < last + self.clock.believed and not _came(conn.fileno()) or self._ask(conn) > 0
         except Exception: return False  # whatever it says: another one is opened
-    def writer(self, conn): return  # its locks have a line of those who wait
+    def writer(self, conn): return False  # its locks have a line of those who wait
     def begin(self, cur, busy):
         self._used[cur.connection] = asked = time.monotonic()
         cur.execute('BEGIN; SELECT extract(epoch FROM clock_timestamp())')  # one trip to the server

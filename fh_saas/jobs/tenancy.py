@@ -49,7 +49,8 @@ class Tenancy:
         facts:dict=None, # What the host has just said: `Wakes.facts`
     ):
         self.host, self.tenant_id, self.wakes, self.rules = host, tenant_id, wakes_of(host), rules_of(host)
-        self.facts, self.read, self.seen, self.told, self.told_at = facts, time.monotonic() if facts else 0.0, 0, 0, 0.0
+        self.facts, self.read, self.told_at = facts, time.monotonic() if facts else 0.0, 0.0
+        self.seen = self.sure = self.told = 0  # marks: committed, on the disk, and known to the host
         self._lock = threading.Lock()
 
     def __repr__(self): return f'Tenancy({self.tenant_id!r}, {self.facts})'
@@ -59,7 +60,7 @@ class Tenancy:
 def limits(self:Tenancy) -> Limits: return self.rules.of(self.tenant_id)
 
 @patch(as_prop=True)
-def untold(self:Tenancy) -> bool: return self.seen > self.told # Does the host not know yet how far the database has come?
+def untold(self:Tenancy) -> bool: return self.sure > self.told # Does the host not know yet how far the database has come?
 
 @patch
 def refresh(self:Tenancy, older:float=0.0):
@@ -71,7 +72,7 @@ def refresh(self:Tenancy, older:float=0.0):
         log.warning('tenant=%s: the host does not answer, what it said last holds: %s', self.tenant_id, e)
     else:
         with self._lock:
-            if _which(facts) != _which(self.facts): self.seen = self.told = 0  # another tenant of the same name, or another file of the same tenant
+            if _which(facts) != _which(self.facts): self.seen = self.sure = self.told = 0  # another tenant of the same name, or another file of the same tenant
             self.facts = facts
     self.read = time.monotonic()
 
@@ -116,17 +117,24 @@ def read_notes(self:Tenancy,
 
 # %% ../../nbs/jobs/17_tenancy.ipynb #4a34e01d
 @patch
-def advanced(self:Tenancy, notes:dict, facts:dict, steps:int=1):
-    "What `notes` says is committed, and so many steps with it"
+def advanced(self:Tenancy, notes:dict, facts:dict, steps:int=1, synced:bool=True):
+    "What `notes` says is committed, and so many steps with it; is it on the disk?"
     with self._lock:
-        if _which(facts) == _which(self.facts) and int(notes.get('epoch', 1)) == facts['epoch']: self.seen = max(self.seen, int(notes.get('mark', 0)) + steps)
+        if _which(facts) != _which(self.facts) or int(notes.get('epoch', 1)) != facts['epoch']: return
+        self.seen = max(self.seen, mark := int(notes.get('mark', 0)) + steps)
+        if synced: self.sure = max(self.sure, mark)
+
+@patch
+def synced(self:Tenancy, mark:int):
+    "What was committed up to this mark is on the disk"
+    with self._lock: self.sure = max(self.sure, min(mark, self.seen))
 
 # %% ../../nbs/jobs/17_tenancy.ipynb #9bf9cc58
 @patch
 def tell(self:Tenancy, every:float=0.0):
     "Let the host know how far the database has come, at most once in `every` seconds"
-    if self.seen <= self.told or time.monotonic() < self.told_at + every: return
-    with self._lock: mark, facts, self.told_at = self.seen, self.facts, time.monotonic()  # of one and the same epoch
+    if self.sure <= self.told or time.monotonic() < self.told_at + every: return
+    with self._lock: mark, facts, self.told_at = self.sure, self.facts, time.monotonic()  # of one and the same epoch
     self.wakes.marked(self.tenant_id, mark, facts['created'], facts['epoch'])
     with self._lock:
         if _which(self.facts) == _which(facts): self.told = mark

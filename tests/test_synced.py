@@ -1,0 +1,141 @@
+"Which commits wait for the disk: those of a job, of an outcome, of a claim that must not be lost, but not those of other claims."
+import sqlite3, threading, time
+import pytest
+from conftest import wait_until
+from fh_saas.db_host import HostDatabase
+from fh_saas.db_tenant import get_or_create_tenant_db
+from fh_saas.jobs.rules import Limits
+from fh_saas.utils_bgtsk import BackgroundTaskManager
+
+@pytest.fixture
+def lite(new_manager, new_sqlite): return lambda **kw: new_manager(new_sqlite(), concurrency=0, **kw)
+
+def level(conn): return {0: 'OFF', 1: 'NORMAL', 2: 'FULL', 3: 'EXTRA'}[conn.execute('PRAGMA synchronous').fetchone()[0]]
+
+class Watched:
+    "Notes the level of each commit that has written something, of the store of a manager"
+    def __init__(self, m, monkeypatch):
+        self.levels, kind, commit = [], m.store.kind, m.store.kind.commit
+        m.store.write(lambda cur, now: None)
+        self.store, begun = m.store, m.store._writer.total_changes
+        def watched(cur):
+            nonlocal begun
+            if cur.connection.total_changes != begun: self.levels.append(level(cur.connection))
+            begun = cur.connection.total_changes
+            commit(cur)
+        monkeypatch.setattr(kind, 'commit', watched)
+    @property
+    def now(self): return level(self.store._writer)
+
+def claim(m, *ids):
+    d = m.engine._desks[m.store]
+    return d.turn([], list(ids), None, d_room(m, d)) if ids else d.turn([], [], m.engine._room(d, 5))
+
+def d_room(m, d): return m.engine._room(d, 0)
+
+@pytest.mark.parametrize('by', ['id', 'search'])
+def test_a_claim_does_not_wait_for_the_disk(lite, monkeypatch, by):
+    m = lite()
+    id, _ = m.submit('t', lambda: 1, run_at='2020-01-01')
+    w = Watched(m, monkeypatch)
+    claim(m, *[id]*(by == 'id'))
+    assert m.get_job(id).status == 'running' and (w.levels, w.now) == (['NORMAL'], 'FULL')
+    m.submit('t', lambda: 1, run_at='2100-01-01'); m.cancel(m.list_jobs()[0].id)
+    assert set(w.levels[1:]) <= {'FULL'} and w.now == 'FULL'
+
+@pytest.mark.parametrize('why', ['last attempt', 'one of several is in its last attempt', 'rate', 'an outcome comes with it', 'in doubt'])
+def test_a_claim_that_must_not_be_lost_does(lite, monkeypatch, why):
+    m = lite()
+    desk = m.engine._desks[m.store]
+    for retries in dict([('last attempt', [1]), ('one of several is in its last attempt', [3, 1])]).get(why, [3]): m.submit('t', lambda: 1, retries, run_at='2020-01-01')
+    ends = []
+    if why == 'rate': desk._free = Limits(rates={m.list_jobs()[0].task: (5, 60)})
+    if why == 'in doubt': desk.doubtful = {'token': time.monotonic() + 60}
+    if why == 'an outcome comes with it':
+        got, attempts, _ = claim(m)
+        attempts[0].outcome = attempts[0].call()
+        ends = attempts
+        m.submit('t', lambda: 1, 3, run_at='2020-01-01')
+    w = Watched(m, monkeypatch)
+    if 'last attempt' in why: claim(m, *[j.id for j in m.list_jobs()])
+    else: desk.turn(ends, [], m.engine._room(desk, 5))
+    assert {j.status for j in m.list_jobs()} <= {'running', 'completed'} and (w.levels, w.now) == (['FULL'], 'FULL') and desk.unsynced is None
+    assert {j.attempt for j in m.list_jobs()} == {1}  # not twice
+
+@pytest.mark.parametrize('error', [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize('when', ['op', 'commit', 'after'])
+def test_whatever_happens_to_a_claim_the_next_commit_waits(lite, monkeypatch, error, when):
+    m = lite()
+    id, _ = m.submit('t', lambda: 1, run_at='2020-01-01')
+    def fails(*args): raise error
+    with monkeypatch.context() as mp:
+        if when == 'commit': mp.setattr(m.store.kind, 'commit', fails)
+        if when == 'after': mp.setattr(m.store, '_prompt', fails)
+        def op(cur, now):
+            cur.execute('UPDATE tenant_jobs SET priority = 3')
+            if when == 'op': fails()
+        op.lazy = lambda said: True
+        with pytest.raises(error): m.store.write(op)
+    w = Watched(m, monkeypatch)
+    m.submit('t', lambda: 1, run_at='2100-01-01')
+    assert w.now == 'FULL' and m.get_job(id).priority == (3 if when == 'after' else 2)
+
+def test_who_shares_a_commit_with_a_claim_waits(lite, monkeypatch):
+    m = lite()
+    id, _ = m.submit('t', lambda: 1, run_at='2020-01-01')
+    w, led, go_on, s = Watched(m, monkeypatch), threading.Event(), threading.Event(), m.store
+    threads = [threading.Thread(target=s.write, args=(lambda cur, now: led.set() or go_on.wait(10),)), threading.Thread(target=claim, args=(m, id)),
+        threading.Thread(target=s.write, args=(lambda cur, now: cur.execute('UPDATE tenant_jobs SET tags = NULL'),))]
+    threads[0].start(); led.wait(10)
+    for t in threads[1:]: t.start()
+    wait_until(lambda: len(s._queue) == 2)
+    go_on.set()
+    for t in threads: t.join(10)
+    assert m.get_job(id).status == 'running' and w.levels == ['FULL'] and m.engine._desks[s].unsynced is None
+
+@pytest.mark.parametrize('kw,journal', [(dict(synchronous='NORMAL'), 'wal'), ({}, 'delete')])
+def test_where_there_is_nothing_to_spare_nothing_changes(lite, monkeypatch, kw, journal):
+    from fh_saas import db_connect
+    if journal == 'delete': monkeypatch.setattr(db_connect, '_wal', lambda conn, busy: None)
+    m = lite(**kw)
+    if journal == 'delete':
+        m.store.close()
+        with sqlite3.connect(m.store.url.database) as conn: assert conn.execute('PRAGMA journal_mode=DELETE').fetchone()[0] == 'delete'
+        conn.close()
+    m.submit('t', lambda: 1, run_at='2020-01-01')
+    w, level = Watched(m, monkeypatch), kw.get('synchronous', 'FULL')
+    claim(m)
+    assert (w.levels, w.now) == ([level], level)
+
+def test_a_claim_of_a_job_that_runs_is_soon_on_the_disk_and_the_host_hears_of_it_then(tmp_path, new_engine):
+    "Else a power cut could leave a database behind what the host knows of it: its jobs would be held"
+    host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    with get_or_create_tenant_db('acme', host=host) as db:
+        m, over = BackgroundTaskManager(db, new_engine(lease=30)), threading.Event()
+        id, _ = m.submit('t', lambda: over.wait(20), run_at='2020-01-01')
+        wait_until(lambda: m.get_job(id).status == 'running', 10)
+        desk = m.engine._desks[m.store]
+        mark = desk.tenancy.seen
+        if desk.unsynced is not None: assert desk.tenancy.sure < mark and not desk.tenancy.untold
+        desk.tell()
+        assert desk.tenancy.wakes.facts('acme')['mark'] <= desk.tenancy.sure
+        wait_until(lambda: desk.unsynced is None and desk.tenancy.sure >= mark, 5, 'no heartbeat has followed')
+        wait_until(lambda: desk.tenancy.wakes.facts('acme')['mark'] >= mark, 10, 'the host does not know')
+        over.set()
+        assert m.wait(id, 10).status == 'completed'
+    host.close()
+
+def test_a_mark_is_sure_only_with_a_commit_that_came_after_it(tmp_path):
+    from fh_saas.jobs.tenancy import Tenancy
+    host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    get_or_create_tenant_db('acme', host=host).close()
+    t = Tenancy(host, 'acme'); t.refresh()
+    t.advanced(dict(mark='4'), t.facts, synced=False)
+    assert (t.seen, t.sure, t.untold) == (5, 0, False)
+    t.advanced(dict(mark='2'), t.facts)  # an earlier commit, of a thread that was slow
+    assert (t.seen, t.sure) == (5, 3)
+    t.synced(5); t.synced(9)
+    assert (t.seen, t.sure, t.untold) == (5, 5, True)
+    t.tell()
+    assert not t.untold and t.wakes.facts('acme')['mark'] == 5
+    host.close()
