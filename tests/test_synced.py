@@ -139,3 +139,18 @@ def test_a_mark_is_sure_only_with_a_commit_that_came_after_it(tmp_path):
     t.tell()
     assert not t.untold and t.wakes.facts('acme')['mark'] == 5
     host.close()
+
+def test_a_claim_that_is_committed_is_not_said_to_have_failed(lite):
+    m = lite()
+    id, _ = m.submit('t', lambda: 1, run_at='2020-01-01')
+    s = m.store
+    s.write(lambda cur, now: None)
+    class Odd:
+        def __init__(self, conn): self.conn = conn
+        def __getattr__(self, name): return getattr(self.conn, name)
+        def execute(self, sql): raise sqlite3.OperationalError('disk I/O error')
+    s._writer = Odd(s._writer)
+    got, *_ = claim(m, id)
+    assert list(got) == [id] and s._writer is None
+    m.submit('t', lambda: 1, run_at='2100-01-01')
+    assert level(s._writer) == 'FULL'

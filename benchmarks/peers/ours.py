@@ -88,7 +88,7 @@ class Elsewhere(Async):
 
 
 class Ours(Common, OnSqlite):
-    durability, raws = sqlite_full, ('raw-sqlite-full', 'schema-sqlite-full')
+    durability, raws = f'{sqlite_full}; a claim may be taken back by it, and its job is pending again', ('raw-sqlite-full', 'schema-sqlite-full')
     @property
     def path(self): return self.place/f'{self.tenant}_db.db'
     @property

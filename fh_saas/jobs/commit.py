@@ -168,7 +168,7 @@ def _transact(self:Committer, batch, again=True, lazy=True):
     alone = len(batch) == 1 and getattr(batch[0].op, 'single', False)
     try:
         cur = self._writing(self._look(), not alone)
-        lazy = lazy and self._lazily and all(getattr(w.op, 'lazy', None) for w in batch)
+        lazy = lazy and not alone and self._lazily and all(getattr(w.op, 'lazy', None) for w in batch)
         if lazy: cur.execute('PRAGMA synchronous=NORMAL')
         now = self.kind.now(cur) if alone else self.kind.begin(cur, self.busy)
     except BaseException as e:
@@ -206,7 +206,9 @@ def _results(ops, cur, now) -> list:
     return [found[i] if i in found else op(cur, now) for i, op in enumerate(ops)]
 
 @patch
-def _prompt(self:Committer): self._writer.execute(f'PRAGMA synchronous={self.synchronous}')
+def _prompt(self:Committer):
+    try: self._writer.execute(f'PRAGMA synchronous={self.synchronous}')
+    except Exception: self._drop()  # what was committed is committed; the next one opens a connection
 
 @patch
 def _undo(self:Committer, lazy):
