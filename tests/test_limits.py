@@ -737,6 +737,20 @@ def test_a_line_knows_what_is_in_it(plan, queues):
         assert all(lane.running == {a for a in running if a.lane is lane} and lane.waiting == sum(a.lane is lane for a in waiting) for lane in lanes)
         assert [*line._ring] == [*dict.fromkeys(line._ring)] and {*line._ring} == {a.desk for a in waiting}
 
+def test_no_place_is_passed_on_that_has_fallen_to_another_process():
+    line, desk = Line(4), Tenant(1)
+    jobs = [Claimed(desk, 't', 'q', False) for _ in range(4)]
+    line.shares = dict(q=2)
+    line.put(desk, jobs)
+    a, b = line.take(), line.take()
+    line.give_up(dict(q=1))
+    assert line.follow(b, 1e-5) is None  # two run, and one may
+    line.done(b, 1e-5)
+    assert not line.ready() and line.take() is None
+    line.done(a, 1e-5)
+    a = line.take()
+    assert line.follow(a, 1e-5) is jobs[-1] and line.holds() == dict(q=1)
+
 def test_one_that_never_began_can_give_its_place_back(new_sqlite, new_manager):
     m = new_manager(new_sqlite(), handoff=0, concurrency=0)
     def letter(): return 1

@@ -224,10 +224,10 @@ def _heed(self:Lookout):
     e, rules, shut = self.engine, self.rules.ask(), self.wakes.shut()
     known = rules, e.registry.names
     if known != self._known:
-        self._known = known
         self._passed.clear()
         self._beat()
         e.reconsider()
+        self._known = known  # not before: the host may fail meanwhile
     if shut != self._shut: e.reconsider(shut ^ self._shut)
     self._shut = shut
 
