@@ -746,7 +746,7 @@ def test_no_place_is_passed_on_that_has_fallen_to_another_process():
     line.give_up(dict(q=1))
     assert line.follow(b, 1e-5) is None  # two run, and one may
     line.done(b, 1e-5)
-    assert not line.ready() and line.take() is None
+    assert line.take() is None
     line.done(a, 1e-5)
     a = line.take()
     assert line.follow(a, 1e-5) is jobs[-1] and line.holds() == dict(q=1)
