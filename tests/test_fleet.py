@@ -499,6 +499,7 @@ def test_a_copy_put_back_a_moment_after_the_host_was_asked(files, tmp_path):
     copy, asked, other = copy_of(files, 'acme', tmp_path/'copy.db'), desk(), desk()
     asked.tenancy.refresh()
     assert other.claim(job)
+    other.renew()  # the claim is on the disk now
     other.tell()
     put_back(files, 'acme', copy)
     new = files.submit('acme')

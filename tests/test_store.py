@@ -824,7 +824,7 @@ def test_an_outcome_and_its_attempt_are_there_together_or_not_at_all(store):
 def test_a_transaction_that_an_interrupt_has_left_open_swallows_no_job(new_sqlite, monkeypatch, how):
     store, other = Store(url := new_sqlite(), busy=0.5), Store(url, busy=0.5)
     def op(cur, now): raise KeyboardInterrupt
-    def undo(): raise KeyboardInterrupt  # and another one, at the worst moment
+    def undo(lazy): raise KeyboardInterrupt  # and another one, at the worst moment
     if how == 'nothing is rolled back': monkeypatch.setattr(store, '_undo', undo)
     else:
         class Interrupted:
@@ -963,9 +963,9 @@ def test_claim_and_rescue_use_the_partial_indexes(new_sqlite):
         p = plan(store, 'candidates', suspects)
         assert 'ix_tenant_jobs_ready (queue=? AND priority=?' in p and 'TEMP B-TREE' not in p
         assert ('run_at<' in p) == (suspects is not None)
-    for key in ('undated', 'levels'): assert 'ix_tenant_jobs_ready (queue=? AND priority=? AND run_at=?' in plan(store, key), key
-    for key in ('queues', 'levels'): assert 'SCAN tenant_jobs' not in plan(store, key), key
-    for key in ('lapsed', 'outlook', 'heartbeat'): assert 'ix_tenant_jobs_lease' in plan(store, key), key
+    for key in ('undated', 'waiting'): assert 'ix_tenant_jobs_ready (queue=? AND priority=? AND run_at=?' in plan(store, key), key
+    assert 'SCAN tenant_jobs' not in plan(store, 'waiting')
+    for key in ('lapsed', 'ahead', 'heartbeat'): assert 'ix_tenant_jobs_lease' in plan(store, key), key
     store.list()
     assert 'TEMP B-TREE' not in plan(store, 'list')  # the newest are the last rows
     store.close()
