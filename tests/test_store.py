@@ -954,6 +954,13 @@ def plan(store, key, last=...):
     s = next(s for (kind, k), s in _compiled.items() if kind == 'sqlite' and k[:2] == (key, 'tenant_jobs') and last in (..., k[-1]))
     with store.cursor() as cur: return ' | '.join(r[3] for r in cur.execute(f'EXPLAIN QUERY PLAN {s.sql}', [None]*s.sql.count('?')).fetchall())
 
+def test_what_is_closed_or_not_served_is_not_due(store):
+    for q, at in (('a', '2020-01-01T00:00:00.000000'), ('b', '2100-01-01T00:00:00.000000')): store.add(dict(id=q, job_type='t', task='t', queue=q, run_at=at, max_retries=3))
+    def due(**kw): return store.next_due(('t',), (), **kw)[0]
+    assert due() < 0 < due(closed=('a',)) and due(only=('b',)) > 0 > due(only=('a', 'b')) and due(only=('a',), closed=('a',)) is None
+    mine, lapse, all_ = store.outlook(('t',), (), ('a',))
+    assert mine > 0 and lapse is None and {q: d < 0 for q, d in all_.items()} == dict(a=True, b=False)
+
 def test_claim_and_rescue_use_the_partial_indexes(new_sqlite):
     store = Store(new_sqlite())
     add_ids(store, 'a', 'b')

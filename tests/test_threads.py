@@ -10,7 +10,7 @@ from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import delete_tenant, open_tenant_db
 from fh_saas.jobs.commit import _Write
 from fh_saas.jobs.desk import Desk
-from fh_saas.jobs.pool import Crew
+from fh_saas.jobs.pool import Crew, Pool
 from fh_saas.jobs.allotment import reserve
 from fh_saas.jobs.rounds import Rounds, brief, most_turns
 from fh_saas.jobs.line import batch
@@ -191,6 +191,29 @@ def test_a_thread_that_is_called_as_it_finds_work_lets_others_be_woken():
     crew.close()
     assert ran == [True]
 
+
+def test_threads_of_a_pool_end_when_it_is_closed_and_what_comes_later_finds_one():
+    pool = Pool(3, name := f"test-pool-{time.time_ns()}")
+    def there(): return [t for t in threading.enumerate() if t.name == name]
+    go, done = threading.Event(), []
+    futures = [pool.submit(go.wait, 10) for _ in range(3)] + [pool.submit(done.append, n) for n in range(20)]
+    assert len(there()) == 3
+    pool.close()
+    go.set()
+    for f in futures: f.result(10)  # what was in line is done
+    wait_until(lambda: not there(), 10)
+    assert pool.submit(divmod, 7, 2).result(10) == (3, 1) and len(there()) == 1
+    assert pool.submit(divmod, 7, 2).result(10) == (3, 1) and len(there()) == 1  # the one that is idle
+    pool.close()
+    wait_until(lambda: not there(), 10)
+
+def test_many_calls_at_once_are_all_done_and_none_is_done_twice():
+    pool, done = Pool(4, 'test-many'), []
+    def submits(n): return [pool.submit(done.append, (n, k)) for k in range(500)]
+    with ThreadPoolExecutor(8) as callers: futures = [f for fs in callers.map(submits, range(8)) for f in fs]
+    for f in futures: f.result(20)
+    assert len(done) == len(set(done)) == 4000 and pool.busy == 0
+    pool.close()
 
 def test_an_engine_keeps_nothing_by_the_name_of_a_database_that_was_forgotten(new_engine, new_sqlite):
     "A process may meet ten thousand, one after the other"

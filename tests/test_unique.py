@@ -33,9 +33,11 @@ def test_the_same_job_is_not_submitted_twice(manager):
 
 def test_the_same_job_is_met_under_a_name_that_its_task_had_before(url, new_engine):
     "Two releases, each in a process of its own"
-    def bill(k): return k
+    def invoice(k): return k
+    def send(k): return k
+    invoice.__task_name__, send.__task_name__ = 'invoice', 'send_invoice'
     old, new = (BackgroundTaskManager(Database(url), new_engine(Registry(), concurrency=0)) for _ in range(2))
-    for m, name, kw in ((old, 'invoice', {}), (new, 'send_invoice', dict(aliases=['invoice']))): m.engine.registry.add(bill, name, **kw)
+    old.engine.registry.add(invoice, 'invoice'); new.engine.registry.add(send, 'send_invoice', aliases=['invoice'])
     def submit(m, name, **kw): return m.submit(name, name, unique=True, **kw, **far)[0]
     a = submit(old, 'invoice', k=1)
     assert submit(new, 'send_invoice', k=1) == a and submit(new, 'send_invoice', k=2) != a
