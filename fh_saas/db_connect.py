@@ -36,11 +36,12 @@ def show_url(url) -> str:
     u = sa.make_url(url)
     return u.set(query={k: '***' if 'pass' in k.lower() else v for k, v in u.query.items()}).render_as_string(hide_password=True)
 
-def _covered(url) -> str:
+def _covered(url, port=False) -> str:
     "What is no URL, as far as it surely is no secret"
     if not isinstance(url, str): return f'a {type(url).__name__}'
     start, sep, rest = url.partition('://')
     if not sep: return repr(url[:200]) if '@' not in url else 'a text without ://'
+    if port: return f'{start}://…'  # what stands after the colon may be a password
     return repr(f"{start}://{'***@' if '@' in rest else ''}{rest.rpartition('@')[2].partition('?')[0][:200]}")
 
 _checked = set()  # what came out of `check_url`: the hot path brings it back for each connection
@@ -57,7 +58,7 @@ def check_url(
     if type(url) is sa.URL and url in _checked: return url
     try: u = sa.make_url(url)
     except (ArgumentError, ValueError, TypeError) as e:
-        raise InvalidDatabaseURL(f"{_covered(url)} is not a database URL{': its port is no number' if type(e) is ValueError else ''}; use sqlite:///path/to/file.db or postgresql://user:password@host:port/name") from None
+        raise InvalidDatabaseURL(f"{_covered(url, type(e) is ValueError)} is not a database URL{': its port is no number, or there is no @ before its host' if type(e) is ValueError else ''}; use sqlite:///path/to/file.db or postgresql://user:password@host:port/name") from None
     if '@' in (u.host or ''): raise InvalidDatabaseURL("there is an @ too many before the host: in a password it is written %40, / is %2F and : is %3A")
     name = u.get_backend_name()
     if name == 'sqlite':

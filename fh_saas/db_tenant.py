@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from fastcore.basics import patch
 from fastsql import Database
 from .db_connect import (DatabaseCorrupt, DatabaseUnavailable, FhSaasError, check_url, inherited, lock_schema, open_engine, read_meta, reading, show_url, write_meta, writing)
-from .db_host import HostDatabase, TenantCatalog, TenantNotFound, env_url, seconds, timestamp
+from .db_host import HostDatabase, TenantCatalog, TenantNotFound, catalog_table, env_url, seconds, timestamp
 
 log = logging.getLogger('fh_saas.jobs')
 
@@ -268,8 +268,10 @@ def suspend_tenant(tenant_id:str, host:HostDatabase=None):
 
 def resume_tenant(tenant_id:str, host:HostDatabase=None):
     "Make a suspended tenant active again; or one whose deletion was refused, or cut off before anything was deleted"
-    if (t := (host := _host(host)).find(tenant_id)) and t.state == 'paused' and _half_upgraded(host, t): raise TenantSuspended(f"tenant {tenant_id!r} was suspended while it was upgraded, and that has not ended: migrate again, then resume it; nothing was changed")
-    if t and t.state == 'deleting' and _exists(host, host.url_of(t)): host.set_state(tenant_id, 'active', 'deleting')
+    if (t := (host := _host(host)).find(tenant_id)) and t.state in ('paused', 'deleting') and _half_upgraded(host, t): raise TenantSuspended(f"tenant {tenant_id!r} was taken out of service while it was upgraded, and that has not ended: migrate again, then resume it; nothing was changed")
+    if t and t.state == 'deleting' and _exists(host, url := host.url_of(t)):
+        if host.set_state(tenant_id, 'active', 'deleting') and not _exists(host, url): host.set_state(tenant_id, 'deleting', 'active')  # it went while this waited
+        _move(host, tenant_id, 'active')
     else: _move(host, tenant_id, 'active', 'paused')
 
 # %% ../nbs/01_db_tenant.ipynb #5de227ac
@@ -338,6 +340,15 @@ def _server(host, url):
     return open_engine(host.url if same else url.set(database='postgres'), poolclass=sa.NullPool, isolation_level='AUTOCOMMIT')
 
 # %% ../nbs/01_db_tenant.ipynb #a457128b
+def _drop(host, url):
+    if url.get_backend_name() == 'sqlite':
+        gone = Path(f'{url.database}.gone')
+        if Path(url.database).exists(): Path(url.database).replace(gone)  # without its log it is no database any more
+        for path in (f'{url.database}-wal', f'{url.database}-shm', gone): Path(path).unlink(missing_ok=True)
+        return
+    with writing(_server(host, url)) as conn:
+        conn.exec_driver_sql(f'DROP DATABASE IF EXISTS {conn.dialect.identifier_preparer.quote_identifier(url.database)} WITH (FORCE)')
+
 heeded = 2.5 # seconds after which no process starts a job of a tenant whose state or hold has changed
 
 def delete_tenant(
@@ -361,10 +372,8 @@ def delete_tenant(
         raise TenantBusy(f"tenant {tenant_id!r} has {running} running jobs and {handles} open handles; it stays in state 'deleting', "
             "starts nothing new, and can be deleted when they are done, or at once with force=True (fh-saas delete --force); fh-saas unsuspend takes it back")
     host.open_dbs.close(url)
-    if (now := host.find(tenant_id)) is None or now.state != 'deleting': raise TenantBusy(f"tenant {tenant_id!r} was {'made' if now else 'deleted'} {now.state if now else ''} meanwhile: nothing was deleted")
-    if url.get_backend_name() == 'sqlite':
-        for suffix in ('-wal', '-shm', ''): Path(f'{url.database}{suffix}').unlink(missing_ok=True)
-    else:
-        with writing(_server(host, url)) as conn:
-            conn.exec_driver_sql(f'DROP DATABASE IF EXISTS {conn.dialect.identifier_preparer.quote_identifier(url.database)} WITH (FORCE)')
+    with writing(host.engine) as conn:  # whoever would take it back waits for the end of this
+        state = conn.execute(sa.select(catalog_table.c.state).where(catalog_table.c.id == tenant_id).with_for_update()).scalar()
+        if state != 'deleting': raise TenantBusy(f"tenant {tenant_id!r} is {state or 'deleted'} by now: nothing was deleted")
+        _drop(host, url)
     host.unregister(tenant_id)

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 import fh_saas.db_tenant
 from conftest import wait_until
 from children.launch import Child
-from fh_saas.db_connect import DatabaseBusy, DatabaseUnavailable, FhSaasError, open_engine, reading, writing
+from fh_saas.db_connect import DatabaseBusy, FhSaasError, open_engine, reading, writing
 from fh_saas.db_host import HostDatabase, NotAHost, seconds
 from fh_saas.db_tenant import TenantMismatch, delete_tenant, get_or_create_tenant_db, list_tenants, open_tenant_db, suspend_tenant, resume_tenant
 from fh_saas.jobs.engine import Engine
@@ -747,6 +747,13 @@ def test_what_a_process_that_begins_nothing_still_runs_is_taken_from_the_limit(t
     assert [e.line.limit('q') for e in (one, two)] == [2, 2]
     f.close()
 
+def test_a_process_whose_clock_was_ahead_when_it_was_killed_keeps_nothing_for_ever(tmp_path):
+    f = _Fleet(f'sqlite:///{tmp_path}/host.db', 2, 2)
+    f.pass_time(-3600)
+    for _ in range(2): f.beat(f.engines[0])
+    assert f.engines[0].line.limit('q') == 2
+    f.close()
+
 def test_jobs_in_line_take_no_share_from_others(tmp_path):
     f = _Fleet(f'sqlite:///{tmp_path}/host.db', 3, 2)
     [busy] = [e for e in f.engines if e.worker.endswith('0')]
@@ -755,17 +762,22 @@ def test_jobs_in_line_take_no_share_from_others(tmp_path):
     assert f.most == 2
     f.close()
 
-def test_who_cannot_reach_the_host_for_long_gives_its_shares_up(tmp_path, monkeypatch):
+@pytest.mark.parametrize('how', ['it says that it is away', 'it says nothing'])
+def test_who_cannot_reach_the_host_for_long_gives_its_shares_up(tmp_path, monkeypatch, how):
     host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
     rules_of(host).set(queue='imports', concurrency=2)
     with Runner(host, Settings(concurrency=4)) as r:
-        wait_until(lambda: r.engine.line.shares == dict(imports=2), 10)
-        def away(*args, **kw): raise DatabaseUnavailable('away')
-        monkeypatch.setattr(r, '_each_second', away)
-        time.sleep(1.5)
-        assert r.engine.line.shares == dict(imports=2)
-        r._beaten = time.monotonic() - 14
-        wait_until(lambda: r.engine.line.shares == dict(imports=0), 5)
+        line = r.engine.line
+        wait_until(lambda: line.shares == dict(imports=2), 10)
+        asked = threading.Event()
+        monkeypatch.setattr(r, '_each_second', lambda: asked.set() or time.sleep(60 if how == 'it says nothing' else 0) or 1/0)
+        asked.wait(10)
+        assert time.monotonic() + 9 < line.shares_end < time.monotonic() + 14 and line.limit('imports') == 2
+        line.shares_end -= 14
+        assert line.limit('imports') == 0 and line.limit('default') == 4
+        monkeypatch.undo()
+        if how == 'it says that it is away': wait_until(lambda: line.limit('imports') == 2, 10)
+        r._stopped.set()
     host.close()
 
 def test_a_larger_share_calls_whom_the_limit_has_kept_waiting(new_manager, new_sqlite):

@@ -3,12 +3,19 @@ import sqlite3, threading, time
 import pytest
 from conftest import wait_until
 from fh_saas.db_host import HostDatabase
-from fh_saas.db_tenant import get_or_create_tenant_db
+from fh_saas.db_tenant import get_or_create_tenant_db, read_notes
 from fh_saas.jobs.rules import Limits
+from fh_saas.jobs.wake import wakes_of
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 
 @pytest.fixture
-def lite(new_manager, new_sqlite): return lambda **kw: new_manager(new_sqlite(), concurrency=0, **kw)
+def lite(new_manager, new_sqlite):
+    "Call it for a manager, in whose database a claim was made already"
+    def make(**kw):
+        m = new_manager(new_sqlite(), concurrency=0, **kw)
+        m.engine._desks[m.store].proven = True
+        return m
+    return make
 
 def level(conn): return {0: 'OFF', 1: 'NORMAL', 2: 'FULL', 3: 'EXTRA'}[conn.execute('PRAGMA synchronous').fetchone()[0]]
 
@@ -42,6 +49,17 @@ def test_a_claim_does_not_wait_for_the_disk(lite, monkeypatch, by):
     assert m.get_job(id).status == 'running' and (w.levels, w.now) == (['NORMAL'], 'FULL')
     m.submit('t', lambda: 1, run_at='2100-01-01'); m.cancel(m.list_jobs()[0].id)
     assert set(w.levels[1:]) <= {'FULL'} and w.now == 'FULL'
+
+def test_the_first_claim_of_a_process_does(lite, monkeypatch):
+    "A job that takes the machine along is met again after its start, and must be counted then"
+    m = lite()
+    desk = m.engine._desks[m.store]
+    desk.proven = False
+    assert desk.turn([], [], m.engine._room(desk, 5))[1] == [] and not desk.proven  # there was nothing
+    for n in range(2): m.submit('t', lambda: 1, run_at='2020-01-01')
+    w = Watched(m, monkeypatch)
+    for job in m.list_jobs(): claim(m, job.id)
+    assert w.levels == ['FULL', 'NORMAL'] and desk.unsynced is not None
 
 @pytest.mark.parametrize('why', ['last attempt', 'one of several is in its last attempt', 'rate', 'an outcome comes with it', 'in doubt'])
 def test_a_claim_that_must_not_be_lost_does(lite, monkeypatch, why):
@@ -112,18 +130,37 @@ def test_a_claim_of_a_job_that_runs_is_soon_on_the_disk_and_the_host_hears_of_it
     host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
     with get_or_create_tenant_db('acme', host=host) as db:
         m, over = BackgroundTaskManager(db, new_engine(lease=600)), threading.Event()
-        m.engine._desks[m.store]._beat = time.monotonic()  # the next one for the lease's sake comes much later
+        m.engine._desks[m.store]._beat, m.engine._desks[m.store].proven = time.monotonic(), True  # the next one for the lease's sake comes much later
         id, _ = m.submit('t', lambda: over.wait(20), run_at='2020-01-01')
         wait_until(lambda: m.get_job(id).status == 'running', 10)
         desk = m.engine._desks[m.store]
         mark = desk.tenancy.seen
-        if desk.unsynced is not None: assert desk.tenancy.sure < mark and not desk.tenancy.untold
-        desk.tell()
+        desk.tenancy.tell()
         assert desk.tenancy.wakes.facts('acme')['mark'] <= desk.tenancy.sure
         wait_until(lambda: desk.unsynced is None and desk.tenancy.sure >= mark, 5, 'no heartbeat has followed')
         wait_until(lambda: desk.tenancy.wakes.facts('acme')['mark'] >= mark, 10, 'the host does not know')
         over.set()
         assert m.wait(id, 10).status == 'completed'
+    host.close()
+
+@pytest.mark.parametrize('way', ['plain', 'its own commit'])
+def test_the_host_hears_how_far_a_database_has_come_whoever_committed(tmp_path, new_engine, monkeypatch, way):
+    "Else a copy that is put back would not be known for what it is"
+    host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    def plain(): return 1
+    def own(job):
+        with job.begin() as conn: job.complete(conn, 1)
+    with get_or_create_tenant_db('acme', host=host) as db:
+        m = BackgroundTaskManager(db, e := new_engine())
+        desk = e._desks[m.store]
+        for _ in range(5):
+            id, bg = m.submit('t', plain if way == 'plain' else own)
+            bg.func(*bg.args)
+            assert m.get_job(id).status == 'completed'
+        assert desk.tenancy.seen >= 5
+        desk.tell()
+        mark = wakes_of(host).facts('acme')['mark']
+        assert mark >= 5 and mark == desk.tenancy.sure <= int(read_notes(host.url_of(host.find('acme')), host)['mark']) and not desk.tenancy.untold
     host.close()
 
 def test_a_mark_is_sure_only_with_a_commit_that_came_after_it(tmp_path):
@@ -132,13 +169,17 @@ def test_a_mark_is_sure_only_with_a_commit_that_came_after_it(tmp_path):
     get_or_create_tenant_db('acme', host=host).close()
     t = Tenancy(host, 'acme'); t.refresh()
     t.advanced(dict(mark='4'), t.facts, synced=False)
-    assert (t.seen, t.sure, t.untold) == (5, 0, False)
+    assert (t.seen, t.sure, t.untold, t.reached) == (5, 0, True, (5, t.facts))
+    t.tell()
+    assert t.wakes.facts('acme')['mark'] == 0
     t.advanced(dict(mark='2'), t.facts)  # an earlier commit, of a thread that was slow
     assert (t.seen, t.sure) == (5, 3)
     t.tell()
-    assert t.wakes.facts('acme')['mark'] == 3 and not t.untold
-    t.synced(5); t.synced(9)
-    assert (t.seen, t.sure, t.untold) == (5, 5, True)
+    assert t.wakes.facts('acme')['mark'] == 3 and t.untold
+    t.synced(5, dict(t.facts, epoch=2))  # of the file before
+    assert t.sure == 3
+    t.synced(5, t.facts); t.synced(9, t.facts)
+    assert (t.seen, t.sure) == (5, 5)
     t.tell()
     assert not t.untold and t.wakes.facts('acme')['mark'] == 5
     host.close()

@@ -1,6 +1,7 @@
 "Many at once: threads on one database, processes on one new tenant."
 import os, queue, re, threading, time, uuid
 from collections import Counter
+from functools import partial
 from concurrent.futures import ThreadPoolExecutor
 import pytest
 from fastsql import Database
@@ -191,6 +192,41 @@ def test_a_thread_that_is_called_as_it_finds_work_lets_others_be_woken():
     crew.close()
     assert ran == [True]
 
+
+def test_a_thread_that_finds_two_pieces_of_work_in_the_moment_it_lies_down_wakes_another_for_the_second():
+    "The last to lie down is the first to be woken: it must not wake itself"
+    crew, work, looks, begun, over = None, [], [0], {}, threading.Event()
+    def job(name, f):
+        def run(): begun[name] = time.monotonic(); f()
+        return run
+    def find():
+        looks[0] += 1
+        if looks[0] == 2: work.extend([job('b', int), job('a', lambda: over.wait(5))])  # it counts as idle already
+        if not work: return None
+        f = work.pop()
+        if work: crew.call()
+        return f
+    crew = Crew(8, 'test-self', lambda: None)
+    for _ in range(3): crew.call(); time.sleep(0.02)
+    crew.find = find
+    crew.call()
+    wait_until(lambda: 'b' in begun, 3, f'{begun}')
+    over.set()
+    crew.close()
+
+def test_a_crew_outlives_an_error_of_its_search(caplog):
+    looks, done = [], []
+    def find():
+        looks.append(1)
+        if len(looks) <= 2: raise MemoryError('once, and once more')
+        return partial(done.append, 1) if len(done) < 3 else None
+    crew = Crew(2, 'test-error', find)
+    crew.call()
+    wait_until(lambda: len(looks) >= 2)
+    for _ in range(3): crew.call(); time.sleep(0.02)
+    wait_until(lambda: len(done) == 3, 5)
+    assert 'finds nothing' in caplog.text
+    crew.close()
 
 def test_threads_of_a_pool_end_when_it_is_closed_and_what_comes_later_finds_one():
     pool = Pool(3, name := f"test-pool-{time.time_ns()}")

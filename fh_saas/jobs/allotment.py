@@ -89,15 +89,17 @@ def _bar(self:Allotment, desk,
 
 # %% ../../nbs/jobs/12_allotment.ipynb #74aa8d46
 @patch
-def admit(self:Allotment, shares:dict):
+def admit(self:Allotment, shares:dict,
+    until:float=float('inf'), # On the monotonic clock; the others take this process for lost some time later
+):
     "What falls to this process of each limit that holds for all; whom it has kept from claiming may try again if that is more"
-    before, self.line.shares = self.line.shares, shares
+    before, self.line.shares, self.line.shares_end = self.line.shares, shares, until
     with self._lock:
         for q, n in shares.items():
             if (more := n - before.get(q, n)) <= 0: continue
             self._ended[q] = next(self._count)  # for a turn that is about to be barred
             for d in [d for d, queues in self._blocked.items() if q in queues][:more]: self._blocked.pop(d); d.hungry, self._errands[d] = True, None
-    if self._errands: self.crew.call()
+    if self._errands or self.line.ready(): self.crew.call()
 
 @patch
 def _unblock(self:Allotment, desk, queue):

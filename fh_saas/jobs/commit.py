@@ -123,6 +123,7 @@ def _lead(self:Committer, *own):
     try:
         if self._queue:
             with self._queue_lock: batch, self._queue = batch + self._queue, []
+            batch.sort(key=lambda w: not getattr(w.op, 'alone', False))  # a server's locks are taken in one order: that for all comes before those of rows
         if batch: self._commit(batch)
     except BaseException:
         for w in batch:
@@ -191,8 +192,8 @@ def _transact(self:Committer, batch, again=True, lazy=True):
         if again and state in ((deadlock, ended, no_table) if alone else (deadlock, no_table)): return self._transact(batch, again=False)
         if (known := self._error(e)) is e: raise
         raise known from e
-    for w, r in zip(batch, results): w.result, w.error, w.written = r, None, True
     for w in batch if lazy else (): w.op.unsynced = True
+    for w, r in zip(batch, results): w.result, w.error, w.written = r, None, True
 
 # %% ../../nbs/jobs/05_commit.ipynb #ea3dd9c3
 def _results(ops, cur, now) -> list:

@@ -33,6 +33,7 @@ class Desk:
     # rung: the host says when there is something to do here; met: a manager works with it
     rung, met, tenancy, only, _free = False, False, None, None, Limits()
     suspected, unsynced = 0.0, None  # when a suspect was looked for; since when a claim is committed that the disk may not have
+    proven = False  # was a claim made here? The first one waits for the disk: what took the machine along is met again after its start, and counted then
     def __init__(self, store:Store, registry:Registry, settings:Settings, worker:str):
         self.store, self.registry, self.settings, self.worker = store, registry, settings, worker
         self.local = Registry()  # functions that hold on to something are for this database only
@@ -213,7 +214,7 @@ def turn(self:Desk,
     done = self.store.finishing_all([(a.row, a.outcome, a.last_note) for a in ends]) if ends else None
     these = self.store.claiming_these(wanted, *me, replace(room or spare, n=len(wanted), sure=None)) if wanted else None
     claim = self.store.claiming(*names, *me, room) if room else None
-    check, doubts = self._checking(bool(these or claim)), list(self.doubtful)
+    check, doubts, unsynced = self._checking(bool(these or claim)), list(self.doubtful), self.unsynced
     def op(cur, now):
         for t in doubts: self.store.unclaim(cur, now, t)
         if done: done(cur, now)
@@ -223,17 +224,23 @@ def turn(self:Desk,
         if stepped := bool(notes is not None and (got or rows or ends)): self.store.step(cur, notes)  # who has nothing to say writes nothing
         return got, rows, due, (notes, facts, stepped)
     op.single = done is not None and done.single and not (these or claim or check or doubts)
-    op.lazy = None if done or doubts or (room or spare).rates else _may_be_lost
+    op.lazy = None if done or doubts or (room or spare).rates or not self.proven else _may_be_lost
     got, rows, due, said = self._claimed(op, token) if these or claim else self.store.write(op)
     attempts = self._take(rows)  # from here on they are known
     self._unclaimed(doubts)
-    lazy = getattr(op, 'unsynced', False)
+    lazy, some = getattr(op, 'unsynced', False), bool(got or rows)
     if check: self._checked(*said, lazy)
-    if lazy and self.unsynced is None: self.unsynced = time.monotonic()
-    if done: self.unsynced = None
+    self.proven = self.proven or some
+    self._flushed(unsynced, lazy and some, bool(done))
     return {r['id']: r for r in got}, attempts, due
 
 # %% ../../nbs/jobs/11_desk.ipynb #74d5d974
+@patch
+def _flushed(self:Desk, before, lazy, durable):
+    "A commit has followed; another thread's claim may have come since `before` was read"
+    if lazy: self.unsynced = time.monotonic()
+    elif durable and self.unsynced == before: self.unsynced = None
+
 @patch
 def _checking(self:Desk, judge:bool=True):
     "Called with a cursor: is this the database that the host knows?"
@@ -260,9 +267,20 @@ def verify(self:Desk):
         self._checked(*said, False)
 
 @patch
+def flush(self:Desk):
+    "Have the disk take along what was committed: an outcome that came with a task's own rows did so without a word here"
+    if self.tenancy.own <= self.tenancy.sure: return
+    (mark, facts), unsynced = self.tenancy.reached, self.unsynced
+    self.store.write(lambda cur, now: self.store.step(cur, self.store.noting(cur)))
+    self.tenancy.synced(mark, facts)
+    self._flushed(unsynced, False, True)
+
+@patch
 def tell(self:Desk, every:float=0.0):
     "Let the host know how far the database has come"
-    try: self.tenancy and self.tenancy.tell(every)
+    try:
+        if self.tenancy and self.tenancy.due(every): self.flush()
+        if self.tenancy: self.tenancy.tell(every)
     except FhSaasError as e: log.warning('tenant=%s: its mark is not in the host: %s', self.store.tenant, e)
 
 # %% ../../nbs/jobs/11_desk.ipynb #26b78819
@@ -340,11 +358,12 @@ def beat(self:Desk):
 def renew(self:Desk):
     "Renew the leases of what runs here"
     self.undoubt()
-    with self._lock: live, mark = dict(self.live), self.tenancy.seen if self.tenancy else 0
+    (mark, facts), unsynced = self.tenancy.reached if self.tenancy else (0, None), self.unsynced
+    with self._lock: live = dict(self.live)
     owned = self.store.heartbeat(self.worker, self.settings.lease)
     self._beat = time.monotonic()
-    if owned and self.tenancy: self.tenancy.synced(mark)  # what was committed before is on the disk with it
-    self.unsynced = None
+    if owned and self.tenancy: self.tenancy.synced(mark, facts)  # what was committed before is on the disk with it
+    self._flushed(unsynced, False, True)
     for key, a in live.items():
         if key in owned: a.lease_until = self._beat + self.settings.lease
         elif key in self.live: a.ctx.lost = True

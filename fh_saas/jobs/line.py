@@ -26,7 +26,7 @@ class Line:
         queues:dict=None, # Jobs at once of each of these queues, and no others are served; None: all, without limits of their own
     ):
         self.size, self.queues = size, queues
-        self.shares = {}  # of queues whose limit holds for all processes together: what falls to this one
+        self.shares, self.shares_end = {}, float('inf')  # of queues whose limit holds for all processes together: what falls to this one, and until when, if nobody is heard of it
         self.running, self.waiting, self._by_queue, self._running_by_queue = 0, 0, {}, {}
         self.handed = 0  # claimed for a coroutine that is about to begin them
         self._newest, self._last = None, 0.0  # the job that got a thread last, while it holds it, and when it got it
@@ -96,7 +96,8 @@ def limited(self:Line, queue) -> bool:
 def limit(self:Line, queue) -> int:
     "Jobs of `queue` that may run here at once"
     own = self.size if self.queues is None else self.queues.get(queue, self.size)
-    return min(own, self.shares.get(queue, own))
+    if queue not in self.shares: return own
+    return min(own, self.shares[queue]) if time.monotonic() < self.shares_end else 0
 
 @patch
 def give_up(self:Line, shares:dict):

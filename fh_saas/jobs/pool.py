@@ -147,16 +147,21 @@ def _work(self:Crew):
     (bed := threading.Lock()).acquire()
     while not self._closed:
         with self._lock: self._waking = False
-        while (f := self.find()) is not None and self._do(f): pass
+        while (f := self._look()) is not None and self._do(f): pass
         with self._lock:
             if self._closed: return
             self._idle.append(bed)
         # what came after the last look and before this thread counted as idle has called nobody
-        f = self.find()
+        f = self._look()
         if not (callable(f) or f is not None and not self._guarded): bed.acquire(); continue
-        # a call on its way to this thread is taken before the work begins: until then nobody else is woken
-        if not self._back(bed): bed.acquire(); self._waking = False
+        # a call on its way to this thread is taken before the work begins, and passed on: it may have been for something else
+        if not self._back(bed): bed.acquire(); self._waking = False; self.call()
         if callable(f): self._do(f)
+
+@patch
+def _look(self:Crew):
+    try: return self.find()
+    except Exception: log.exception('a thread of %s finds nothing', self.name)
 
 @patch
 def _back(self:Crew, bed) -> bool:

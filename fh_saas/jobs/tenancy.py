@@ -50,7 +50,7 @@ class Tenancy:
     ):
         self.host, self.tenant_id, self.wakes, self.rules = host, tenant_id, wakes_of(host), rules_of(host)
         self.facts, self.read, self.told_at = facts, time.monotonic() if facts else 0.0, 0.0
-        self.seen = self.sure = self.told = 0  # marks: committed, on the disk, and known to the host
+        self.seen = self.own = self.sure = self.told = 0  # marks: the last that was seen, the last of this process, those on the disk, and known to the host
         self._lock = threading.Lock()
 
     def __repr__(self): return f'Tenancy({self.tenant_id!r}, {self.facts})'
@@ -60,7 +60,7 @@ class Tenancy:
 def limits(self:Tenancy) -> Limits: return self.rules.of(self.tenant_id)
 
 @patch(as_prop=True)
-def untold(self:Tenancy) -> bool: return self.sure > self.told # Does the host not know yet how far the database has come?
+def untold(self:Tenancy) -> bool: return self.own > self.told # Does the host not know yet how far the database has come?
 
 @patch
 def refresh(self:Tenancy, older:float=0.0):
@@ -72,7 +72,7 @@ def refresh(self:Tenancy, older:float=0.0):
         log.warning('tenant=%s: the host does not answer, what it said last holds: %s', self.tenant_id, e)
     else:
         with self._lock:
-            if _which(facts) != _which(self.facts): self.seen = self.sure = self.told = 0  # another tenant of the same name, or another file of the same tenant
+            if _which(facts) != _which(self.facts): self.seen = self.own = self.sure = self.told = 0  # another tenant of the same name, or another file of the same tenant
             self.facts = facts
     self.read = time.monotonic()
 
@@ -122,18 +122,28 @@ def advanced(self:Tenancy, notes:dict, facts:dict, steps:int=1, synced:bool=True
     with self._lock:
         if _which(facts) != _which(self.facts) or int(notes.get('epoch', 1)) != facts['epoch']: return
         self.seen = max(self.seen, mark := int(notes.get('mark', 0)) + steps)
+        if steps: self.own = max(self.own, mark)
         if synced: self.sure = max(self.sure, mark)
 
 @patch
-def synced(self:Tenancy, mark:int):
-    "What was committed up to this mark is on the disk"
-    with self._lock: self.sure = max(self.sure, min(mark, self.seen))
+def synced(self:Tenancy, mark:int, facts:dict):
+    "What was committed up to this mark is on the disk; both as `reached` has given them before"
+    with self._lock:
+        if _which(facts) == _which(self.facts): self.sure = max(self.sure, min(mark, self.seen))
+
+@patch(as_prop=True)
+def reached(self:Tenancy) -> tuple: # Mark, and facts
+    "How far it has come by now"
+    with self._lock: return self.seen, self.facts
 
 # %% ../../nbs/jobs/17_tenancy.ipynb #9bf9cc58
 @patch
+def due(self:Tenancy, every:float) -> bool: return self.untold and time.monotonic() >= self.told_at + every # Is it time to tell?
+
+@patch
 def tell(self:Tenancy, every:float=0.0):
     "Let the host know how far the database has come, at most once in `every` seconds"
-    if self.sure <= self.told or time.monotonic() < self.told_at + every: return
+    if self.sure <= self.told or not self.due(every): return
     with self._lock: mark, facts, self.told_at = self.sure, self.facts, time.monotonic()  # of one and the same epoch
     self.wakes.marked(self.tenant_id, mark, facts['created'], facts['epoch'])
     with self._lock:

@@ -8,7 +8,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/workers/fleet.html.md"""
 __all__ = ['beat_every', 'gone_after', 'share_turn', 'UnknownWorker', 'WorkerRecord', 'Fleet', 'share']
 
 # %% ../../nbs/workers/00_fleet.ipynb #1068b5a7
-import json, os, socket
+import json, os, socket, time
 from dataclasses import dataclass, field
 import sqlalchemy as sa
 from fastcore.basics import patch
@@ -64,7 +64,7 @@ class Fleet:
         rows = rows_of(self.db.statement(('workers',), lambda: sa.select(w).order_by(w.c.started_at, w.c.id))(cur))
         for r in rows:
             r['queues'], r['jobs'], r['holds'], r['tasks'] = json.loads(r['queues']), json.loads(r['jobs']), json.loads(r['holds'] or '{}'), names_of(r['tasks'])
-            if seconds(r['beat_at']) < now - lost_after: r |= dict(state='lost', running=0, jobs=[], holds={})
+            if abs(seconds(r['beat_at']) - now) > lost_after: r |= dict(state='lost', running=0, jobs=[], holds={})
         return [WorkerRecord(**r) for r in rows]
 
 # %% ../../nbs/workers/00_fleet.ipynb #2e1cabda
@@ -89,8 +89,9 @@ def beat(self:Fleet,
         shares = None if limits is None else self._shares(e, state, limits, now, self._read(cur, now) if limits else [])
         if shares is not None: e.line.give_up(shares)  # before others can read it
         return *stmt(cur, **row, holds=json.dumps(e.line.holds(shares)), started_at=timestamp(now), beat_at=timestamp(now)).fetchone(), shares
+    op.alone, begun = bool(limits), time.monotonic()
     asked, n, shares = self.db.write(op)
-    if shares is not None: e.admit(shares)
+    if shares is not None: e.admit(shares, begun + lost_after - 2)
     return dict(asked=asked, asked_concurrency=n)
 
 # %% ../../nbs/workers/00_fleet.ipynb #e70d3984

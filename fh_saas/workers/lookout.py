@@ -16,7 +16,6 @@ from ..db_connect import FhSaasError, connect, db_errors
 from ..db_host import timestamp
 from ..jobs.bell import Ear
 from ..jobs.pool import Pool
-from ..jobs.registered import lost_after
 from ..jobs.store import any_open
 from ..jobs.tenancy import rules_of
 from ..jobs.wake import wakes_of
@@ -77,7 +76,6 @@ def _watch(self:Lookout):
             log.warning('the host cannot be read, next try in a second: %s', e, exc_info=not isinstance(e, FhSaasError))
             if ear: self._quietly(ear.close)
             ear = conn = seen = None
-            if time.monotonic() > self._beaten + lost_after - 2: self.engine.line.give_up(dict.fromkeys(self.engine.line.shares, 0))  # the others take it for lost
             self._stopped.wait(1)
     for c in filter(None, (ear, conn)): self._quietly(c.close)
 
@@ -208,7 +206,7 @@ def _each_second(self:Lookout):
     e.tidy(known, self._visiting)
     for id in [id for id, store in list(self._stores.items()) if not e.knows(store)]: self._stores.pop(id, None)
     if time.monotonic() > self._adopted + self.sweep: self._adopted = time.monotonic(); self.wakes.adopt()
-    if time.monotonic() > self._beaten + beat_every: self._beat(); self._place = (0, 1) if self.wakes.bell else self.fleet.place(e.worker)
+    if time.monotonic() > self._beaten + beat_every: self._beat()
     elif self.fleet.shifts(e, self.state, self.rules.queues()): self._beat()
     self._quietly(self.say_alive)
 
@@ -217,6 +215,7 @@ def _beat(self:Lookout):
     asked = self.fleet.beat(self.engine, self.kind, self.state, self.rules.queues())
     self._beaten = time.monotonic()
     self._obey(**asked)
+    if not self.wakes.bell: self._place = self.fleet.place(self.engine.worker)
 
 @patch
 def _heed(self:Lookout):
