@@ -44,6 +44,7 @@ def _covered(url, port=False) -> str:
     if port: return f'{start}://…'  # what stands after the colon may be a password
     return repr(f"{start}://{'***@' if '@' in rest else ''}{rest.rpartition('@')[2].partition('?')[0][:200]}")
 
+# %% ../nbs/00_db_connect.ipynb #5046d1d1
 _checked = set()  # what came out of `check_url`: the hot path brings it back for each connection
 
 def _keep(u):
@@ -173,6 +174,7 @@ def _through(gate, u, until):
     try: yield
     finally: gate.release()
 
+# %% ../nbs/00_db_connect.ipynb #e879eac8
 def file_of(u) -> tuple: # Device and inode; None if there is none
     "Which file a SQLite URL leads to"
     try: st = os.stat(u.database.removeprefix('file:'))

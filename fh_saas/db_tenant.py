@@ -349,6 +349,7 @@ def _drop(host, url):
     with writing(_server(host, url)) as conn:
         conn.exec_driver_sql(f'DROP DATABASE IF EXISTS {conn.dialect.identifier_preparer.quote_identifier(url.database)} WITH (FORCE)')
 
+# %% ../nbs/01_db_tenant.ipynb #ac88d0a4
 heeded = 2.5 # seconds after which no process starts a job of a tenant whose state or hold has changed
 
 def delete_tenant(

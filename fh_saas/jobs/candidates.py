@@ -146,6 +146,7 @@ def _moments(self:Store, cur, now, waits, names, old_types=(), closed=(), only=N
     first, waits = self._candidates(names, old_types), [of for of in waits if of[0] not in closed and (only is None or of[0] in only)]
     return {of[0]: min(_in(r['run_at'] or timestamp(0), now) for r in rows) for of in waits if (rows := first(cur, of, n=1))}
 
+# %% ../../nbs/jobs/05_store_candidates.ipynb #02e54978
 @patch
 def due_in(self:Store, cur, now, names, old_types, closed=(), only=None) -> tuple: # As `next_due`; and the queues in which anything waits
     waits, lapse = self._ahead(cur, now)

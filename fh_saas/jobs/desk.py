@@ -201,6 +201,7 @@ def _may_be_lost(said) -> bool:
     got, rows, *_ = said
     return not any(last_attempt(r) for r in (*got, *rows))
 
+# %% ../../nbs/jobs/11_desk.ipynb #14fa4a5c
 @patch
 def turn(self:Desk,
     ends:list, # Attempts whose outcomes are to be written
@@ -259,6 +260,7 @@ def _checked(self:Desk, notes, facts, stepped, lazy=False):
     if stepped: self.checked, self.checked_place = time.monotonic(), self.store.place
     self.tenancy.advanced(notes, facts, int(stepped), stepped and not lazy)
 
+# %% ../../nbs/jobs/11_desk.ipynb #0701d536
 @patch
 def verify(self:Desk):
     "Raise `Held` if the database was replaced"
@@ -373,6 +375,7 @@ def renew(self:Desk):
     for key in strange & self._strange: self._disown(*key)
     self._strange = strange
 
+# %% ../../nbs/jobs/11_desk.ipynb #22e478e6
 @patch
 def _disown(self:Desk, job_id, token):
     "A job that is this process's by its row, but that nobody here works on: its outcome was given up, or its claim went wrong"

@@ -36,6 +36,7 @@ def queue_limits(pairs:list) -> dict: # None: all queues, without limits of thei
         limits[name] = int(n)
     return limits or None
 
+# %% ../../nbs/ops/01_cli.ipynb #5f940268
 def worker(
     target:str, # Whose jobs: module:attribute, what `setup_jobs` gave, a HostDatabase, a Runner, or a function that returns one
     Queue:Annotated[str, "Serve this queue, with so many jobs at once: -q imports=4; may be repeated; all queues if left out", dict(action='append')]=None,
