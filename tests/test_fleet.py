@@ -12,6 +12,7 @@ from children.launch import Child
 from fh_saas.db_connect import DatabaseBusy, FhSaasError, open_engine, reading, writing
 from fh_saas.db_host import HostDatabase, NotAHost, seconds
 from fh_saas.db_tenant import TenantMismatch, delete_tenant, get_or_create_tenant_db, list_tenants, open_tenant_db, suspend_tenant, resume_tenant
+from fh_saas.jobs import process
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.store import JobNotFound, QuotaExceeded
@@ -762,20 +763,26 @@ def test_jobs_in_line_take_no_share_from_others(tmp_path):
     assert f.most == 2
     f.close()
 
+@pytest.fixture
+def fresh(monkeypatch):
+    "As in a process that has no engine yet: other tests may have left one that runs its jobs by hand, and a runner stands aside for it"
+    monkeypatch.setattr(process, '_default', None)
+    monkeypatch.setattr(process, '_ending', False)
+
 @pytest.mark.parametrize('how', ['it says that it is away', 'it says nothing'])
-def test_who_cannot_reach_the_host_for_long_gives_its_shares_up(tmp_path, monkeypatch, how):
+def test_who_cannot_reach_the_host_for_long_gives_its_shares_up(fresh, tmp_path, monkeypatch, how):
     host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
     rules_of(host).set(queue='imports', concurrency=2)
     with Runner(host, Settings(concurrency=4)) as r:
         line = r.engine.line
         wait_until(lambda: line.shares == dict(imports=2), 10)
         asked = threading.Event()
-        monkeypatch.setattr(r, '_each_second', lambda: asked.set() or time.sleep(60 if how == 'it says nothing' else 0) or 1/0)
-        asked.wait(10)
-        assert time.monotonic() + 9 < line.shares_end < time.monotonic() + 14 and line.limit('imports') == 2
-        line.shares_end -= 14
-        assert line.limit('imports') == 0 and line.limit('default') == 4
-        monkeypatch.undo()
+        with monkeypatch.context() as mp:
+            mp.setattr(r, '_each_second', lambda: asked.set() or time.sleep(60 if how == 'it says nothing' else 0) or 1/0)
+            asked.wait(10)
+            assert time.monotonic() + 9 < line.shares_end < time.monotonic() + 14 and line.limit('imports') == 2
+            line.shares_end -= 14
+            assert line.limit('imports') == 0 and line.limit('default') == 4
         if how == 'it says that it is away': wait_until(lambda: line.limit('imports') == 2, 10)
         r._stopped.set()
     host.close()
@@ -804,7 +811,7 @@ def test_a_job_of_a_limited_queue_waits_for_no_process_that_does_not_know_it(fil
 
 # --- The end of a process
 
-def test_who_stops_beside_another_that_stops_returns_when_the_process_has_left(tmp_path, monkeypatch):
+def test_who_stops_beside_another_that_stops_returns_when_the_process_has_left(fresh, tmp_path, monkeypatch):
     "A web server ends the process when the second one returns: that of its lifespan, after that of its signal"
     host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
     r, fleet = Runner(host, Settings(concurrency=1)).start(), Fleet(host)
