@@ -159,44 +159,47 @@ class HostDatabase:
         create:bool=True, # Make it a host if it is none yet?
     ):
         self.url, self.synchronous, self._db, self._db_of = check_url(env_url() if db_url is None else db_url), synchronous, None, None
-        if create and self.url.get_backend_name() == 'sqlite' and not self.url.database.startswith('file:'): self._make_folder(Path(self.url.database).parent)
+        if create and self.url.get_backend_name() == 'sqlite' and not self.url.database.startswith('file:'): _make_folder(self.url)
         self.engine = open_engine(self.url, synchronous, create=create)
         try:
             with writing(self.engine) as conn: self.id = _catalog_in(conn, create)
         except BaseException: self.engine.dispose(); raise
 
-    def _make_folder(self, folder):
-        try: folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise DatabaseUnavailable(f"{show_url(self.url)}: its folder cannot be made ({e})") from e
-
     def __repr__(self): return f'HostDatabase({show_url(self.url)})'
-
-    def _leave_to_parent(self):
-        if self._db is None or not inherited(self.url, self._db_of): return
-        if not self._db.conn.closed: self._db.conn.invalidate()
-        self._db = None
-
-    @property
-    def db(self) -> Database:
-        "A fastsql `Database` on the host, for queries of your own"
-        self._leave_to_parent()
-        if self._db is None:
-            self._db, self._db_of = Database(self.url.render_as_string(hide_password=False)), os.getpid()
-            if self.url.get_backend_name() == 'postgresql': of_this_process(self._db.conn.connection.driver_connection)
-        return self._db
 
     @classmethod
     def from_env(cls): return cls()
 
-    def close(self):
-        "Give back all connections; the object can be used again"
-        self._leave_to_parent()
-        if self._db is not None: self._db.conn.close(); self._db.engine.dispose()
-        self._db = None
-        self.engine.dispose()
+# %% ../nbs/00_db_host.ipynb #71f0f84c
+@patch
+def _leave_to_parent(self:HostDatabase):
+    if self._db is None or not inherited(self.url, self._db_of): return
+    if not self._db.conn.closed: self._db.conn.invalidate()
+    self._db = None
+
+@patch(as_prop=True)
+def db(self:HostDatabase) -> Database:
+    "A fastsql `Database` on the host, for queries of your own"
+    self._leave_to_parent()
+    if self._db is None:
+        self._db, self._db_of = Database(self.url.render_as_string(hide_password=False)), os.getpid()
+        if self.url.get_backend_name() == 'postgresql': of_this_process(self._db.conn.connection.driver_connection)
+    return self._db
+
+@patch
+def close(self:HostDatabase):
+    "Give back all connections; the object can be used again"
+    self._leave_to_parent()
+    if self._db is not None: self._db.conn.close(); self._db.engine.dispose()
+    self._db = None
+    self.engine.dispose()
 
 # %% ../nbs/00_db_host.ipynb #eb800fa0
 class NotAHost(FhSaasError, ValueError): "The database is not a host's."
+
+def _make_folder(url):
+    try: Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise DatabaseUnavailable(f"{show_url(url)}: its folder cannot be made ({e})") from e
 
 def _catalog_in(conn, create) -> str: # The host's id
     "The catalog is there and up to date, or made"

@@ -12,7 +12,6 @@ from children.launch import Child
 from fh_saas.db_connect import DatabaseBusy, FhSaasError, open_engine, reading, writing
 from fh_saas.db_host import HostDatabase, NotAHost, seconds
 from fh_saas.db_tenant import TenantMismatch, delete_tenant, get_or_create_tenant_db, list_tenants, open_tenant_db, suspend_tenant, resume_tenant
-from fh_saas.jobs import process
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.store import JobNotFound, QuotaExceeded
@@ -763,14 +762,8 @@ def test_jobs_in_line_take_no_share_from_others(tmp_path):
     assert f.most == 2
     f.close()
 
-@pytest.fixture
-def fresh(monkeypatch):
-    "As in a process that has no engine yet: other tests may have left one that runs its jobs by hand, and a runner stands aside for it"
-    monkeypatch.setattr(process, '_default', None)
-    monkeypatch.setattr(process, '_ending', False)
-
 @pytest.mark.parametrize('how', ['it says that it is away', 'it says nothing'])
-def test_who_cannot_reach_the_host_for_long_gives_its_shares_up(fresh, tmp_path, monkeypatch, how):
+def test_who_cannot_reach_the_host_for_long_gives_its_shares_up(tmp_path, monkeypatch, how):
     host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
     rules_of(host).set(queue='imports', concurrency=2)
     with Runner(host, Settings(concurrency=4)) as r:
@@ -811,7 +804,7 @@ def test_a_job_of_a_limited_queue_waits_for_no_process_that_does_not_know_it(fil
 
 # --- The end of a process
 
-def test_who_stops_beside_another_that_stops_returns_when_the_process_has_left(fresh, tmp_path, monkeypatch):
+def test_who_stops_beside_another_that_stops_returns_when_the_process_has_left(tmp_path, monkeypatch):
     "A web server ends the process when the second one returns: that of its lifespan, after that of its signal"
     host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
     r, fleet = Runner(host, Settings(concurrency=1)).start(), Fleet(host)

@@ -1,11 +1,12 @@
 "A job that one process submits is started by another, without anybody polling the tenants."
-import asyncio, random, subprocess, sys, time, uuid
+import asyncio, os, random, resource, subprocess, sys, time, uuid
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 import pytest
 from conftest import wait_until
 from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import get_or_create_tenant_db
+from fh_saas.jobs.bell import Bell, Ear
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.store import Store
@@ -420,3 +421,21 @@ def test_a_call_keeps_a_process_awake(tmp_path, monkeypatch):
         calls.append(['!acme'])
         wait_until(lambda: r._lively > 0, 5)
     h.close()
+
+def test_a_process_with_very_many_open_files_hears_the_bell_too(tmp_path):
+    "A web process with a thousand open connections: `select` takes no file above number 1023"
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, most[1]), most[1]))
+    files = []
+    try:
+        while not files or files[-1] < 1024: files.append(os.open(os.devnull, os.O_RDONLY))
+        host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+        bell, ear = Bell(host.id), Ear(host.url, host.id, 'me')
+        assert ear._sock.fileno() > 1023
+        assert ear.wait(0.05) == []
+        bell.ring('acme')
+        assert ear.wait(5) == ['acme']
+        bell.close(); ear.close(); host.close()
+    finally:
+        for f in files: os.close(f)
+        resource.setrlimit(resource.RLIMIT_NOFILE, most)

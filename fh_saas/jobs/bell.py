@@ -8,10 +8,11 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/bell.html.md"""
 __all__ = ['log', 'channel', 'pause', 'bell_folder', 'Bell', 'Ear']
 
 # %% ../../nbs/jobs/14_bell.ipynb #de1f0a3e
-import errno, logging, os, select, socket, stat, tempfile, time
+import errno, logging, os, socket, stat, tempfile, time
 from pathlib import Path
 from fastcore.basics import patch
 from ..db_connect import connect, db_errors
+from .drivers import came
 
 log = logging.getLogger('fh_saas.jobs')
 
@@ -93,7 +94,7 @@ class Ear:
 @patch
 def _heard(self:Ear, timeout):
     if self._sock is None: time.sleep(min(timeout, 0.02)); return
-    if not select.select([self._sock], [], [], timeout)[0]: return
+    if not came(self._sock, timeout): return
     while True:
         try: yield self._sock.recv(200).decode(errors='replace')
         except BlockingIOError: return

@@ -209,12 +209,8 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
         with self._lock: self._reserved[desk] = (n := len(wanted)), n, time.monotonic() + reserve
     if not (ends or wanted or room): return self.settings.poll if claims or desk.tenancy and not desk.rung and not self.stopping else None
     if room: desk.hungry = False  # who calls from here on may mean a job that this claim does not see
-    try: got, found, due = desk.turn(ends, [w[0] for w in wanted], room, self._room(desk, 0) if wanted and not room else None)
-    except Exception as e:
-        desk.hungry = desk.hungry or bool(room)
-        if isinstance(e, FhSaasError) or not ends: raise
-        with desk._lock: desk.wanted[:0], wanted[:], desk.again = wanted, [], True
-        return self._one_by_one([ends.pop(0) for _ in range(len(ends))])
+    if (said := self._write_and_claim(desk, ends, wanted, room)) is None: return None
+    got, found, due = said
     self._all_written(desk, ends)
     ends.clear()
     refused = any(w[0] not in got for w in wanted)
@@ -222,6 +218,16 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
     wanted.clear()
     if due: view.append(due)
     return self._after(desk, room, found, due, attempts) if room else self._bar(desk) if refused else None
+
+# %% ../../nbs/jobs/13_rounds.ipynb #efff5c1f
+@patch
+def _write_and_claim(self:Rounds, desk, ends, wanted, room) -> tuple: # As `Desk.turn`; None: not all could be written together
+    try: return desk.turn(ends, [w[0] for w in wanted], room, self._room(desk, 0) if wanted and not room else None)
+    except Exception as e:
+        desk.hungry = desk.hungry or bool(room)
+        if isinstance(e, FhSaasError) or not ends: raise
+        with desk._lock: desk.wanted[:0], wanted[:], desk.again = wanted, [], True
+        self._one_by_one([ends.pop(0) for _ in range(len(ends))])
 
 # %% ../../nbs/jobs/13_rounds.ipynb #1211845d
 @patch
