@@ -16,7 +16,7 @@ def say(word, n, at):
 def said(word) -> list[tuple]:
     "`(number, time)` of each line that begins with `word`, in order"
     if not log_path().exists(): return []
-    lines = (l.split() for l in log_path().read_text().splitlines())
+    lines = (l.split() for l in log_path().read_text().splitlines(True) if l.endswith('\n'))  # the last one may be on its way
     return [(int(n), float(at)) for w, n, at in lines if w == word]
 
 def noop(n):
