@@ -12,6 +12,7 @@ __all__ = ['tenant_states', 'catalog_table', 'timestamp', 'shown', 'seconds', 'g
 
 # %% ../nbs/00_db_host.ipynb #6698e33c
 import os, secrets, struct, threading, time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -254,11 +255,12 @@ def register(self:HostDatabase, tenant:TenantCatalog) -> TenantCatalog: # The on
 @patch
 def set_state(self:HostDatabase, tenant_id:str, state:str,
     expected:str=None, # Only if it is in this one
+    **known, # `created_at` of the tenant that is meant
 ) -> bool: # False: it is in another
     "Move a tenant to another state"
     if state not in tenant_states: raise ValueError(f"state {state!r} is none of {', '.join(tenant_states)}")
     if self.find(tenant_id) is None: raise TenantNotFound(f"no tenant {tenant_id!r}")
-    that = [_catalog.c.id == tenant_id] + [_catalog.c.state == expected]*bool(expected)
+    that = [_catalog.c.id == tenant_id] + [_catalog.c.state == expected]*bool(expected) + [_catalog.c[k].is_not_distinct_from(v) for k, v in known.items()]
     with writing(self.engine) as conn: return conn.execute(_catalog.update().where(*that).values(state=state)).rowcount > 0
 
 # %% ../nbs/00_db_host.ipynb #c94ca90d
@@ -287,9 +289,11 @@ def let_go(self:HostDatabase, tenant_id:str, epoch:int):
     with writing(self.engine) as conn: conn.execute(_catalog.update().where(_catalog.c.id == tenant_id).values(held=None, held_at=None, epoch=epoch))
 
 @patch
-def unregister(self:HostDatabase, tenant_id:str):
+def unregister(self:HostDatabase, tenant_id:str,
+    conn=None, # A transaction on this host that it belongs to
+):
     "Forget a tenant; its database is not touched"
-    with writing(self.engine) as conn:
+    with nullcontext(conn) if conn is not None else writing(self.engine) as conn:
         conn.execute(_catalog.delete().where(_catalog.c.id == tenant_id))
         # what `fh_saas.jobs.wake` and `fh_saas.jobs.rules` have noted of it does not concern a later tenant of that name
         for name, col in (('fh_saas_wakes', 'tenant_id'), ('fh_saas_rules', 'tenant')):

@@ -268,11 +268,23 @@ def suspend_tenant(tenant_id:str, host:HostDatabase=None):
 
 def resume_tenant(tenant_id:str, host:HostDatabase=None):
     "Make a suspended tenant active again; or one whose deletion was refused, or cut off before anything was deleted"
-    if (t := (host := _host(host)).find(tenant_id)) and t.state in ('paused', 'deleting') and _half_upgraded(host, t): raise TenantSuspended(f"tenant {tenant_id!r} was taken out of service while it was upgraded, and that has not ended: migrate again, then resume it; nothing was changed")
-    if t and t.state == 'deleting' and _exists(host, url := host.url_of(t)):
-        if host.set_state(tenant_id, 'active', 'deleting') and not _exists(host, url): host.set_state(tenant_id, 'deleting', 'active')  # it went while this waited
-        _move(host, tenant_id, 'active')
-    else: _move(host, tenant_id, 'active', 'paused')
+    t = (host := _host(host)).find(tenant_id)
+    if t and t.state == 'deleting': return _take_back(host, t)
+    if t and t.state == 'paused' and _half_upgraded(host, t): raise TenantSuspended(f"tenant {tenant_id!r} {_cut_off}: migrate again, then resume it; nothing was changed")
+    _move(host, tenant_id, 'active', 'paused')
+
+_cut_off = 'was taken out of service while it was upgraded, and that has not ended'
+
+def _take_back(host, t):
+    "Do not delete a tenant after all"
+    half, its = _half_upgraded(host, t), (catalog_table.c.id == t.id, catalog_table.c.created_at.is_not_distinct_from(t.created_at))
+    with writing(host.engine) as conn:  # who deletes it has done so when this goes on, or not begun
+        state = conn.execute(sa.select(catalog_table.c.state).where(*its).with_for_update()).scalar()
+        if (there := state == 'deleting' and _exists(host, host.url_of(t))): conn.execute(catalog_table.update().where(*its).values(state='migrating' if half else 'active'))
+    if state is None: raise TenantNotFound(f"no tenant {t.id!r} any more: it is deleted by now")
+    if state == 'deleting' and not there: raise TenantSuspended(f"tenant {t.id!r} is deleting, and its database is gone already: delete it again, and it is forgotten")
+    if half and there: raise TenantSuspended(f"tenant {t.id!r} is not to be deleted any more, but {_cut_off}: migrate again, and it goes on")
+    if not there: _move(host, t.id, 'active', 'paused')
 
 # %% ../nbs/01_db_tenant.ipynb #5de227ac
 def read_notes(url, host) -> dict:
@@ -306,7 +318,9 @@ def _upgraded(host, tenant_id):
     except FhSaasError as e: log.warning('tenant=%s: suspended; its database does not take the note that nobody upgrades it, so that it has to be migrated before it is resumed: %s', tenant_id, e)
 
 def _move(host, tenant_id, state, *expected):
-    if any(host.set_state(tenant_id, state, e) for e in expected) or (now := host.find(tenant_id)) is None or now.state == state: return
+    if any(host.set_state(tenant_id, state, e) for e in expected): return
+    if (now := host.find(tenant_id)) is None: raise TenantNotFound(f"no tenant {tenant_id!r} any more: it is deleted by now")
+    if now.state == state: return
     raise TenantSuspended(f"tenant {tenant_id!r} is {now.state}, not {' or '.join(expected)}: {_way_back.get(now.state, 'look at it')}; nothing was changed")
 
 # %% ../nbs/01_db_tenant.ipynb #db904863
@@ -363,7 +377,7 @@ def delete_tenant(
     if tenant is None: raise TenantNotFound(f"no tenant {tenant_id!r}")
     url = host.url_of(tenant)
     _check_owner(host, tenant, url, force)
-    host.set_state(tenant_id, 'deleting')
+    if not host.set_state(tenant_id, 'deleting', created_at=tenant.created_at): raise TenantBusy(f"tenant {tenant_id!r} was deleted and made anew at this moment: nothing was deleted")
     running, others = (0, False) if force else _open_jobs(host, url)
     if others and not running:
         time.sleep(heeded)
@@ -373,8 +387,9 @@ def delete_tenant(
         raise TenantBusy(f"tenant {tenant_id!r} has {running} running jobs and {handles} open handles; it stays in state 'deleting', "
             "starts nothing new, and can be deleted when they are done, or at once with force=True (fh-saas delete --force); fh-saas unsuspend takes it back")
     host.open_dbs.close(url)
-    with writing(host.engine) as conn:  # whoever would take it back waits for the end of this
-        state = conn.execute(sa.select(catalog_table.c.state).where(catalog_table.c.id == tenant_id).with_for_update()).scalar()
+    with writing(host.engine) as conn:  # whoever would take it back, or make it anew, waits for the end of this
+        its = catalog_table.c.id == tenant_id, catalog_table.c.created_at.is_not_distinct_from(tenant.created_at)
+        state = conn.execute(sa.select(catalog_table.c.state).where(*its).with_for_update()).scalar()
         if state != 'deleting': raise TenantBusy(f"tenant {tenant_id!r} is {state or 'deleted'} by now: nothing was deleted")
         _drop(host, url)
-    host.unregister(tenant_id)
+        host.unregister(tenant_id, conn)

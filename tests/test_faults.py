@@ -160,6 +160,77 @@ def test_many_locked_tenants_keep_no_other_waiting(new_sqlite, child, open_manag
     for h in holders: h.kill()
     assert max(waits) < 1
 
+@pytest.fixture
+def fleet(tmp_path, new_engine, child):
+    "Call it with a number for managers of so many tenants of one SQLite host, and what locks the host"
+    host, dbs = HostDatabase(f'sqlite:///{tmp_path}/host.db'), ExitStack()
+    def make(n, **settings):
+        e = new_engine(handoff=0, **settings)
+        ms = [BackgroundTaskManager(dbs.enter_context(get_or_create_tenant_db(f't{i}', host=host)), e) for i in range(n)]
+        def lock(url=host.url):
+            (holder := child('lock.py', url.render_as_string(hide_password=False))).says('locked')
+            return holder
+        return ms, lock
+    yield make
+    dbs.close()
+    host.close()
+
+def test_a_locked_host_keeps_no_lease_from_being_renewed(fleet):
+    [m], lock = fleet(1, lease=3, busy=5)
+    over, runs = threading.Event(), []
+    def long(): runs.append(1); over.wait(30)
+    id, _ = m.submit('long', long)
+    wait_until(lambda: runs, 10)
+    holder, desk = lock(), m.engine._desks[m.store]
+    [a] = desk.live.values()
+    least, until = 99, time.monotonic() + 8
+    while time.monotonic() < until: least = min(least, a.lease_until - time.monotonic()); time.sleep(0.05)
+    assert desk.tenancy.untold and desk.tenancy.told_at  # it was tried
+    holder.kill()
+    over.set()
+    assert least > 0.5 and (j := end(m, id)).status == 'completed' and (j.attempt, len(runs)) == (1, 1)
+
+def test_marks_that_cannot_be_told_take_one_thread(fleet):
+    "However many tenants there are, and whatever they wait for"
+    ms, lock = fleet(6, lease=3, busy=2)
+    e, over = ms[0].engine, threading.Event()
+    others, vip = ms[1:], ms[0]
+    def own(job):
+        with job.begin() as conn: job.complete(conn, 1)
+    for _ in range(2):
+        for m in others: assert end(m, m.submit('own', own)[0]).status == 'completed'
+    id, _ = vip.submit('long', lambda: over.wait(30))
+    wait_until(lambda: e._desks[vip.store].live, 10)
+    holders = [lock(m.store.url) for m in others]
+    [a] = e._desks[vip.store].live.values()
+    least, most, until = 99, 0, time.monotonic() + 6
+    while time.monotonic() < until:
+        for m in others: e._desks[m.store].tenancy.told_at = 0.0
+        e.tidy(256)
+        least, most = min(least, a.lease_until - time.monotonic()), max(most, e.house.busy)
+        time.sleep(0.2)
+    for h in holders: h.kill()
+    over.set()
+    assert least > 0.5 and most <= 5 and end(vip, id).attempt == 1
+
+def test_an_engine_ends_in_bounded_time_though_the_host_is_locked(fleet):
+    ms, lock = fleet(8, busy=1)
+    for m in ms: end(m, m.submit('t', lambda: 1)[0])
+    for m in ms: (t := m.engine._desks[m.store].tenancy).told = 0; assert t.untold
+    holder, start = lock(), time.monotonic()
+    ms[0].engine.stop(0)
+    took = time.monotonic() - start
+    holder.kill()
+    assert took < 8 and all(m.store._writer is None for m in ms)
+
+def test_an_engine_that_cannot_say_farewell_closes_its_stores(fleet, monkeypatch):
+    ms, _ = fleet(2)
+    for m in ms: end(m, m.submit('t', lambda: 1)[0])
+    for m in ms: m.store.write(lambda cur, now: None); m.engine._desks[m.store].tenancy.told = 0
+    monkeypatch.setattr(type(ms[0].engine._desks[ms[0].store].tenancy), 'tell', lambda self: 1/0)
+    ms[0].engine.stop(0)
+    assert all(m.store._writer is None for m in ms)
+
 def test_results_of_a_locked_tenant_keep_no_threads(new_sqlite, child, open_manager, new_engine):
     "Every thread for jobs has run a job of one tenant, whose results now wait for its lock"
     e, inside, go = new_engine(busy=0.3, handoff=0, concurrency=4, lease=20), threading.Semaphore(0), threading.Event()

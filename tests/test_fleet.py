@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 import pytest
 import sqlalchemy as sa
+import fh_saas.workers.fleet as fleet_module
 from hypothesis import given, settings, strategies as st
 import fh_saas.db_tenant
 from conftest import wait_until
@@ -15,7 +16,7 @@ from fh_saas.db_tenant import TenantMismatch, delete_tenant, get_or_create_tenan
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.store import JobNotFound, QuotaExceeded
-from fh_saas.jobs.tasks import Registry
+from fh_saas.jobs.tasks import Registry, task
 from fh_saas.jobs.tenancy import Held, rules_of, settle_held
 from fh_saas.jobs.wake import Wakes, wakes_of
 from fh_saas.utils_bgtsk import BackgroundTaskManager, QueueClosed
@@ -632,9 +633,10 @@ def test_limits_are_counted_by_one_at_a_time(new_url):
 # --- A limit that is less than the number of processes
 
 class _Fleet:
-    "Processes that share the limit of a queue, each with its engine, on one host whose clock stands still until it is moved"
+    "Processes that share the limit of a queue, each with its engine, on one host; all clocks stand still until they are moved"
     def __init__(self, url, n, limit, there=None):
-        self.host, self.limit, self.at = HostDatabase(url), limit, 1e9
+        self.host, self.limit, self.at, self.mono = HostDatabase(url), limit, 1e9, 0.0
+        fleet_module.time = SimpleNamespace(monotonic=lambda: self.mono, time=lambda: self.at)
         self.fleet, self.engines, self.states = Fleet(self.host), [Engine(Settings(concurrency=4)) for _ in range(n)], {}
         for i, e in enumerate(self.engines): e.worker, e.line.shares = f'vm:1:{i}', dict(q=0)
         kind, begin = self.fleet.db.kind, self.fleet.db.kind.begin
@@ -643,7 +645,9 @@ class _Fleet:
         for e in self.engines[:there]: self.beat(e)
     def runs(self, e): return e.line._running_by_queue.get('q', 0)
     def run(self, e, n): e.line._running_by_queue['q'] = self.runs(e) + n
-    def beat(self, e): self.fleet.beat(e, state=self.states.get(e, 'running'), limits=dict(q=self.limit))
+    def beat(self, e):
+        self.fleet.beat(e, state=self.states.get(e, 'running'), limits=dict(q=self.limit))
+        e.line.shares_end, e.line.shares_lag = float('inf'), None  # of clocks that the line does not have
     def second(self, e):
         if self.fleet.shifts(e, self.states.get(e, 'running'), dict(q=self.limit)): self.beat(e)
     def claim(self, e):
@@ -654,19 +658,21 @@ class _Fleet:
     def stopping(self, e): self.states[e] = 'stopping'; self.beat(e)
     def leave(self, e):
         if self.runs(e) == 0: self.fleet.leave(e.worker); e.line.shares = dict(q=0)
-    def pass_time(self, seconds): self.at += seconds
+    def pass_time(self, seconds): self.at, self.mono = self.at + seconds, self.mono + seconds
+    def set_clock(self, seconds): self.at += seconds + 0.001  # no moment comes twice
     @property
     def most(self): return sum(max(self.runs(e), e.line.limit('q')) for e in self.engines)
     def close(self):
+        fleet_module.time = time
         for e in self.engines: e.stop(0)
         for x in (self.fleet.db.bell, self.fleet.db, self.host): x and x.close()
 
-moves = st.lists(st.tuples(st.sampled_from(['second', 'second', 'beat', 'claim', 'claim', 'claim', 'end', 'quiet', 'stopping', 'leave', 'time', 'time']), st.integers(0, 4), st.sampled_from([1, 2, 7])), min_size=20, max_size=100)
+moves = st.lists(st.tuples(st.sampled_from(['second', 'second', 'beat', 'claim', 'claim', 'claim', 'end', 'quiet', 'stopping', 'leave', 'time', 'time', 'clock']), st.integers(0, 4), st.sampled_from([1, 2, 7])), min_size=20, max_size=100)
 
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(2, 5), there=st.integers(0, 5), limit=st.integers(1, 5), moves=moves)
 def test_shares_of_a_limit_never_come_to_more_than_it(tmp_path_factory, n, there, limit, moves):
-    "Whatever processes come, go, fall silent for a while or are asked to be quiet: also what they may begin in the next moment counts"
+    "Whatever processes come, go, fall silent for a while or are asked to be quiet, and whoever sets the clock: also what they may begin in the next moment counts"
     f = _Fleet(f'sqlite:///{tmp_path_factory.mktemp("shares")}/host.db', n, limit, there)
     silent = [0]*n
     try:
@@ -676,6 +682,7 @@ def test_shares_of_a_limit_never_come_to_more_than_it(tmp_path_factory, n, there
                     if silent[k] + seconds > 14 and (e.line.shares['q'] or f.runs(e)): f.beat(e); silent[k] = 0
                 f.pass_time(seconds)
                 silent = [s + seconds for s in silent]
+            elif what == 'clock': f.set_clock(seconds*(10 if i % 2 else -10))
             else:
                 getattr(f, what)(f.engines[i % n])
                 if what in ('beat', 'stopping'): silent[i % n] = 0
@@ -749,10 +756,73 @@ def test_what_a_process_that_begins_nothing_still_runs_is_taken_from_the_limit(t
 
 def test_a_process_whose_clock_was_ahead_when_it_was_killed_keeps_nothing_for_ever(tmp_path):
     f = _Fleet(f'sqlite:///{tmp_path}/host.db', 2, 2)
-    f.pass_time(-3600)
-    for _ in range(2): f.beat(f.engines[0])
-    assert f.engines[0].line.limit('q') == 2
+    one, killed = f.engines
+    f.set_clock(-3600)
+    for _ in range(2): f.beat(one)
+    assert one.line.limit('q') == 1  # it was heard of a moment ago
+    for _ in range(4): f.pass_time(4); f.beat(one)
+    f.beat(one)
+    assert one.line.limit('q') == 2
+    f.set_clock(-30)
+    f.beat(one)
+    assert len(f.fleet.workers()) == 1
     f.close()
+
+@pytest.mark.parametrize('step', [20, -20])
+def test_whoever_sets_the_clock_no_process_takes_what_another_has(tmp_path, step):
+    f = _Fleet(f'sqlite:///{tmp_path}/host.db', 2, 4)
+    for e in f.engines:
+        for _ in range(2): f.claim(e)
+    f.set_clock(step)
+    for e in f.engines: f.second(e)
+    assert f.most == 4 and [e.line.limit('q') for e in f.engines] == [2, 2]
+    new = Fleet(f.host)  # of a process that begins now, and has heard of nobody
+    f.set_clock(step)
+    joins = Engine(Settings(concurrency=4))
+    new.beat(joins, limits=dict(q=4))
+    assert joins.line.shares == dict(q=0)
+    joins.stop(0)
+    f.close()
+
+@pytest.mark.parametrize('where', ['host', 'tenant'])
+@pytest.mark.parametrize('away', [False, True])
+def test_a_limit_holds_before_the_host_has_heard_of_a_process(tmp_path, monkeypatch, where, away):
+    host, lock, go_on = HostDatabase(f'sqlite:///{tmp_path}/host.db'), threading.Lock(), threading.Event()
+    running, most = 0, 0
+    @task(name='fleet_first', queue='q')
+    def job():
+        nonlocal running, most
+        with lock: running += 1; most = max(most, running)
+        go_on.wait(20)
+        with lock: running -= 1
+    rules_of(host).set(queue='q', concurrency=1)
+    before, beat, tried = Engine(Settings(concurrency=0)), Fleet.beat, threading.Event()
+    m = BackgroundTaskManager(host if where == 'host' else get_or_create_tenant_db('acme', host=host), before)
+    ids = [m.submit('job', job, run_at='2020-01-01')[0] for _ in range(4)]
+    if away: monkeypatch.setattr(Fleet, 'beat', lambda *args, **kw: tried.set() or 1/0)
+    with Runner(host, Settings(concurrency=4)) as r:
+        if where == 'tenant': r.engine.attend(BackgroundTaskManager(get_or_create_tenant_db('acme', host=host)).store)
+        if away:
+            assert tried.wait(10)
+            time.sleep(0.5)
+            assert most == 0
+            monkeypatch.setattr(Fleet, 'beat', beat)
+        wait_until(lambda: most, 15)
+        time.sleep(0.5)
+        assert most == 1
+        go_on.set()
+        for id in ids: assert m.wait(id, 20).status == 'completed'
+        assert most == 1
+    before.stop(0)
+    host.close()
+
+def test_who_slept_begins_nothing_before_it_is_heard_of(new_manager, new_sqlite, monkeypatch):
+    e = new_manager(new_sqlite(), concurrency=4).engine
+    now = time.monotonic()
+    e.admit(dict(q=2), now + 13, time.time() - now)
+    assert e.line.limit('q') == 2
+    e.line.shares_lag -= 16  # a suspended machine's monotonic clock stands still
+    assert e.line.limit('q') == 0 and e.line.limit('default') == 4
 
 def test_jobs_in_line_take_no_share_from_others(tmp_path):
     f = _Fleet(f'sqlite:///{tmp_path}/host.db', 3, 2)
@@ -791,6 +861,9 @@ def test_a_larger_share_calls_whom_the_limit_has_kept_waiting(new_manager, new_s
     e.admit(dict(imports=1))
     assert desk not in e._blocked and e.line.shares == dict(imports=1)
     assert e._bar(desk, ['imports']) == 0.0 and desk not in e._blocked  # its turn had looked before
+    e._blocked[desk], e.line.shares_end = frozenset({'imports'}), time.monotonic() - 1  # the host was not heard of for long
+    e.admit(dict(imports=1))
+    assert desk not in e._blocked
 
 def test_a_job_of_a_limited_queue_waits_for_no_process_that_does_not_know_it(files, tmp_path):
     "One of two processes does not know the task, and it is its turn or not"

@@ -4,6 +4,7 @@ from pathlib import Path
 from concurrent.futures import ThreadPoolExecutor
 import pytest
 import sqlalchemy as sa
+import fh_saas.db_tenant
 from conftest import wait_until
 from fh_saas.db_connect import DatabaseFull, DatabaseUnavailable, open_engine
 from fh_saas.db_host import HostDatabase, gen_id
@@ -205,6 +206,19 @@ def test_a_tenant_that_was_made_anew_is_served_by_those_who_knew_the_one_before(
     bg.func(*bg.args)
     assert (m.get_job(id).status, len(m.list_jobs())) == ('completed', 1)
 
+def test_a_connection_that_came_before_the_tables_is_not_kept(far, new_engine):
+    "Somebody looked in while the database was made anew, and was not known yet to be the tenant's"
+    name = f'x{gen_id()[-10:]}'
+    m = BackgroundTaskManager(db := get_or_create_tenant_db(name, host=far), new_engine(concurrency=0))
+    db.close()
+    delete_tenant(name, far, force=True)
+    fh_saas.db_tenant._create_pg(far, f't_{name}_db')
+    for _ in range(2):
+        with pytest.raises(DatabaseUnavailable, match='made anew'), m.store.cursor() as cur: cur.execute('SELECT 1')
+    with pytest.raises(DatabaseUnavailable, match='made anew'): m.submit('t', greet)
+    get_or_create_tenant_db(name, host=far).close()
+    assert m.list_jobs() == [] and m.submit('t', greet)
+
 def test_a_table_that_is_missing_is_not_said_to_be_there(far, new_engine):
     name = f'x{gen_id()[-10:]}'
     m = BackgroundTaskManager(db := get_or_create_tenant_db(name, host=far), new_engine(concurrency=0))
@@ -222,7 +236,7 @@ def test_a_database_that_is_only_being_made_anew_gets_no_tables_from_who_knew_th
     delete_tenant(name, far, force=True)
     with open_engine(far.url, isolation_level='AUTOCOMMIT', poolclass=sa.NullPool).connect() as conn: conn.exec_driver_sql(f'CREATE DATABASE "{url.database}"')
     for _ in range(2):
-        with pytest.raises(Exception, match='tenant_jobs'): m.list_jobs()
+        with pytest.raises(DatabaseUnavailable, match='made anew'): m.list_jobs()
     get_or_create_tenant_db(name, host=far).close()  # nobody else has written into it
     assert m.list_jobs() == []
 

@@ -5,6 +5,7 @@ from conftest import wait_until
 from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import get_or_create_tenant_db, read_notes
 from fh_saas.jobs.rules import Limits
+from fh_saas.jobs.tenancy import Held
 from fh_saas.jobs.wake import wakes_of
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 
@@ -141,6 +142,38 @@ def test_a_claim_of_a_job_that_runs_is_soon_on_the_disk_and_the_host_hears_of_it
         wait_until(lambda: desk.tenancy.wakes.facts('acme')['mark'] >= mark, 10, 'the host does not know')
         over.set()
         assert m.wait(id, 10).status == 'completed'
+    host.close()
+
+def test_a_claim_that_others_follow_is_on_the_disk_as_soon(lite):
+    m = lite(lease=600)
+    for _ in range(3): m.submit('t', lambda: 1, run_at='2020-01-01')
+    desk = m.engine._desks[m.store]
+    desk._beat = time.monotonic()
+    desk.turn([], [], m.engine._room(desk, 1))
+    since = desk.unsynced
+    desk.turn([], [], m.engine._room(desk, 1))
+    assert desk.unsynced == since and len(desk.live) == 2
+    before = desk.claims_so_far
+    desk.turn([], [], m.engine._room(desk, 1))  # while another thread commits
+    desk._flushed(before, False, True)
+    assert desk.unsynced == before[1]
+    desk.renew()
+    assert desk.unsynced is None
+
+def test_a_copy_one_step_behind_is_not_brought_up_to_what_is_known(tmp_path, new_engine):
+    host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    with get_or_create_tenant_db('acme', host=host) as db:
+        m, path = BackgroundTaskManager(db, new_engine(concurrency=0)), tmp_path/'acme_db.db'
+        ids, desk = [m.submit('t', lambda: 1, run_at='2020-01-01')[0] for _ in range(2)], m.engine._desks[m.store]
+        assert desk.claim(ids[0])
+        desk.tell()
+        with sqlite3.connect(path) as conn, sqlite3.connect(tmp_path/'copy.db') as to: conn.backup(to)
+        assert desk.claim(ids[1]) and desk.tenancy.own > desk.tenancy.sure
+        (tmp_path/'copy.db').replace(path)
+        for log in ('-wal', '-shm'): (tmp_path/f'acme_db.db{log}').unlink(missing_ok=True)
+        desk.tell()
+        assert read_notes(host.url_of(host.find('acme')), host)['mark'] == '1'
+        with pytest.raises(Held): desk.claim(ids[1])
     host.close()
 
 @pytest.mark.parametrize('way', ['plain', 'its own commit'])

@@ -949,7 +949,8 @@ def test_a_tenant_that_was_half_upgraded_when_it_was_to_be_deleted_is_not_resume
     fh_saas.ops.upgrades.write_notes(lite.url_of(lite.find('t0')), lite, state_before='active')
     lite.set_state('t0', 'deleting')
     with pytest.raises(TenantSuspended, match='migrate again'): resume_tenant('t0', lite)
-    assert lite.find('t0').state == 'deleting'
+    assert lite.find('t0').state == 'migrating'
+    assert {t: e for t, e in migrate_tenants(lite, lambda db: None, '2')} == dict(t0=None) and lite.find('t0').state == 'active'
 
 def test_who_would_take_a_deletion_back_waits_for_its_end(host, prefix, monkeypatch):
     get_or_create_tenant_db(prefix, host=host).close()
@@ -983,7 +984,30 @@ def test_a_deletion_whose_database_is_gone_is_not_taken_back(host, prefix, monke
     with monkeypatch.context() as m:
         m.setattr(HostDatabase, 'unregister', lambda *args: 1/0)
         with pytest.raises(ZeroDivisionError): delete_tenant(prefix, host)
-    with pytest.raises(TenantSuspended, match='deleting'): resume_tenant(prefix, host)
+    with pytest.raises(TenantSuspended, match='gone already: delete it again'): resume_tenant(prefix, host)
+    delete_tenant(prefix, host)
+    assert host.find(prefix) is None
+
+@pytest.mark.parametrize('moment', ['before it says so', 'before it drops'])
+def test_a_second_deletion_leaves_a_tenant_alone_that_was_made_anew(host, prefix, monkeypatch, moment):
+    get_or_create_tenant_db(prefix, host=host).close()
+    at_it, go_on, me = threading.Event(), threading.Event(), threading.get_ident()
+    name = dict(zip(('before it says so', 'before it drops'), ('_check_owner', '_open_jobs')))[moment]
+    real = getattr(fh_saas.db_tenant, name)
+    def late(*args):
+        said = real(*args)
+        if threading.get_ident() != me: at_it.set(); go_on.wait(10)
+        return said
+    monkeypatch.setattr(fh_saas.db_tenant, name, late)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(delete_tenant, prefix, host)
+        at_it.wait(10)
+        delete_tenant(prefix, host)
+        get_or_create_tenant_db(prefix, host=host).close()
+        go_on.set()
+        assert isinstance(second.exception(20), TenantBusy)
+    assert host.find(prefix).state == 'active'
+    open_tenant_db(prefix, host).close()
 
 def test_what_is_taken_back_in_the_last_moment_is_not_deleted(lite, monkeypatch):
     many(lite, 1)

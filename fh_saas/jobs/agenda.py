@@ -117,8 +117,16 @@ def tidy(self:Agenda,
     extra = len(self._desks) - keep
     for n, desk in enumerate(list(self._desks.values())):
         if not desk.tenancy or desk.busy: continue
-        if desk.tenancy.untold: self.house.submit(desk.tell, 5)
+        if desk.tenancy.untold: desk.tenancy.due(5) and self.marks.put(desk)
         elif n < extra and desk.tenancy.tenant_id not in but and desk not in self._blocked and desk.retire(): self.forget(desk.store)
+
+# %% ../../nbs/jobs/12_agenda.ipynb #770185b1
+@patch
+def _tell_mark(self:Agenda, desk):
+    "Let the host know how far a database has come, unless that is gone with its tenant"
+    desk.tenancy.refresh(1.0)
+    if desk.tenancy.facts['state'] == 'gone' and not desk.busy: self.forget(desk.store)
+    else: desk.tell(5)
 
 @patch
 def forget(self:Agenda, store:Store):

@@ -59,6 +59,7 @@ def _pace(rule): _, (n, per) = rule; return n/per  # of two for one task, under 
 
 @patch
 def _room(self:Allotment, desk, n, **kw):
+    self.line.expect()
     l, (by_task, sure), named = desk.limits, self.line.room_of_tasks(desk), self.registry.named_as
     rates, off = {**self.registry.rates, **{named(t): r for t, r in sorted(l.rates.items(), key=_pace, reverse=True)}}, l.off and {named(t) for t in l.off}
     return Room(n, by_queue=self.line.free_of(), closed=l.closed, most=l.most, most_by_queue=l.most_by_queue, rates=rates, off=off, named=named, by_task=by_task, sure_of_task=sure, sure_of_queue=self.line.places_of(),
@@ -91,12 +92,14 @@ def _bar(self:Allotment, desk,
 @patch
 def admit(self:Allotment, shares:dict,
     until:float=float('inf'), # On the monotonic clock; the others take this process for lost some time later
+    lag:float=None, # How far the clock of the day was ahead of that
 ):
     "What falls to this process of each limit that holds for all; whom it has kept from claiming may try again if that is more"
-    before, self.line.shares, self.line.shares_end = self.line.shares, shares, until
+    lapsed, before = self.line.lapsed(), self.line.shares
+    self.line.shares, self.line.shares_end, self.line.shares_lag = shares, until, lag
     with self._lock:
         for q, n in shares.items():
-            if (more := n - before.get(q, n)) <= 0: continue
+            if (more := n - (0 if lapsed else before.get(q, n))) <= 0: continue
             self._ended[q] = next(self._count)  # for a turn that is about to be barred
             for d in [d for d, queues in self._blocked.items() if q in queues][:more]: self._blocked.pop(d); d.hungry, self._errands[d] = True, None
     if self._errands or self.line.ready(): self.crew.call()

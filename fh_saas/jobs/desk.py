@@ -32,12 +32,12 @@ class Desk:
     "The jobs of one database, as one process looks after them"
     # rung: the host says when there is something to do here; met: a manager works with it
     rung, met, tenancy, only, _free = False, False, None, None, Limits()
-    suspected, unsynced = 0.0, None  # when a suspect was looked for; since when a claim is committed that the disk may not have
+    suspected, unsynced, unheld = 0.0, None, 0  # when a suspect was looked for; since when a claim is committed that the disk may not have; how many such claims there were
     proven = False  # was a claim made here? The first one waits for the disk: what took the machine along is met again after its start, and counted then
     def __init__(self, store:Store, registry:Registry, settings:Settings, worker:str):
         self.store, self.registry, self.settings, self.worker = store, registry, settings, worker
         self.local = Registry()  # functions that hold on to something are for this database only
-        self.live, self.functions, self.paused, self._own, self._strange = {}, {}, False, frozenset(), set()
+        self.live, self.functions, self.paused, self._own, self._strange = {}, {}, False, frozenset(), {}
         self.doubtful, self.unsure = {}, False  # claims of which a server did not say whether they were committed, as token -> when they are over; is one of them to be asked for?
         self.due, self.asked, self.turning, self.again, self.beating = None, False, False, False, False  # the engine's schedule
         self.ends, self.wanted, self.since, self.called = [], [], 0.0, None  # outcomes and claims by id that wait for the next turn
@@ -135,20 +135,20 @@ def hear(self:Desk):
 # %% ../../nbs/jobs/11_desk.ipynb #700fbd67
 class Slot:
     "Room for one suspect in a process, whichever database it is from"
-    def __init__(self): self._lock, self.taken, self.waiting, self._last, self._called = threading.Lock(), False, [], None, {}
+    def __init__(self): self._lock, self.taken, self.waiting, self._last, self._called = threading.Lock(), False, {}, None, {}
 
     def take(self, desk) -> bool:
         "Is it this desk's now? If not, the desk is told when it is free; who had it last lets those go first that were told"
         with self._lock:
             self._called.pop(desk, None)
-            if self.taken or desk is self._last and any(until > time.monotonic() for until in self._called.values()): self.waiting.append(desk); return False
+            if self.taken or desk is self._last and any(until > time.monotonic() for until in self._called.values()): self.waiting[desk] = None; return False
             self.taken, self._last = True, desk
             return True
 
     def give(self) -> list:
         "It is free again; the desks that wait for it"
         with self._lock:
-            waiting, self.waiting, self.taken = self.waiting, [], False
+            waiting, self.waiting, self.taken = [*self.waiting], {}, False
             self._called = {d: time.monotonic() + 1 for d in waiting if d is not self._last}  # one that is shut by now may never come
         return waiting
 
@@ -215,7 +215,7 @@ def turn(self:Desk,
     done = self.store.finishing_all([(a.row, a.outcome, a.last_note) for a in ends]) if ends else None
     these = self.store.claiming_these(wanted, *me, replace(room or spare, n=len(wanted), sure=None)) if wanted else None
     claim = self.store.claiming(*names, *me, room) if room else None
-    check, doubts, unsynced = self._checking(bool(these or claim)), list(self.doubtful), self.unsynced
+    check, doubts, before = self._checking(bool(these or claim)), list(self.doubtful), self.claims_so_far
     def op(cur, now):
         for t in doubts: self.store.unclaim(cur, now, t)
         if done: done(cur, now)
@@ -232,15 +232,19 @@ def turn(self:Desk,
     lazy, some = getattr(op, 'unsynced', False), bool(got or rows)
     if check: self._checked(*said, lazy)
     self.proven = self.proven or some
-    self._flushed(unsynced, lazy and some, bool(done))
+    self._flushed(before, lazy and some, bool(done))
     return {r['id']: r for r in got}, attempts, due
 
 # %% ../../nbs/jobs/11_desk.ipynb #74d5d974
+@patch(as_prop=True)
+def claims_so_far(self:Desk) -> tuple: return self.unheld, time.monotonic()
+
 @patch
 def _flushed(self:Desk, before, lazy, durable):
-    "A commit has followed; another thread's claim may have come since `before` was read"
-    if lazy: self.unsynced = time.monotonic()
-    elif durable and self.unsynced == before: self.unsynced = None
+    "A commit has followed; another thread's claim may have come since `before`"
+    with self._lock:
+        if lazy: self.unheld, self.unsynced = self.unheld + 1, self.unsynced or time.monotonic()  # the first one counts: others may follow without end
+        elif durable: self.unsynced = None if self.unheld == before[0] else before[1]
 
 @patch
 def _checking(self:Desk, judge:bool=True):
@@ -271,19 +275,25 @@ def verify(self:Desk):
 @patch
 def flush(self:Desk):
     "Have the disk take along what was committed: an outcome that came with a task's own rows did so without a word here"
-    if self.tenancy.own <= self.tenancy.sure: return
-    (mark, facts), unsynced = self.tenancy.reached, self.unsynced
-    self.store.write(lambda cur, now: self.store.step(cur, self.store.noting(cur)))
-    self.tenancy.synced(mark, facts)
-    self._flushed(unsynced, False, True)
+    if self.tenancy.own <= self.tenancy.sure or not (check := self._checking()): return
+    before = self.claims_so_far
+    def op(cur, now):
+        notes, facts = check(cur)  # a copy that was put back is not to be brought up to what is known
+        self.store.step(cur, notes)
+        return notes, facts, True
+    self._checked(*self.store.write(op))
+    self._flushed(before, False, True)
 
 @patch
-def tell(self:Desk, every:float=0.0):
-    "Let the host know how far the database has come"
-    try:
-        if self.tenancy and self.tenancy.due(every): self.flush()
-        if self.tenancy: self.tenancy.tell(every)
-    except FhSaasError as e: log.warning('tenant=%s: its mark is not in the host: %s', self.store.tenant, e)
+def tell(self:Desk, every:float=0.0) -> bool: # Does the host answer?
+    "Let the host know how far the database has come, at most once in `every` seconds"
+    if not self.tenancy or not self.tenancy.due(every): return True
+    self.tenancy.told_at = time.monotonic()  # whatever comes of it
+    try: self.flush()
+    except Exception as e: log.warning('tenant=%s: its last claims are not known to be on the disk: %s', self.store.tenant, e, exc_info=not isinstance(e, FhSaasError))
+    try: self.tenancy.tell()
+    except Exception as e: log.warning('tenant=%s: its mark is not in the host: %s', self.store.tenant, e, exc_info=not isinstance(e, FhSaasError)); return False
+    return True
 
 # %% ../../nbs/jobs/11_desk.ipynb #26b78819
 @patch
@@ -350,7 +360,6 @@ def beat(self:Desk):
     if now > self._beat + self.settings.lease/3 or since is not None and now > since + synced: self.renew()
     with self._lock: live = dict(self.live)
     if live and time.monotonic() > self._asked + 1: self.hear()
-    self.tell(5)
     if notes := [n for a in live.values() if (n := a.ctx.note())]:
         done = self.store.write(lambda cur, now: [op(cur, now) for op, _ in notes])
         for (_, written), there in zip(notes, done):
@@ -360,20 +369,20 @@ def beat(self:Desk):
 def renew(self:Desk):
     "Renew the leases of what runs here"
     self.undoubt()
-    (mark, facts), unsynced = self.tenancy.reached if self.tenancy else (0, None), self.unsynced
+    (mark, facts), before = self.tenancy.reached if self.tenancy else (0, None), self.claims_so_far
     with self._lock: live = dict(self.live)
     owned = self.store.heartbeat(self.worker, self.settings.lease)
     self._beat = time.monotonic()
     if owned and self.tenancy: self.tenancy.synced(mark, facts)  # what was committed before is on the disk with it
-    self._flushed(unsynced, False, True)
+    self._flushed(before, False, True)
     for key, a in live.items():
         if key in owned: a.lease_until = self._beat + self.settings.lease
         elif key in self.live: a.ctx.lost = True
         if owned.get(key): a.cancel()
         if a.ctx.lost: a.ctx.stop()
-    strange = owned.keys() - self.live.keys()
-    for key in strange & self._strange: self._disown(*key)
-    self._strange = strange
+    self._strange = {key: self._strange.get(key, self._beat) for key in owned.keys() - self.live.keys()}
+    for key, since in self._strange.items():
+        if self._beat >= since + self.settings.lease/3: self._disown(*key)
 
 # %% ../../nbs/jobs/11_desk.ipynb #22e478e6
 @patch

@@ -21,7 +21,7 @@ from .desk import Desk, Slot
 from .events import event_of, events
 from .handles import Handles
 from .line import Line
-from .pool import Crew, Pool, settle
+from .pool import Crew, InTurn, Pool, settle
 from .recorder import Recorder
 from .ring import Ring
 from .rounds import Rounds
@@ -59,6 +59,8 @@ class Engine(Recorder, Rounds, Handles, Stopping):
         self._errands, self._blocked, self._agenda, self._watched = OrderedDict(), OrderedDict(), [], (0.0, False)
         self._waiting, self._claims, self._running, self._loop = set(), set(), False, None
         self._stuck, self._again = 0, {}  # threads of attempts that were given up; desk -> when a job that goes back is due there, until the host knows
+        # what the host is told: it may not answer, and each of these waits for it in one thread
+        self.rings, self.retries, self.marks = InTurn(self.house, self._pass_on), InTurn(self.house, self._tell_due), InTurn(self.house, self._tell_mark)
         self._followed, self._following, self._commit_seen = [], False, threading.Event()  # jobs in transactions of others
         self._lock, self._wake = threading.RLock(), threading.Condition()
 
@@ -164,7 +166,7 @@ def _close(self:Engine, store):
     store.close()
     if desk := self._desks.get(store):
         desk.checked = 0.0  # what is opened next may be another
-        if desk.tenancy and desk.tenancy.untold: self.house.submit(desk.tell)
+        if desk.tenancy and desk.tenancy.untold: desk.tenancy.told_at = 0.0; self.marks.put(desk)
 
 # %% ../../nbs/jobs/14_engine.ipynb #067ca2ab
 @patch

@@ -40,6 +40,7 @@ def _beats(self:Heartbeats):
         try:
             for desk in list(self._desks.values()):
                 if (desk.live or desk.unwritten) and not desk.beating: desk.beating = True; self.house.submit(self._beat, desk)
+                if desk.live and desk.tenancy and desk.tenancy.due(5): self.marks.put(desk)
             self._close_idle()
             self._see_to_timeouts()
             self._see_to_orphans()
@@ -96,5 +97,5 @@ def _not_begun(self:Heartbeats, desk, late):
     except BaseException: self.line.put(desk, late); raise
     for a in late: self._tell_nobody(a)
     desk.hungry = True
-    self._pass_on(desk)  # another process may have a thread for them
+    self.rings.put(desk)  # another process may have a thread for them
     self._errand(desk)

@@ -85,16 +85,14 @@ def _all_written(self:Recorder, desk, ends):
 def _due_again(self:Recorder, desk, at):
     "Let the host know when a job that goes back is due: this process may be gone by then"
     if desk.tenancy is None: return
-    with self._lock: first, self._again[desk] = not self._again, min(at, self._again.get(desk, at))
-    if self.stopping: self._tell_due()
-    elif first: self.house.submit(self._tell_due)
+    with self._lock: self._again[desk] = min(at, self._again.get(desk, at))
+    self._tell_due(desk) if self.stopping else self.retries.put(desk)
 
 @patch
-def _tell_due(self:Recorder):
-    while self._again:
-        with self._lock: desk, at = self._again.popitem() if self._again else (None, None)
-        try: desk and desk.tenancy.wakes.ring(desk.tenancy.tenant_id, timestamp(at))
-        except Exception as e: log.warning('tenant=%s: the host does not know of a retry, it is found later: %s', desk.store.tenant, e, exc_info=not isinstance(e, FhSaasError))
+def _tell_due(self:Recorder, desk):
+    with self._lock: at = self._again.pop(desk, None)
+    try: at is None or desk.tenancy.wakes.ring(desk.tenancy.tenant_id, timestamp(at))
+    except Exception as e: log.warning('tenant=%s: the host does not know of a retry, it is found later: %s', desk.store.tenant, e, exc_info=not isinstance(e, FhSaasError))
 
 # %% ../../nbs/jobs/12_recorder.ipynb #25c10193
 def _end_of(store, row, o, status=None):
@@ -115,7 +113,7 @@ def _free_key(self:Recorder, a):
     "Others may wait for the concurrency key of this one, here and elsewhere"
     if a.row['concurrency_key'] is None: return
     self.attend(a.store)
-    if a.desk.tenancy: self.house.submit(self._pass_on, a.desk)
+    if a.desk.tenancy: self.rings.put(a.desk)
 
 @patch
 def _on_record(self:Recorder, a) -> bool:

@@ -74,8 +74,8 @@ def _ask(wakes, h):
         columns = _columns(wakes, w.name)
         if 'tasks' not in columns: return None if columns else frozenset()  # of a release that did not say; or nobody has run jobs for this host yet
         h.there = True
-    stmt = wakes.statement(('registered',), lambda: sa.select(w.c.tasks).where(w.c.beat_at > bind('since'), w.c.state != 'stopping'))
-    with wakes.cursor() as cur: found = [names_of(text) for text, in stmt(cur, since=timestamp(wakes.kind.now(cur) - lost_after)).fetchall()]
+    stmt = wakes.statement(('registered',), lambda: sa.select(w.c.tasks).where(w.c.beat_at.between(bind('since'), bind('until')), w.c.state != 'stopping'))
+    with wakes.cursor() as cur: now = wakes.kind.now(cur); found = [names_of(text) for text, in stmt(cur, since=timestamp(now - lost_after), until=timestamp(now + lost_after)).fetchall()]
     return None if None in found else frozenset(n for names in found for n in names)
 
 def _columns(wakes, table) -> set: # Empty if there is no such table

@@ -159,9 +159,12 @@ def of(self:Rules, tenant:str) -> Limits:
     return limits[who]
 
 @patch
-def queues(self:Rules) -> dict:
+def queues(self:Rules) -> dict: # Not to be changed
     "Running jobs that a queue may have in all processes together"
-    return {r.queue: r.concurrency for r in self.now() if r.queue and not r.tenant and r.concurrency is not None}
+    if self.stale: self.now()
+    rules, _, known = self._said
+    if None not in known: known[None] = {r.queue: r.concurrency for r in rules if r.queue and not r.tenant and r.concurrency is not None}
+    return known[None]
 
 # %% ../../nbs/jobs/16_rules.ipynb #a3ff94bc
 @patch

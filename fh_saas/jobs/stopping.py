@@ -40,8 +40,7 @@ def stop(self:Stopping, grace:float=None):
     self._leave(abandoned)
     if first:
         for pool in (self.crew, self.house, self.writers): pool.close()
-        for d in list(self._desks.values()): d.tell(); d.store.close()
-        for wakes in {d.tenancy.wakes for d in list(self._desks.values()) if d.tenancy}: wakes.notes.end()
+        self._say_farewell(list(self._desks.values()))
 
 # %% ../../nbs/jobs/13_stopping.ipynb #fcedf010
 @patch
@@ -55,6 +54,17 @@ def resize(self:Stopping, concurrency:int):
     "Run so many jobs at once from now on; what runs beyond that goes on"
     self.line.size, self.crew.size = concurrency, concurrency + 32
     self._fed()
+
+@patch
+def _say_farewell(self:Stopping, desks):
+    "Tell the hosts how far their databases have come, those that answer; and close"
+    until, silent = time.monotonic() + 2*self.settings.busy + 2, set()
+    for d in desks:
+        wakes = d.tenancy and d.tenancy.wakes
+        try:
+            if wakes not in silent and time.monotonic() < until and not d.tell(): silent.add(wakes)
+        finally: d.store.close()
+    for wakes in {d.tenancy.wakes for d in desks if d.tenancy}: wakes.notes.end()
 
 @patch
 def _leave(self:Stopping, tasks):

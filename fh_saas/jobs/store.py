@@ -81,7 +81,9 @@ def _young(self:Store) -> bool:
 @patch
 def met(self:Store, conn):
     # on a server a database that was made anew has the name of the one before, and nothing else tells
-    if not isinstance(self.kind, SQLite) and not self._has(conn): self.opened()
+    if isinstance(self.kind, SQLite) or self._has(conn): return
+    self.opened()
+    if not self._has(conn): raise DatabaseUnavailable(f"{show_url(self.url)}: tables that belong there are missing: is it being made anew, or put back?")
 
 @patch
 def _has(self:Store, conn) -> bool: return all(conn.execute('SELECT to_regclass(%s)', [name]).fetchone()[0] for name in self.t.meta.tables)

@@ -141,10 +141,10 @@ def reached(self:Tenancy) -> tuple: # Mark, and facts
 def due(self:Tenancy, every:float) -> bool: return self.untold and time.monotonic() >= self.told_at + every # Is it time to tell?
 
 @patch
-def tell(self:Tenancy, every:float=0.0):
-    "Let the host know how far the database has come, at most once in `every` seconds"
-    if self.sure <= self.told or not self.due(every): return
-    with self._lock: mark, facts, self.told_at = self.sure, self.facts, time.monotonic()  # of one and the same epoch
+def tell(self:Tenancy):
+    "Let the host know how far the database has come"
+    if self.sure <= self.told: return
+    with self._lock: mark, facts = self.sure, self.facts  # of one and the same epoch
     self.wakes.marked(self.tenant_id, mark, facts['created'], facts['epoch'])
     with self._lock:
         if _which(self.facts) == _which(facts): self.told = mark

@@ -56,6 +56,7 @@ class HostTurn:
             if self.holder not in ('', self.who) and abs(now - seconds(at)) < turn_lasts: return False  # a moment far ahead was written by a clock that went back
             self._say(cur, f'{self.who} {timestamp(now)}')
             return True
+        op.alone = True
         if mine := self.wakes.write(op): self.kept = asked
         return mine
 
@@ -64,6 +65,7 @@ class HostTurn:
         def op(cur, now):
             self._read(cur)
             if self.holder == self.who: self._say(cur, '')
+        op.alone = True
         self.wakes.write(op)
 
     def _read(self, cur) -> str: # When its holder said so

@@ -49,7 +49,7 @@ class WorkerRecord:
 class Fleet:
     "The processes that run jobs for a host"
     def __init__(self, host:HostDatabase):
-        self.db = wakes_of(host)
+        self.db, self._heard = wakes_of(host), {}
         with db_errors(self.db.url), writing(self.db.engine) as conn:
             lock_schema(conn)
             add_columns(conn, workers_table)
@@ -59,13 +59,27 @@ class Fleet:
         "All of them, the oldest first"
         with self.db.cursor() as cur: return self._read(cur, self.db.kind.now(cur))
 
-    def _read(self, cur, now):
+    def _read(self, cur, now, for_shares=False):
         w = workers_table
         rows = rows_of(self.db.statement(('workers',), lambda: sa.select(w).order_by(w.c.started_at, w.c.id))(cur))
+        alive = self._listen(rows, now) if for_shares else ()
         for r in rows:
             r['queues'], r['jobs'], r['holds'], r['tasks'] = json.loads(r['queues']), json.loads(r['jobs']), json.loads(r['holds'] or '{}'), names_of(r['tasks'])
-            if abs(seconds(r['beat_at']) - now) > lost_after: r |= dict(state='lost', running=0, jobs=[], holds={})
+            if _silent(r, now) and r['id'] not in alive: r |= dict(state='lost', running=0, jobs=[], holds={})
         return [WorkerRecord(**r) for r in rows]
+
+def _silent(r, now) -> bool: return abs(seconds(r['beat_at']) - now) > lost_after
+
+@patch
+def _listen(self:Fleet, rows, now) -> set: # Their ids
+    "Processes that were heard of lately by this one's own clock: it may have been the other that was set"
+    mono, heard = time.monotonic(), {}
+    for r in rows:
+        beat, until = self._heard.get(r['id'], (None, 0.0))
+        if beat != r['beat_at']: until = mono + (2*beat_every if beat is None and _silent(r, now) else lost_after)
+        heard[r['id']] = r['beat_at'], until
+    self._heard = heard
+    return {id for id, (_, until) in heard.items() if mono < until}
 
 # %% ../../nbs/workers/00_fleet.ipynb #2e1cabda
 @patch
@@ -82,16 +96,16 @@ def beat(self:Fleet,
         new = self.db.kind.insert(w).values({c.name: bind(c.name, type_=c.type) for c in w.c if not c.name.startswith('asked')})
         return new.on_conflict_do_update(index_elements=[w.c.id], set_={c: new.excluded[c] for c in ('beat_at', 'state', 'running', 'jobs', 'holds', 'tasks', 'concurrency')}).returning(w.c.asked, w.c.asked_concurrency)
     stmt = self.db.statement(('worker beat',), build)
-    gone = self.db.statement(('workers gone',), lambda: w.delete().where(w.c.beat_at < bind('then')))
+    gone = self.db.statement(('workers gone',), lambda: w.delete().where(sa.or_(w.c.beat_at < bind('then'), w.c.beat_at > bind('later'))))
     def op(cur, now):
         if limits: self.db.kind.alone(cur)  # two who count at once would both find room
-        gone(cur, then=timestamp(now - gone_after))
-        shares = None if limits is None else self._shares(e, state, limits, now, self._read(cur, now) if limits else [])
+        gone(cur, then=timestamp(now - gone_after), later=timestamp(now + gone_after))
+        shares = None if limits is None else self._shares(e, state, limits, now, self._read(cur, now, True) if limits else [])
         if shares is not None: e.line.give_up(shares)  # before others can read it
         return *stmt(cur, **row, holds=json.dumps(e.line.holds(shares)), started_at=timestamp(now), beat_at=timestamp(now)).fetchone(), shares
-    op.alone, begun = bool(limits), time.monotonic()
+    op.alone, begun, lag = bool(limits), (mono := time.monotonic()), time.time() - mono
     asked, n, shares = self.db.write(op)
-    if shares is not None: e.admit(shares, begun + lost_after - 2)
+    if shares is not None: e.admit(shares, begun + lost_after - 2, lag)
     return dict(asked=asked, asked_concurrency=n)
 
 # %% ../../nbs/workers/00_fleet.ipynb #e70d3984
@@ -151,7 +165,7 @@ def _shares(self:Fleet, e, state, limits, now, found) -> dict:
 def shifts(self:Fleet, e:Engine, state:str, limits:dict) -> bool:
     "Has a share of this process changed, or what it holds? Then it is time for a beat"
     if not limits: return bool(e.line.shares)
-    with self.db.cursor() as cur: found = self._read(cur, now := self.db.kind.now(cur))
+    with self.db.cursor() as cur: found = self._read(cur, now := self.db.kind.now(cur), True)
     said, holds = next((w.holds for w in found if w.id == e.worker), None), e.line.holds(shares := self._shares(e, state, limits, now, found))
     return said is None or shares != e.line.shares or any(said.get(q, 0) != holds.get(q, 0) for q in limits)
 
