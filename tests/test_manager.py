@@ -697,6 +697,50 @@ def test_a_broken_backoff_policy_still_retries(lite):
     job = run(lite, f)
     assert job.status == 'pending' and job.retry_count == 1 and job.run_at > later(1)
 
+# --- Who waits for a job returns no response: it is not left waiting for one
+
+@pytest.mark.parametrize('kind', ['sync', 'async', 'lambda'])
+def test_who_waits_for_the_end_waits_for_no_response(manager, kind):
+    async def aplus(n): return n + 1
+    func = dict(sync=plus, **{'async': aplus}, **{'lambda': lambda n: n + 1})[kind]
+    start = time.monotonic()
+    assert manager.result(manager.submit('t', func, n=1)[0], 20) == 2
+    assert asyncio.run(manager.aresult(manager.submit('t', func, n=2)[0], 20)) == 3
+    assert time.monotonic() - start < manager.engine.settings.handoff/2
+    with pytest.raises(TimeoutError): manager.wait(id := manager.submit('t', func, n=3)[0], 0)  # that is a look
+    time.sleep(0.1)
+    assert manager.get_job(id).status == 'pending'
+
+def plus(n): return n + 1
+
+def test_a_response_that_comes_while_somebody_waits_runs_nothing_twice(manager):
+    ran = []
+    for n in range(20):
+        id, bg = manager.submit('t', lambda: ran.append(1))
+        with ThreadPoolExecutor(1) as pool:
+            waits = pool.submit(manager.wait, id, 20)
+            if n % 2: time.sleep(0.006)
+            asyncio.run(bg())
+            assert waits.result().status == 'completed'
+    assert len(ran) == 20
+
+def test_waiting_begins_no_job_before_its_moment_nor_one_that_is_not_to_run_here(new_manager, url):
+    m, other, ran = new_manager(url, handoff=5), new_manager(url, handoff=5), []
+    soon = m.submit('t', lambda: ran.append('soon'), run_at=datetime.now(timezone.utc) + timedelta(seconds=4))[0]
+    theirs = other.submit('t', lambda: ran.append('theirs'))[0]  # only the other process can run it
+    other.engine.pause(other.store)
+    m.engine.pause(m.store)
+    mine = m.submit('t', lambda: ran.append('mine'))[0]
+    for id in (soon, theirs, mine):
+        with pytest.raises(TimeoutError): m.wait(id, 0.5)
+    assert ran == []
+    m.engine.pause(m.store, False)
+    with pytest.raises(TimeoutError): m.wait(theirs, 0.3)
+    assert m.wait(mine, 20).status == 'completed' and ran == ['mine']
+    other.engine.pause(other.store, False)
+    assert m.wait(soon, 20).status == other.wait(theirs, 20).status == 'completed' and sorted(ran) == ['mine', 'soon', 'theirs']
+
+
 @pytest.mark.parametrize('kind', ['sync', 'async'])
 def test_an_awaited_handle_never_raises_though_the_database_is_broken(manager, kind):
     async def g(): return 1

@@ -121,15 +121,17 @@ def wait(self:Asking, job_id:str,
 ) -> JobRecord: # As it ended, whatever its end
     "Wait for the end of a job, in a thread; raises `StillRunning`"
     self.engine.refuse_to_block()
-    for pause in _pauses(job_id, timeout):
+    for n, pause in enumerate(_pauses(job_id, timeout)):
         if (job := self.get_job(job_id)).status in final: return job
+        if n == 1: self.engine.bring(self.store, job)
         time.sleep(pause)
 
 @patch
 async def await_job(self:Asking, job_id:str, timeout:float=None) -> JobRecord:
     "As `wait`, on an event loop"
-    for pause in _pauses(job_id, timeout):
+    for n, pause in enumerate(_pauses(job_id, timeout)):
         if (job := await asyncio.wrap_future(self.engine.writers.submit(self.get_job, job_id))).status in final: return job
+        if n == 1: self.engine.bring(self.store, job)
         await asyncio.sleep(pause)
 
 # %% ../../nbs/jobs/19_asking.ipynb #9e4b9cfb

@@ -9,7 +9,9 @@ __all__ = ['log', 'Handles']
 
 # %% ../../nbs/jobs/13_handles.ipynb #fb0ddf47
 import asyncio, contextvars, logging, threading, time
+from concurrent.futures import Future
 from fastcore.basics import patch
+from ..db_host import seconds
 from .attempt import Attempt
 from .pool import settle
 from .store import Store
@@ -51,6 +53,20 @@ async def _told(self:Handles, future):
     self._waiting.add(future)
     try: return await future
     finally: self._waiting.discard(future)
+
+# %% ../../nbs/jobs/13_handles.ipynb #865f2f0b
+@patch
+def bring(self:Handles, store:Store,
+    job, # Its record
+):
+    "Run a job that waits for its response, because somebody here waits for its end instead"
+    desk = self._desks.get(store)
+    if self.manual or self.stopping or desk is None or job.status != 'pending' or job.attempt or not self.serves(job.queue): return
+    if abs(seconds(job.run_at) - seconds(job.created_at) - self.settings.handoff) > 1e-5: return  # it has a moment of its own
+    if job.id not in desk.functions and (job.task or job.job_type) not in self.able_in(store): return
+    with desk._lock: desk.wanted.append((job.id, None, Future(), True))
+    self._start()
+    self._errand(desk)
 
 # %% ../../nbs/jobs/13_handles.ipynb #598e54ba
 @patch
