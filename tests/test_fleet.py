@@ -768,7 +768,7 @@ def test_a_process_whose_clock_was_ahead_when_it_was_killed_keeps_nothing_for_ev
     assert len(f.fleet.workers()) == 1
     f.close()
 
-@pytest.mark.parametrize('step', [20, -20])
+@pytest.mark.parametrize('step', [20, -20, 7200, -7200])
 def test_whoever_sets_the_clock_no_process_takes_what_another_has(tmp_path, step):
     f = _Fleet(f'sqlite:///{tmp_path}/host.db', 2, 4)
     for e in f.engines:

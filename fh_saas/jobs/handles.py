@@ -61,7 +61,7 @@ def bring(self:Handles, store:Store,
 ):
     "Run a job that waits for its response, because somebody here waits for its end instead"
     desk = self._desks.get(store)
-    if self.manual or self.stopping or desk is None or job.status != 'pending' or job.attempt or not self.serves(job.queue): return
+    if self.manual or self.stopping or desk is None or job.status != 'pending' or job.attempt or not job.run_at or not self.serves(job.queue): return
     if abs(seconds(job.run_at) - seconds(job.created_at) - self.settings.handoff) > 1e-5: return  # it has a moment of its own
     if job.id not in desk.functions and (job.task or job.job_type) not in self.able_in(store): return
     with desk._lock: desk.wanted.append((job.id, None, Future(), True))

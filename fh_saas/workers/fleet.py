@@ -96,11 +96,13 @@ def beat(self:Fleet,
         new = self.db.kind.insert(w).values({c.name: bind(c.name, type_=c.type) for c in w.c if not c.name.startswith('asked')})
         return new.on_conflict_do_update(index_elements=[w.c.id], set_={c: new.excluded[c] for c in ('beat_at', 'state', 'running', 'jobs', 'holds', 'tasks', 'concurrency')}).returning(w.c.asked, w.c.asked_concurrency)
     stmt = self.db.statement(('worker beat',), build)
-    gone = self.db.statement(('workers gone',), lambda: w.delete().where(sa.or_(w.c.beat_at < bind('then'), w.c.beat_at > bind('later'))))
+    gone = self.db.statement(('worker leaves',), _leaving)
     def op(cur, now):
         if limits: self.db.kind.alone(cur)  # two who count at once would both find room
-        gone(cur, then=timestamp(now - gone_after), later=timestamp(now + gone_after))
-        shares = None if limits is None else self._shares(e, state, limits, now, self._read(cur, now, True) if limits else [])
+        found = self._read(cur, now, True)
+        for r in found:
+            if r.state == 'lost' and abs(seconds(r.beat_at) - now) > gone_after: gone(cur, me=r.id)
+        shares = None if limits is None else self._shares(e, state, limits, now, found)
         if shares is not None: e.line.give_up(shares)  # before others can read it
         return *stmt(cur, **row, holds=json.dumps(e.line.holds(shares)), started_at=timestamp(now), beat_at=timestamp(now)).fetchone(), shares
     op.alone, begun, lag = bool(limits), (mono := time.monotonic()), time.time() - mono
@@ -109,10 +111,12 @@ def beat(self:Fleet,
     return dict(asked=asked, asked_concurrency=n)
 
 # %% ../../nbs/workers/00_fleet.ipynb #e70d3984
+def _leaving(): return workers_table.delete().where(workers_table.c.id == bind('me'))
+
 @patch
 def leave(self:Fleet, worker:str):
     "It has stopped"
-    stmt = self.db.statement(('worker leaves',), lambda: workers_table.delete().where(workers_table.c.id == bind('me')))
+    stmt = self.db.statement(('worker leaves',), _leaving)
     self.db.write(lambda cur, now: stmt(cur, me=worker) and None)
 
 @patch
