@@ -267,7 +267,7 @@ def suspend_tenant(tenant_id:str, host:HostDatabase=None):
     close_tenant_db(tenant_id, host)
 
 def resume_tenant(tenant_id:str, host:HostDatabase=None):
-    "Make a suspended tenant active again; or one whose deletion was refused, or cut off before anything was deleted"
+    "Make a suspended tenant active again; or one whose deletion was refused, or cut off before anything was deleted (if an upgrade of it was, too, it raises `TenantSuspended`, and the next migration does it)"
     t = (host := _host(host)).find(tenant_id)
     if t and t.state == 'deleting': return _take_back(host, t)
     if t and t.state == 'paused' and _half_upgraded(host, t): raise TenantSuspended(f"tenant {tenant_id!r} {_cut_off}: migrate again, then resume it; nothing was changed")

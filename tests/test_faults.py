@@ -183,12 +183,13 @@ def test_a_locked_host_keeps_no_lease_from_being_renewed(fleet):
     wait_until(lambda: runs, 10)
     holder, desk = lock(), m.engine._desks[m.store]
     [a] = desk.live.values()
+    desk.tenancy.told, desk.tenancy.told_at = 0, 0.0  # there is something to say
     least, until = 99, time.monotonic() + 8
     while time.monotonic() < until: least = min(least, a.lease_until - time.monotonic()); time.sleep(0.05)
     assert desk.tenancy.untold and desk.tenancy.told_at  # it was tried
     holder.kill()
     over.set()
-    assert least > 0.5 and (j := end(m, id)).status == 'completed' and (j.attempt, len(runs)) == (1, 1)
+    assert least > 0.3 and (j := end(m, id)).status == 'completed' and (j.attempt, len(runs)) == (1, 1)
 
 def test_marks_that_cannot_be_told_take_one_thread(fleet):
     "However many tenants there are, and whatever they wait for"
@@ -203,6 +204,7 @@ def test_marks_that_cannot_be_told_take_one_thread(fleet):
     wait_until(lambda: e._desks[vip.store].live, 10)
     holders = [lock(m.store.url) for m in others]
     [a] = e._desks[vip.store].live.values()
+    for t in (e._desks[m.store].tenancy for m in others): t.own, t.told = t.own + 1, 0  # there is something to say
     least, most, until = 99, 0, time.monotonic() + 6
     while time.monotonic() < until:
         for m in others: e._desks[m.store].tenancy.told_at = 0.0
@@ -211,7 +213,7 @@ def test_marks_that_cannot_be_told_take_one_thread(fleet):
         time.sleep(0.2)
     for h in holders: h.kill()
     over.set()
-    assert least > 0.5 and most <= 5 and end(vip, id).attempt == 1
+    assert least > 0.3 and most <= 8 and end(vip, id).attempt == 1  # those of the other five, before, took a thread each second
 
 def test_an_engine_ends_in_bounded_time_though_the_host_is_locked(fleet):
     ms, lock = fleet(8, busy=1)
@@ -222,6 +224,22 @@ def test_an_engine_ends_in_bounded_time_though_the_host_is_locked(fleet):
     took = time.monotonic() - start
     holder.kill()
     assert took < 8 and all(m.store._writer is None for m in ms)
+
+def test_jobs_in_line_go_back_in_bounded_time_though_the_host_is_locked(fleet):
+    ms, lock = fleet(4, busy=1, concurrency=1)
+    e, over = ms[0].engine, threading.Event()
+    e.quiet, room, e.line.size = True, e._room(e._desks[ms[0].store], 1), 0  # nothing is begun
+    ids = [m.submit('t', lambda: 1, run_at='2020-01-01')[0] for m in ms]
+    for m in ms:
+        _, attempts, _ = (desk := e._desks[m.store]).turn([], [], room)
+        e.line.put(desk, attempts)
+        for a in attempts: a.counted = True
+    assert e.line.waiting == 4 and e.line.running == 0
+    holder, start = lock(), time.monotonic()
+    e.stop(0)
+    took = time.monotonic() - start
+    holder.kill()
+    assert took < 10 and [m.get_job(id).status for m, id in zip(ms, ids)] == ['pending']*4
 
 def test_an_engine_that_cannot_say_farewell_closes_its_stores(fleet, monkeypatch):
     ms, _ = fleet(2)

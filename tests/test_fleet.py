@@ -11,7 +11,7 @@ import fh_saas.db_tenant
 from conftest import wait_until
 from children.launch import Child
 from fh_saas.db_connect import DatabaseBusy, FhSaasError, open_engine, reading, writing
-from fh_saas.db_host import HostDatabase, NotAHost, seconds
+from fh_saas.db_host import HostDatabase, NotAHost, seconds, timestamp
 from fh_saas.db_tenant import TenantMismatch, delete_tenant, get_or_create_tenant_db, list_tenants, open_tenant_db, suspend_tenant, resume_tenant
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.settings import Settings
@@ -632,6 +632,11 @@ def test_limits_are_counted_by_one_at_a_time(new_url):
 
 # --- A limit that is less than the number of processes
 
+@pytest.fixture(autouse=True)
+def real_clocks():
+    yield
+    fleet_module.time = time
+
 class _Fleet:
     "Processes that share the limit of a queue, each with its engine, on one host; all clocks stand still until they are moved"
     def __init__(self, url, n, limit, there=None):
@@ -663,7 +668,6 @@ class _Fleet:
     @property
     def most(self): return sum(max(self.runs(e), e.line.limit('q')) for e in self.engines)
     def close(self):
-        fleet_module.time = time
         for e in self.engines: e.stop(0)
         for x in (self.fleet.db.bell, self.fleet.db, self.host): x and x.close()
 
@@ -813,6 +817,63 @@ def test_a_limit_holds_before_the_host_has_heard_of_a_process(tmp_path, monkeypa
         go_on.set()
         for id in ids: assert m.wait(id, 20).status == 'completed'
         assert most == 1
+    before.stop(0)
+    host.close()
+
+def test_a_limit_holds_while_a_runner_waits_for_the_host_at_its_start(tmp_path, monkeypatch):
+    "What managers of the app have opened at its import is served by the runner's engine as soon as that is there"
+    host, lock, go_on, running, most = HostDatabase(f'sqlite:///{tmp_path}/host.db'), threading.Lock(), threading.Event(), 0, 0
+    rules_of(host).set(queue='q', concurrency=1)
+    @task(name='fleet_start', queue='q')
+    def job():
+        nonlocal running, most
+        with lock: running += 1; most = max(most, running)
+        go_on.wait(20)
+        with lock: running -= 1
+    db = get_or_create_tenant_db('acme', host=host)
+    before = Engine(Settings(concurrency=0))
+    for _ in range(4): BackgroundTaskManager(db, before).submit('job', job, run_at='2020-01-01')
+    m, begin = BackgroundTaskManager(db), Runner._begin
+    m.list_jobs()
+    monkeypatch.setattr(Runner, '_begin', lambda self: time.sleep(2.5) or begin(self))
+    with Runner(host, Settings(concurrency=4)):
+        wait_until(lambda: most, 15)
+        time.sleep(0.5)
+        assert most == 1
+        go_on.set()
+        wait_until(lambda: not m.list_jobs(status='pending') and not running, 20)
+        assert most == 1
+    before.stop(0)
+    db.close(); host.close()
+
+def test_a_share_that_was_not_committed_is_not_had(tmp_path, monkeypatch):
+    f = _Fleet(f'sqlite:///{tmp_path}/host.db', 2, 4, there=0)
+    for e in f.engines: e.line.shares = {}
+    monkeypatch.setattr(f.fleet.db.kind, 'commit', lambda cur: 1/0)
+    for e in f.engines:
+        with pytest.raises(ZeroDivisionError): f.beat(e)
+    assert f.engines[0].line.shares == dict(q=0) and f.most == 0
+    monkeypatch.undo()
+    f.close()
+
+def test_a_dead_process_keeps_no_run_until_all_is_done_from_a_limited_queue(tmp_path):
+    host, ran = HostDatabase(f'sqlite:///{tmp_path}/host.db'), []
+    rules_of(host).set(queue='q', concurrency=1)
+    @task(name='fleet_once', queue='q')
+    def job(): ran.append(1)
+    before = Engine(Settings(concurrency=0))
+    m, fleet = BackgroundTaskManager(get_or_create_tenant_db('acme', host=host), before), Fleet(host)
+    for _ in range(2): fleet.beat(before, limits=dict(q=1))
+    assert fleet.workers()[0].holds == dict(q=1)
+    with writing(host.engine) as conn: conn.exec_driver_sql(f"UPDATE fh_saas_workers SET beat_at = '{timestamp(time.time() - 60)}'")
+    took = []
+    for n in range(2):
+        id, _ = m.submit('job', job)
+        start = time.monotonic()
+        Worker(host, Settings(concurrency=2)).run(once=True)
+        took.append(time.monotonic() - start)
+        assert m.get_job(id).status == 'completed'
+    assert took[1] < 5  # the next one need not find out again
     before.stop(0)
     host.close()
 

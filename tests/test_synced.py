@@ -173,6 +173,7 @@ def test_a_copy_one_step_behind_is_not_brought_up_to_what_is_known(tmp_path, new
         for log in ('-wal', '-shm'): (tmp_path/f'acme_db.db{log}').unlink(missing_ok=True)
         desk.tell()
         assert read_notes(host.url_of(host.find('acme')), host)['mark'] == '1'
+        assert host.find('acme').held and not desk.tenancy.untold  # said at once, and once
         with pytest.raises(Held): desk.claim(ids[1])
     host.close()
 

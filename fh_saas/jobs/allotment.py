@@ -95,8 +95,9 @@ def admit(self:Allotment, shares:dict,
     lag:float=None, # How far the clock of the day was ahead of that
 ):
     "What falls to this process of each limit that holds for all; whom it has kept from claiming may try again if that is more"
-    lapsed, before = self.line.lapsed(), self.line.shares
-    self.line.shares, self.line.shares_end, self.line.shares_lag = shares, until, lag
+    with self.line._lock:
+        lapsed, before = self.line.lapsed(), self.line.shares
+        self.line.shares, self.line.shares_end, self.line.shares_lag = shares, until, lag
     with self._lock:
         for q, n in shares.items():
             if (more := n - (0 if lapsed else before.get(q, n))) <= 0: continue

@@ -24,6 +24,7 @@ from .settings import Settings
 from .states import Outcome
 from .store import Store
 from .tasks import Registry, Task
+from .tenancy import Held
 
 log = logging.getLogger('fh_saas.jobs')
 
@@ -284,16 +285,24 @@ def flush(self:Desk):
     self._checked(*self.store.write(op))
     self._flushed(before, False, True)
 
+# %% ../../nbs/jobs/11_desk.ipynb #ad83ad8b
 @patch
 def tell(self:Desk, every:float=0.0) -> bool: # Does the host answer?
     "Let the host know how far the database has come, at most once in `every` seconds"
     if not self.tenancy or not self.tenancy.due(every): return True
     self.tenancy.told_at = time.monotonic()  # whatever comes of it
-    try: self.flush()
-    except Exception as e: log.warning('tenant=%s: its last claims are not known to be on the disk: %s', self.store.tenant, e, exc_info=not isinstance(e, FhSaasError))
-    try: self.tenancy.tell()
-    except Exception as e: log.warning('tenant=%s: its mark is not in the host: %s', self.store.tenant, e, exc_info=not isinstance(e, FhSaasError)); return False
+    try:
+        try: self.flush()
+        except Held as e: self.tenancy.hold(e); self.tenancy.forsake()
+        except Exception as e: self._untold(e, 'its last claims are not known to be on the disk')
+        self.tenancy.tell()
+    except Exception as e: self._untold(e, 'its mark is not in the host'); return False
     return True
+
+@patch
+def _untold(self:Desk, e, what):
+    log.warning('tenant=%s: %s: %s', self.store.tenant, what, e, exc_info=not isinstance(e, FhSaasError))
+    self.tenancy.told_at = time.monotonic() + 5  # not again and again, if each try takes as long as a lock is waited for
 
 # %% ../../nbs/jobs/11_desk.ipynb #26b78819
 @patch

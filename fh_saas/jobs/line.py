@@ -117,7 +117,7 @@ def expect(self:Line):
 @patch
 def give_up(self:Line, shares:dict):
     "What of its shares is others' now goes at once; what it gains comes later"
-    with self._lock: self.shares = {q: min(n, self.shares.get(q, n)) for q, n in shares.items()}
+    with self._lock: self.shares = {q: min(n, self.shares.get(q, 0)) for q, n in shares.items()}
 
 @patch
 def holds(self:Line, shares:dict=None) -> dict: # Only those that are not 0

@@ -133,6 +133,11 @@ class InTurn:
             if key is not None and self._keys.pop(key): self._keys[key] = True  # behind those that wait
             for key in self._keys: self._keys[key] = False; return key
 
+    def wait(self, until:float) -> bool: # On the monotonic clock; is all said?
+        "Wait until nothing is left to be said"
+        while self._keys and time.monotonic() < until: time.sleep(0.01)
+        return not self._keys
+
 # %% ../../nbs/jobs/03_pool.ipynb #a3387ee4
 class Crew:
     "Daemon threads that look for work themselves; woken one by one"

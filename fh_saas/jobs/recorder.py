@@ -86,7 +86,7 @@ def _due_again(self:Recorder, desk, at):
     "Let the host know when a job that goes back is due: this process may be gone by then"
     if desk.tenancy is None: return
     with self._lock: self._again[desk] = min(at, self._again.get(desk, at))
-    self._tell_due(desk) if self.stopping else self.retries.put(desk)
+    self.retries.put(desk)
 
 @patch
 def _tell_due(self:Recorder, desk):

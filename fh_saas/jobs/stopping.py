@@ -59,10 +59,13 @@ def resize(self:Stopping, concurrency:int):
 def _say_farewell(self:Stopping, desks):
     "Tell the hosts how far their databases have come, those that answer; and close"
     until, silent = time.monotonic() + 2*self.settings.busy + 2, set()
+    for said in (self.rings, self.retries): said.wait(until)
     for d in desks:
         wakes = d.tenancy and d.tenancy.wakes
         try:
-            if wakes not in silent and time.monotonic() < until and not d.tell(): silent.add(wakes)
+            if not wakes or wakes in silent or time.monotonic() >= until: continue
+            d.tenancy.told_at = 0.0
+            if not d.tell(): silent.add(wakes)
         finally: d.store.close()
     for wakes in {d.tenancy.wakes for d in desks if d.tenancy}: wakes.notes.end()
 
@@ -88,7 +91,7 @@ def _undo(self:Stopping, attempts):
     for desk in {a.desk for a in attempts}:
         mine = [a for a in attempts if a.desk is desk]
         for a in mine: self._tell_nobody(a)
-        try: desk.give_back(mine); self._pass_on(desk)
+        try: desk.give_back(mine); self.rings.put(desk)
         except FhSaasError as e: log.error('tenant=%s: %s jobs could not be given back, their leases will run out: %s', desk.store.tenant, len(mine), e)
 
 @patch
@@ -122,4 +125,4 @@ def _release(self:Stopping, attempts):
         a.desk.let_go(a, ended=False)
         self._off(a)
         if a.done: settle(a.done, a.outcome if w else None)
-    self._pass_on(attempts[0].desk)
+    self.rings.put(attempts[0].desk)

@@ -150,6 +150,11 @@ def tell(self:Tenancy):
         if _which(self.facts) == _which(facts): self.told = mark
 
 @patch
+def forsake(self:Tenancy):
+    "What was committed and is not known to be on the disk was in a file that is gone"
+    with self._lock: self.own = self.sure
+
+@patch
 def hold(self:Tenancy, why:Held) -> bool: # False: it is another tenant by now, of the same name
     "Write down that the tenant is held"
     known = dict(created_at=why.facts['created'], epoch=why.facts['epoch'])

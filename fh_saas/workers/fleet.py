@@ -49,7 +49,7 @@ class WorkerRecord:
 class Fleet:
     "The processes that run jobs for a host"
     def __init__(self, host:HostDatabase):
-        self.db, self._heard = wakes_of(host), {}
+        self.db, self._heard, self.unsure = wakes_of(host), {}, False
         with db_errors(self.db.url), writing(self.db.engine) as conn:
             lock_schema(conn)
             add_columns(conn, workers_table)
@@ -65,7 +65,7 @@ class Fleet:
         alive = self._listen(rows, now) if for_shares else ()
         for r in rows:
             r['queues'], r['jobs'], r['holds'], r['tasks'] = json.loads(r['queues']), json.loads(r['jobs']), json.loads(r['holds'] or '{}'), names_of(r['tasks'])
-            if _silent(r, now) and r['id'] not in alive: r |= dict(state='lost', running=0, jobs=[], holds={})
+            if _silent(r, now) and r['id'] not in alive: r |= dict(state='lost', running=0, jobs=[])
         return [WorkerRecord(**r) for r in rows]
 
 def _silent(r, now) -> bool: return abs(seconds(r['beat_at']) - now) > lost_after
@@ -78,7 +78,7 @@ def _listen(self:Fleet, rows, now) -> set: # Their ids
         beat, until = self._heard.get(r['id'], (None, 0.0))
         if beat != r['beat_at']: until = mono + (2*beat_every if beat is None and _silent(r, now) else lost_after)
         heard[r['id']] = r['beat_at'], until
-    self._heard = heard
+    self._heard, self.unsure = heard, any(_silent(r, now) and mono < heard[r['id']][1] and r['holds'] not in (None, '{}') for r in rows)
     return {id for id, (_, until) in heard.items() if mono < until}
 
 # %% ../../nbs/workers/00_fleet.ipynb #2e1cabda
@@ -96,12 +96,13 @@ def beat(self:Fleet,
         new = self.db.kind.insert(w).values({c.name: bind(c.name, type_=c.type) for c in w.c if not c.name.startswith('asked')})
         return new.on_conflict_do_update(index_elements=[w.c.id], set_={c: new.excluded[c] for c in ('beat_at', 'state', 'running', 'jobs', 'holds', 'tasks', 'concurrency')}).returning(w.c.asked, w.c.asked_concurrency)
     stmt = self.db.statement(('worker beat',), build)
-    gone = self.db.statement(('worker leaves',), _leaving)
+    gone, empty = self.db.statement(('worker leaves',), _leaving), self.db.statement(('worker holds nothing',), lambda: w.update().where(w.c.id == bind('me')).values(holds='{}'))
     def op(cur, now):
         if limits: self.db.kind.alone(cur)  # two who count at once would both find room
         found = self._read(cur, now, True)
         for r in found:
             if r.state == 'lost' and abs(seconds(r.beat_at) - now) > gone_after: gone(cur, me=r.id)
+            elif r.state == 'lost' and r.holds and limits: empty(cur, me=r.id)  # for those that begin after this one
         shares = None if limits is None else self._shares(e, state, limits, now, found)
         if shares is not None: e.line.give_up(shares)  # before others can read it
         return *stmt(cur, **row, holds=json.dumps(e.line.holds(shares)), started_at=timestamp(now), beat_at=timestamp(now)).fetchone(), shares

@@ -38,7 +38,6 @@ class Lookout:
         self._stores, self._visiting, self._passed, self._shut, self._known, self._beaten, self._adopted, self._swept, self._news, self._lively = {}, set(), {}, set(), None, -60.0, -1e9, 0.0, True, 0.0
         self._names, self._place = None, (0, 1)
         self._looking, self._todo, self._more, self._began, self._pool = threading.Lock(), deque(), False, {}, Pool(32, 'fh_saas-visit')
-        self.engine.line.rules = self.rules
         self._watching = threading.Thread(target=self._watch, name='fh_saas-watch', daemon=True)
         self._watching.start()
 

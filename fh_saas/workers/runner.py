@@ -17,6 +17,7 @@ from ..db_host import HostDatabase
 from ..jobs.engine import Engine
 from ..jobs.process import end_process, in_test, use_engine
 from ..jobs.settings import Settings, check_queues
+from ..jobs.tenancy import rules_of
 from .fleet import beat_every
 from .lookout import Lookout
 
@@ -48,8 +49,10 @@ def start(self:Runner):
     self._stopped.clear()
     self._leaving, self._left, self._gone = False, threading.Event(), threading.Event()
     if (tested := in_test()) is not None: self.engine, self._aside = tested, True; return self
-    self._aside, self.engine = False, use_engine(Engine(self.settings, queues=self.queues))
-    if self.host and self.engine.settings.concurrency: self._begin()
+    e = Engine(self.settings, queues=self.queues)
+    if serves := bool(self.host and e.settings.concurrency): e.line.rules = rules_of(self.host)  # before anybody can run a job
+    self._aside, self.engine = False, use_engine(e)
+    if serves: self._begin()
     return self
 
 @patch

@@ -128,7 +128,8 @@ def _told(self:Worker, seconds) -> bool:
 @patch
 def _idle(self:Worker) -> bool:
     "Is nothing due that this process could run?"
-    return self._beaten > 0 and not self._visiting and self.engine.idle and self._nothing_due()
+    waits = self.fleet.unsure and self.rules.queues()  # what a process that may be dead holds of a limit is this one's in a moment
+    return self._beaten > 0 and not waits and not self._visiting and self.engine.idle and self._nothing_due()
 
 @patch
 def _nothing_due(self:Worker) -> bool:
