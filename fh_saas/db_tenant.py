@@ -266,6 +266,7 @@ def suspend_tenant(tenant_id:str, host:HostDatabase=None):
     else: _move(host, tenant_id, 'paused', 'migrating')
     close_tenant_db(tenant_id, host)
 
+# %% ../nbs/01_db_tenant.ipynb #e31a6067
 def resume_tenant(tenant_id:str, host:HostDatabase=None):
     "Make a suspended tenant active again; or one whose deletion was refused, or cut off before anything was deleted (if an upgrade of it was, too, it raises `TenantSuspended`, and the next migration does it)"
     t = (host := _host(host)).find(tenant_id)

@@ -68,17 +68,20 @@ class HostTurn:
         op.alone = True
         self.wakes.write(op)
 
-    def _read(self, cur) -> str: # When its holder said so
-        self.wakes.kind.alone(cur)
-        read = self.wakes.statement(('turn',), lambda: sa.select(meta_table.c.value).where(meta_table.c.key == 'upgrading'))
-        self.holder, _, at = (read(cur).fetchone() or [''])[0].rpartition(' ')
-        return at
+# %% ../../nbs/ops/00_upgrades.ipynb #65f8dc1c
+@patch
+def _read(self:HostTurn, cur) -> str: # When its holder said so
+    self.wakes.kind.alone(cur)
+    read = self.wakes.statement(('turn',), lambda: sa.select(meta_table.c.value).where(meta_table.c.key == 'upgrading'))
+    self.holder, _, at = (read(cur).fetchone() or [''])[0].rpartition(' ')
+    return at
 
-    def _say(self, cur, value):
-        def build():
-            new = self.wakes.kind.insert(meta_table).values(key='upgrading', value=bind('value'))
-            return new.on_conflict_do_update(index_elements=[meta_table.c.key], set_=dict(value=new.excluded.value))
-        self.wakes.statement(('turn taken',), build)(cur, value=value)
+@patch
+def _say(self:HostTurn, cur, value):
+    def build():
+        new = self.wakes.kind.insert(meta_table).values(key='upgrading', value=bind('value'))
+        return new.on_conflict_do_update(index_elements=[meta_table.c.key], set_=dict(value=new.excluded.value))
+    self.wakes.statement(('turn taken',), build)(cur, value=value)
 
 # %% ../../nbs/ops/00_upgrades.ipynb #f39acc55
 @patch
