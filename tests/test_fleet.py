@@ -820,6 +820,34 @@ def test_a_limit_holds_before_the_host_has_heard_of_a_process(tmp_path, monkeypa
     before.stop(0)
     host.close()
 
+def test_a_visit_that_finds_the_tenant_before_gives_way_to_the_one_that_is_there(tmp_path, monkeypatch):
+    "A tenant was deleted and made anew; its visit was kept from all for as long as a lease"
+    host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    @task(name='fleet_anew')
+    def job(): return 1
+    web = Engine(Settings(concurrency=0))
+    with Runner(host, Settings(concurrency=2)) as r, get_or_create_tenant_db('acme', host=host) as db:
+        m = BackgroundTaskManager(db, web)
+        assert m.wait(m.submit('job', job)[0], 20).status == 'completed'
+        monkeypatch.setattr(r, '_hurry', lambda id: False)  # it is visited, and not called
+        for _ in range(3):
+            desk = next(d for d in r.engine._desks.values() if d.store.tenant == 'acme')
+            wait_until(lambda: not desk.busy, 10)
+            desk.tenancy.facts, desk.tenancy.read = dict(state='gone', held=None, epoch=0, mark=0, created=None), time.monotonic() + 60
+            id, start = m.submit('job', job)[0], time.monotonic()
+            assert m.wait(id, 60).status == 'completed' and time.monotonic() - start < 8
+    web.stop(0)
+    host.close()
+
+def test_who_drops_what_is_noted_of_a_tenant_that_is_gone_leaves_one_that_has_come_again(tmp_path):
+    host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    wakes = wakes_of(host)
+    for id in ('gone', 'acme'): wakes.ring(id)
+    get_or_create_tenant_db('acme', host=host).close()
+    for id in ('gone', 'acme'): wakes.drop(id)
+    assert [*wakes.due()[0]] == ['acme']
+    host.close()
+
 def test_a_limit_holds_while_a_runner_waits_for_the_host_at_its_start(tmp_path, monkeypatch):
     "What managers of the app have opened at its import is served by the runner's engine as soon as that is there"
     host, lock, go_on, running, most = HostDatabase(f'sqlite:///{tmp_path}/host.db'), threading.Lock(), threading.Event(), 0, 0

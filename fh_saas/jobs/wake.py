@@ -262,8 +262,9 @@ def sweep(self:Wakes, n:int, older:float) -> list: # Their ids
 
 @patch
 def drop(self:Wakes, tenant_id:str):
-    "Forget a tenant that is gone"
-    stmt = self.statement(('wake drop',), lambda: wakes_table.delete().where(wakes_table.c.tenant_id == bind('tenant')))
+    "Forget a tenant that is gone, and has not come again meanwhile"
+    w, c = wakes_table, catalog_table.c
+    stmt = self.statement(('wake drop',), lambda: w.delete().where(w.c.tenant_id == bind('tenant'), ~sa.exists().where(c.id == w.c.tenant_id)))
     self.write(lambda cur, now: stmt(cur, tenant=tenant_id) and None)
 
 # %% ../../nbs/jobs/15_wake.ipynb #3a708ea0

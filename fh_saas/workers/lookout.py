@@ -162,7 +162,7 @@ def _visit(self:Lookout, id):
             if (store := self._store_of(id)) is None: return
             seen = self.engine.take_turn(store)
             if self._stopped.is_set(): self.wakes.settle(id, self.engine.worker, *leased, 0.0); return
-            if not self.engine.knows(store): continue  # it went with its tenant
+            if not self.engine.knows(store): self.wakes.settle(id, self.engine.worker, *leased, 0.0); continue  # it went with its tenant; there may be another of that name
             after, queues, foreign = self._next_due(store, seen)
             if foreign: self._passed[id] = leased[0], time.monotonic() + min(60.0, foreign)
             if self.wakes.settle(id, self.engine.worker, *leased, after, queues, bool(foreign)): return
