@@ -62,24 +62,28 @@ class Fleet:
     def _read(self, cur, now, for_shares=False):
         w = workers_table
         rows = rows_of(self.db.statement(('workers',), lambda: sa.select(w).order_by(w.c.started_at, w.c.id))(cur))
-        alive = self._listen(rows, now) if for_shares else ()
+        alive = self._listen(rows, now) if for_shares else {}
         for r in rows:
             r['queues'], r['jobs'], r['holds'], r['tasks'] = json.loads(r['queues']), json.loads(r['jobs']), json.loads(r['holds'] or '{}'), names_of(r['tasks'])
-            if _silent(r, now) and r['id'] not in alive: r |= dict(state='lost', running=0, jobs=[])
+            if not _silent(r, now): continue
+            if r['id'] not in alive: r |= dict(state='lost', running=0, jobs=[])
+            elif alive[r['id']]: r['state'] = 'silent'  # it keeps what it holds, and gets nothing
         return [WorkerRecord(**r) for r in rows]
 
 def _silent(r, now) -> bool: return abs(seconds(r['beat_at']) - now) > lost_after
 
 @patch
-def _listen(self:Fleet, rows, now) -> set: # Their ids
+def _listen(self:Fleet, rows, now) -> dict: # Their ids; was one silent from the first?
     "Processes that were heard of lately by this one's own clock: it may have been the other that was set"
     mono, heard = time.monotonic(), {}
     for r in rows:
-        beat, until = self._heard.get(r['id'], (None, 0.0))
-        if beat != r['beat_at']: until = mono + (2*beat_every if beat is None and _silent(r, now) else lost_after)
-        heard[r['id']] = r['beat_at'], until
+        beat, until, doubtful = self._heard.get(r['id'], (None, 0.0, False))
+        if beat != r['beat_at']:
+            doubtful = beat is None and _silent(r, now)
+            until = mono + (2*beat_every if doubtful else lost_after)
+        heard[r['id']] = r['beat_at'], until, doubtful
     self._heard, self.unsure = heard, any(_silent(r, now) and mono < heard[r['id']][1] and r['holds'] not in (None, '{}') for r in rows)
-    return {id for id, (_, until) in heard.items() if mono < until}
+    return {id: doubtful for id, (_, until, doubtful) in heard.items() if mono < until}
 
 # %% ../../nbs/workers/00_fleet.ipynb #2e1cabda
 @patch
