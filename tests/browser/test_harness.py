@@ -30,12 +30,11 @@ def test_the_first_page_is_accessible(shop, new_page, axe, scheme):
     page.goto(shop.url)
     axe.none(page)
 
-def test_a_killed_shop_comes_back_at_its_address(shop, page):
+def test_a_killed_shop_comes_back_at_its_address(shop, new_page):
     shop.kill()
-    with pytest.raises(Error, match='ERR_CONNECTION_REFUSED'): page.goto(shop.url)
-    page.goto('about:blank')  # the browser's page for this error tries again by itself, and may do so at any moment
+    with pytest.raises(Error, match='ERR_CONNECTION_REFUSED'): new_page().goto(shop.url)
     shop.start()
-    page.goto(shop.url)
+    (page := new_page()).goto(shop.url)  # in the other one the browser shows an error of its own, at a moment of its own
     expect(page.get_by_role('link', name='Acme Tools')).to_be_visible()
 
 def test_axe_finds_what_is_wrong_whatever_the_policy(page, axe):
