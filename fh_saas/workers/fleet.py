@@ -78,9 +78,7 @@ def _listen(self:Fleet, rows, now) -> dict: # Their ids; was one silent from the
     mono, heard = time.monotonic(), {}
     for r in rows:
         beat, until, doubtful = self._heard.get(r['id'], (None, 0.0, False))
-        if beat != r['beat_at']:
-            doubtful = beat is None and _silent(r, now)
-            until = mono + (2*beat_every if doubtful else lost_after)
+        if beat != r['beat_at']: doubtful, until = beat is None and _silent(r, now), mono + lost_after
         heard[r['id']] = r['beat_at'], until, doubtful
     self._heard, self.unsure = heard, any(_silent(r, now) and mono < heard[r['id']][1] and r['holds'] not in (None, '{}') for r in rows)
     return {id: doubtful for id, (_, until, doubtful) in heard.items() if mono < until}
