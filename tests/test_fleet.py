@@ -788,35 +788,39 @@ def test_whoever_sets_the_clock_no_process_takes_what_another_has(tmp_path, step
     joins.stop(0)
     f.close()
 
+class _Crowd:
+    "A task of queue `q` that runs until `go_on` is set: how many of it run at once, and did at most"
+    def __init__(self, name):
+        self.lock, self.go_on, self.running, self.most = threading.Lock(), threading.Event(), 0, 0
+        @task(name=name, queue='q')
+        def job():
+            with self.lock: self.running += 1; self.most = max(self.most, self.running)
+            self.go_on.wait(20)
+            with self.lock: self.running -= 1
+        self.job = job
+
 @pytest.mark.parametrize('where', ['host', 'tenant'])
 @pytest.mark.parametrize('away', [False, True])
 def test_a_limit_holds_before_the_host_has_heard_of_a_process(tmp_path, monkeypatch, where, away):
-    host, lock, go_on = HostDatabase(f'sqlite:///{tmp_path}/host.db'), threading.Lock(), threading.Event()
-    running, most = 0, 0
-    @task(name='fleet_first', queue='q')
-    def job():
-        nonlocal running, most
-        with lock: running += 1; most = max(most, running)
-        go_on.wait(20)
-        with lock: running -= 1
+    host, crowd = HostDatabase(f'sqlite:///{tmp_path}/host.db'), _Crowd('fleet_first')
     rules_of(host).set(queue='q', concurrency=1)
     before, beat, tried = Engine(Settings(concurrency=0)), Fleet.beat, threading.Event()
     m = BackgroundTaskManager(host if where == 'host' else get_or_create_tenant_db('acme', host=host), before)
-    ids = [m.submit('job', job, run_at='2020-01-01')[0] for _ in range(4)]
+    ids = [m.submit('job', crowd.job, run_at='2020-01-01')[0] for _ in range(4)]
     if away: monkeypatch.setattr(Fleet, 'beat', lambda *args, **kw: tried.set() or 1/0)
     with Runner(host, Settings(concurrency=4)) as r:
         if where == 'tenant': r.engine.attend(BackgroundTaskManager(get_or_create_tenant_db('acme', host=host)).store)
         if away:
             assert tried.wait(10)
             time.sleep(0.5)
-            assert most == 0
+            assert crowd.most == 0
             monkeypatch.setattr(Fleet, 'beat', beat)
-        wait_until(lambda: most, 15)
+        wait_until(lambda: crowd.most, 15)
         time.sleep(0.5)
-        assert most == 1
-        go_on.set()
+        assert crowd.most == 1
+        crowd.go_on.set()
         for id in ids: assert m.wait(id, 20).status == 'completed'
-        assert most == 1
+        assert crowd.most == 1
     before.stop(0)
     host.close()
 
@@ -850,27 +854,21 @@ def test_who_drops_what_is_noted_of_a_tenant_that_is_gone_leaves_one_that_has_co
 
 def test_a_limit_holds_while_a_runner_waits_for_the_host_at_its_start(tmp_path, monkeypatch):
     "What managers of the app have opened at its import is served by the runner's engine as soon as that is there"
-    host, lock, go_on, running, most = HostDatabase(f'sqlite:///{tmp_path}/host.db'), threading.Lock(), threading.Event(), 0, 0
+    host, crowd = HostDatabase(f'sqlite:///{tmp_path}/host.db'), _Crowd('fleet_start')
     rules_of(host).set(queue='q', concurrency=1)
-    @task(name='fleet_start', queue='q')
-    def job():
-        nonlocal running, most
-        with lock: running += 1; most = max(most, running)
-        go_on.wait(20)
-        with lock: running -= 1
     db = get_or_create_tenant_db('acme', host=host)
     before = Engine(Settings(concurrency=0))
-    for _ in range(4): BackgroundTaskManager(db, before).submit('job', job, run_at='2020-01-01')
+    for _ in range(4): BackgroundTaskManager(db, before).submit('job', crowd.job, run_at='2020-01-01')
     m, begin = BackgroundTaskManager(db), Runner._begin
     m.list_jobs()
     monkeypatch.setattr(Runner, '_begin', lambda self: time.sleep(2.5) or begin(self))
     with Runner(host, Settings(concurrency=4)):
-        wait_until(lambda: most, 15)
+        wait_until(lambda: crowd.most, 15)
         time.sleep(0.5)
-        assert most == 1
-        go_on.set()
-        wait_until(lambda: not m.list_jobs(status='pending') and not running, 20)
-        assert most == 1
+        assert crowd.most == 1
+        crowd.go_on.set()
+        wait_until(lambda: not m.list_jobs(status='pending') and not crowd.running, 20)
+        assert crowd.most == 1
     before.stop(0)
     db.close(); host.close()
 

@@ -166,7 +166,9 @@ def _close(self:Engine, store):
     store.close()
     if desk := self._desks.get(store):
         desk.checked = 0.0  # what is opened next may be another
-        if desk.tenancy and desk.tenancy.untold: desk.tenancy.told_at = desk.tenancy.told_at if desk.tenancy.told_at > time.monotonic() else 0.0; self.marks.put(desk)
+        if (t := desk.tenancy) and t.untold:
+            if t.told_at <= time.monotonic(): t.told_at = 0.0  # now, unless that was tried in vain a moment ago
+            self.marks.put(desk)
 
 # %% ../../nbs/jobs/14_engine.ipynb #067ca2ab
 @patch

@@ -80,12 +80,12 @@ def tell(self:Marks, every:float=0.0) -> bool: # Does the host answer?
     try:
         try: self.flush()
         except Held as e: self.tenancy.hold(e); self.tenancy.forsake()
-        except Exception as e: self._untold(e, 'its last claims are not known to be on the disk')
+        except Exception as e: self._in_vain(e, 'its last claims are not known to be on the disk')
         self.tenancy.tell()
-    except Exception as e: self._untold(e, 'its mark is not in the host'); return False
+    except Exception as e: self._in_vain(e, 'its mark is not in the host'); return False
     return True
 
 @patch
-def _untold(self:Marks, e, what):
+def _in_vain(self:Marks, e, what):
     log.warning('tenant=%s: %s: %s', self.store.tenant, what, e, exc_info=not isinstance(e, FhSaasError))
     self.tenancy.told_at = time.monotonic() + 5  # not again and again, if each try takes as long as a lock is waited for

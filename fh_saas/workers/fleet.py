@@ -70,6 +70,7 @@ class Fleet:
             elif alive[r['id']]: r['state'] = 'silent'  # it keeps what it holds, and gets nothing
         return [WorkerRecord(**r) for r in rows]
 
+# %% ../../nbs/workers/00_fleet.ipynb #0c9a0dfe
 def _silent(r, now) -> bool: return abs(seconds(r['beat_at']) - now) > lost_after
 
 @patch
