@@ -665,13 +665,17 @@ class _Fleet:
         if self.runs(e) == 0: self.fleet.leave(e.worker); e.line.shares = dict(q=0)
     def pass_time(self, seconds): self.at, self.mono = self.at + seconds, self.mono + seconds
     def set_clock(self, seconds): self.at += seconds + 0.001  # no moment comes twice
+    def outage(self, seconds):
+        "Nobody reaches the host: nothing begins, what runs goes on"
+        for e in self.engines: e.line.shares = dict(q=0)
+        self.pass_time(seconds)
     @property
     def most(self): return sum(max(self.runs(e), e.line.limit('q')) for e in self.engines)
     def close(self):
         for e in self.engines: e.stop(0)
         for x in (self.fleet.db.bell, self.fleet.db, self.host): x and x.close()
 
-moves = st.lists(st.tuples(st.sampled_from(['second', 'second', 'beat', 'claim', 'claim', 'claim', 'end', 'quiet', 'stopping', 'leave', 'time', 'time', 'clock']), st.integers(0, 4), st.sampled_from([1, 2, 7])), min_size=20, max_size=100)
+moves = st.lists(st.tuples(st.sampled_from(['second', 'second', 'beat', 'claim', 'claim', 'claim', 'end', 'quiet', 'stopping', 'leave', 'time', 'time', 'clock', 'outage']), st.integers(0, 4), st.sampled_from([1, 2, 7])), min_size=20, max_size=100)
 
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(2, 5), there=st.integers(0, 5), limit=st.integers(1, 5), moves=moves)
@@ -687,6 +691,7 @@ def test_shares_of_a_limit_never_come_to_more_than_it(tmp_path_factory, n, there
                 f.pass_time(seconds)
                 silent = [s + seconds for s in silent]
             elif what == 'clock': f.set_clock(seconds*(10 if i % 2 else -10))
+            elif what == 'outage': f.outage(20*seconds); silent = [20]*n
             else:
                 getattr(f, what)(f.engines[i % n])
                 if what in ('beat', 'stopping'): silent[i % n] = 0
@@ -882,25 +887,78 @@ def test_a_share_that_was_not_committed_is_not_had(tmp_path, monkeypatch):
     monkeypatch.undo()
     f.close()
 
-def test_a_dead_process_keeps_no_run_until_all_is_done_from_a_limited_queue(tmp_path):
-    host, ran = HostDatabase(f'sqlite:///{tmp_path}/host.db'), []
+@pytest.mark.parametrize('ago', [60, 3])
+def test_a_dead_process_keeps_no_run_until_all_is_done_from_a_limited_queue(tmp_path, monkeypatch, ago):
+    monkeypatch.setattr(fleet_module, 'lost_after', 5)
+    host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
     rules_of(host).set(queue='q', concurrency=1)
-    @task(name='fleet_once', queue='q')
-    def job(): ran.append(1)
+    job = task(name=f'fleet_once_{ago}', queue='q')(lambda: None)
     before = Engine(Settings(concurrency=0))
     m, fleet = BackgroundTaskManager(get_or_create_tenant_db('acme', host=host), before), Fleet(host)
     for _ in range(2): fleet.beat(before, limits=dict(q=1))
     assert fleet.workers()[0].holds == dict(q=1)
-    with writing(host.engine) as conn: conn.exec_driver_sql(f"UPDATE fh_saas_workers SET beat_at = '{timestamp(time.time() - 60)}'")
-    took = []
-    for n in range(2):
-        id, _ = m.submit('job', job)
-        start = time.monotonic()
-        Worker(host, Settings(concurrency=2)).run(once=True)
-        took.append(time.monotonic() - start)
-        assert m.get_job(id).status == 'completed'
-    assert took[1] < 5  # the next one need not find out again
+    with writing(host.engine) as conn: conn.exec_driver_sql(f"UPDATE fh_saas_workers SET beat_at = '{timestamp(time.time() - ago)}'")
+    id, _ = m.submit('job', job)
+    Worker(host, Settings(concurrency=2)).run(once=True)
+    assert m.get_job(id).status == 'completed'
+    assert [w.holds for w in fleet.workers()] == [{}]  # the next one need not find out again
     before.stop(0)
+    host.close()
+
+def test_what_a_process_holds_that_may_be_dead_is_in_doubt_until_a_share_of_it_is_had(tmp_path):
+    f = _Fleet(f'sqlite:///{tmp_path}/host.db', 1, 2)
+    [other] = f.engines
+    for _ in range(2): f.claim(other)
+    f.pass_time(2)
+    new, joins, seen = Fleet(f.host), Engine(Settings(concurrency=4)), []
+    def look(q='q'): new.beat(joins, limits={q: 2}); return new.unsure
+    assert not look('another') and look()
+    f.pass_time(2)
+    f.beat(other)
+    assert new.shifts(joins, 'running', dict(q=2)) and not look()  # it lives
+    new._heard.clear()
+    assert look()
+    f.pass_time(20)
+    new._spoke.clear()
+    admit, joins.admit = joins.admit, lambda *args: seen.append(new.unsure) or admit(*args)
+    assert not look() and seen == [True] and joins.line.shares == dict(q=2)
+    joins.stop(0)
+    f.close()
+
+@pytest.mark.parametrize('order', [1, -1])
+def test_who_is_back_first_when_nobody_could_reach_the_host_takes_nobody_for_dead(tmp_path, order):
+    f = _Fleet(f'sqlite:///{tmp_path}/host.db', 2, 1)
+    for e in f.engines: f.claim(e)
+    assert f.most == 1
+    f.outage(20)
+    for e in f.engines[::order]: f.second(e); f.beat(e); assert f.most == 1
+    for _ in range(5): f.pass_time(4); f.beat(f.engines[0])
+    assert f.engines[0].line.limit('q') == 1  # and who is not back after all is dead
+    f.close()
+
+def test_a_process_that_speaks_while_another_takes_it_for_dead_keeps_its_row(new_pg, monkeypatch):
+    host = HostDatabase(new_pg())
+    fleet, one, two = Fleet(host), Engine(Settings(concurrency=4)), Engine(Settings(concurrency=4))
+    listen = Fleet._listen
+    for away in (60, 2*fleet_module.gone_after):
+        fleet.leave(two.worker)
+        for _ in range(2): fleet.beat(one, limits=dict(q=1))
+        def since(seconds):
+            with writing(host.engine) as conn: conn.exec_driver_sql(f"UPDATE fh_saas_workers SET beat_at = '{timestamp(time.time() - seconds)}' WHERE id = '{one.worker}'")
+        since(away)
+        def meanwhile(self, cur, now, me):
+            self._heard = {id: sign._replace(until=0) for id, sign in self._heard.items()}
+            found = listen(self, cur, now, me)
+            assert [w.state for w in found if w.id == one.worker] == ['lost']
+            since(0)
+            return found
+        fleet._spoke.clear()
+        with fleet.db.cursor() as cur: listen(fleet, cur, time.time(), two.worker)
+        monkeypatch.setattr(Fleet, '_listen', meanwhile)
+        fleet.beat(two, limits=dict(q=1))
+        monkeypatch.undo()
+        assert [w.holds for w in fleet.workers() if w.id == one.worker] == [dict(q=1)]
+    for e in (one, two): e.stop(0)
     host.close()
 
 def test_who_slept_begins_nothing_before_it_is_heard_of(new_manager, new_sqlite, monkeypatch):

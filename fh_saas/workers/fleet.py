@@ -10,6 +10,8 @@ __all__ = ['beat_every', 'gone_after', 'share_turn', 'UnknownWorker', 'WorkerRec
 # %% ../../nbs/workers/00_fleet.ipynb #1068b5a7
 import json, os, socket, time
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import NamedTuple
 import sqlalchemy as sa
 from fastcore.basics import patch
 from ..db_connect import FhSaasError, add_columns, db_errors, lock_schema, writing
@@ -49,7 +51,7 @@ class WorkerRecord:
 class Fleet:
     "The processes that run jobs for a host"
     def __init__(self, host:HostDatabase):
-        self.db, self._heard, self.unsure = wakes_of(host), {}, False
+        self.db, self._heard, self._spoke, self.unsure = wakes_of(host), {}, {}, False
         with db_errors(self.db.url), writing(self.db.engine) as conn:
             lock_schema(conn)
             add_columns(conn, workers_table)
@@ -57,32 +59,46 @@ class Fleet:
 
     def workers(self) -> list[WorkerRecord]:
         "All of them, the oldest first"
-        with self.db.cursor() as cur: return self._read(cur, self.db.kind.now(cur))
-
-    def _read(self, cur, now, for_shares=False):
         w = workers_table
-        rows = rows_of(self.db.statement(('workers',), lambda: sa.select(w).order_by(w.c.started_at, w.c.id))(cur))
-        alive = self._listen(rows, now) if for_shares else {}
+        stmt = self.db.statement(('workers',), lambda: sa.select(w).order_by(w.c.started_at, w.c.id))
+        with self.db.cursor() as cur: rows, now = rows_of(stmt(cur)), self.db.kind.now(cur)
         for r in rows:
             r['queues'], r['jobs'], r['holds'], r['tasks'] = json.loads(r['queues']), json.loads(r['jobs']), json.loads(r['holds'] or '{}'), names_of(r['tasks'])
-            if not _silent(r, now): continue
-            if r['id'] not in alive: r |= dict(state='lost', running=0, jobs=[])
-            elif alive[r['id']]: r['state'] = 'silent'  # it keeps what it holds, and gets nothing
+            if _silent(r['beat_at'], now): r |= dict(state='lost', running=0, jobs=[])
         return [WorkerRecord(**r) for r in rows]
 
+def _silent(beat_at, now) -> bool: return abs(seconds(beat_at) - now) > lost_after
+
 # %% ../../nbs/workers/00_fleet.ipynb #0c9a0dfe
-def _silent(r, now) -> bool: return abs(seconds(r['beat_at']) - now) > lost_after
+class _Sign(NamedTuple):
+    "The last that was heard of a process, by the own monotonic clock of who asks"
+    beat_at: str
+    until: float # It is believed to be alive
+    doubtful: bool = False # It looked silent when it was seen first, and has said nothing since
+    anew: bool = False # It has said something since it was seen first
 
 @patch
-def _listen(self:Fleet, rows, now) -> dict: # Their ids; was one silent from the first?
-    "Processes that were heard of lately by this one's own clock: it may have been the other that was set"
-    mono, heard = time.monotonic(), {}
-    for r in rows:
-        beat, until, doubtful = self._heard.get(r['id'], (None, 0.0, False))
-        if beat != r['beat_at']: doubtful, until = beat is None and _silent(r, now), mono + lost_after
-        heard[r['id']] = r['beat_at'], until, doubtful
-    self._heard, self.unsure = heard, any(_silent(r, now) and mono < heard[r['id']][1] and r['holds'] not in (None, '{}') for r in rows)
-    return {id: doubtful for id, (_, until, doubtful) in heard.items() if mono < until}
+def _listen(self:Fleet, cur, now, me) -> list:
+    "The processes, as one of them sees them that takes shares of a limit"
+    w, mono, found, heard = workers_table, time.monotonic(), [], {}
+    deaf = mono > self._spoke.get(me, mono) + 2*beat_every  # when it could not say anything itself, the silence of the others proves nothing
+    rows = self.db.statement(('workers that share',), lambda: sa.select(w.c.id, w.c.state, w.c.queues, w.c.holds, w.c.beat_at))(cur).fetchall()
+    for id, state, queues, holds, beat_at in rows:
+        sign, silent = self._heard.get(id), _silent(beat_at, now)
+        if sign is None: sign = _Sign(beat_at, mono + lost_after, doubtful=silent)
+        elif sign.beat_at != beat_at: sign = _Sign(beat_at, mono + lost_after, anew=True)
+        elif deaf: sign = sign._replace(until=mono + lost_after)
+        heard[id] = sign
+        if silent: state = 'lost' if mono >= sign.until else 'silent' if sign.doubtful else state
+        found.append(SimpleNamespace(id=id, state=state, queues=json.loads(queues), holds=json.loads(holds or '{}'), beat_at=beat_at, anew=sign.anew))
+    self._heard = heard
+    return found
+
+@patch
+def _doubts(self:Fleet, e, limits, found) -> bool:
+    "Does a process hold something of these limits of which nobody knows whether it is alive?"
+    its = [q for q in limits or () if e.serves(q)]
+    return any(w.id != e.worker and w.state != 'lost' and not w.anew and any(w.holds.get(q) for q in its) for w in found)
 
 # %% ../../nbs/workers/00_fleet.ipynb #2e1cabda
 @patch
@@ -99,19 +115,22 @@ def beat(self:Fleet,
         new = self.db.kind.insert(w).values({c.name: bind(c.name, type_=c.type) for c in w.c if not c.name.startswith('asked')})
         return new.on_conflict_do_update(index_elements=[w.c.id], set_={c: new.excluded[c] for c in ('beat_at', 'state', 'running', 'jobs', 'holds', 'tasks', 'concurrency')}).returning(w.c.asked, w.c.asked_concurrency)
     stmt = self.db.statement(('worker beat',), build)
-    gone, empty = self.db.statement(('worker leaves',), _leaving), self.db.statement(('worker holds nothing',), lambda: w.update().where(w.c.id == bind('me')).values(holds='{}'))
+    its = w.c.id == bind('it'), w.c.beat_at == bind('at')  # on PostgreSQL it may say something meanwhile
+    gone, empty = self.db.statement(('worker is gone',), lambda: w.delete().where(*its)), self.db.statement(('worker holds nothing',), lambda: w.update().where(*its).values(holds='{}'))
     def op(cur, now):
         if limits: self.db.kind.alone(cur)  # two who count at once would both find room
-        found = self._read(cur, now, True)
+        found = self._listen(cur, now, e.worker)
         for r in found:
-            if r.state == 'lost' and abs(seconds(r.beat_at) - now) > gone_after: gone(cur, me=r.id)
-            elif r.state == 'lost' and r.holds and limits: empty(cur, me=r.id)  # for those that begin after this one
+            if r.state == 'lost' and abs(seconds(r.beat_at) - now) > gone_after: gone(cur, it=r.id, at=r.beat_at)
+            elif r.state == 'lost' and r.holds and limits: empty(cur, it=r.id, at=r.beat_at)  # for those that begin after this one
         shares = None if limits is None else self._shares(e, state, limits, now, found)
         if shares is not None: e.line.give_up(shares)  # before others can read it
-        return *stmt(cur, **row, holds=json.dumps(e.line.holds(shares)), started_at=timestamp(now), beat_at=timestamp(now)).fetchone(), shares
+        return *stmt(cur, **row, holds=json.dumps(e.line.holds(shares)), started_at=timestamp(now), beat_at=timestamp(now)).fetchone(), shares, found
     op.alone, begun, lag = bool(limits), (mono := time.monotonic()), time.time() - mono
-    asked, n, shares = self.db.write(op)
+    asked, n, shares, found = self.db.write(op)
+    self._spoke[e.worker] = begun
     if shares is not None: e.admit(shares, begun + lost_after - 2, lag)
+    self.unsure = self._doubts(e, limits, found)
     return dict(asked=asked, asked_concurrency=n)
 
 # %% ../../nbs/workers/00_fleet.ipynb #e70d3984
@@ -171,11 +190,11 @@ def _shares(self:Fleet, e, state, limits, now, found) -> dict:
 
 @patch
 def shifts(self:Fleet, e:Engine, state:str, limits:dict) -> bool:
-    "Has a share of this process changed, or what it holds? Then it is time for a beat"
+    "Has a share of this process changed, or what it holds, or what it knows of the others? Then it is time for a beat"
     if not limits: return bool(e.line.shares)
-    with self.db.cursor() as cur: found = self._read(cur, now := self.db.kind.now(cur), True)
+    with self.db.cursor() as cur: found = self._listen(cur, now := self.db.kind.now(cur), e.worker)
     said, holds = next((w.holds for w in found if w.id == e.worker), None), e.line.holds(shares := self._shares(e, state, limits, now, found))
-    return said is None or shares != e.line.shares or any(said.get(q, 0) != holds.get(q, 0) for q in limits)
+    return said is None or shares != e.line.shares or any(said.get(q, 0) != holds.get(q, 0) for q in limits) or self._doubts(e, limits, found) != self.unsure
 
 @patch
 def place(self:Fleet, worker:str) -> tuple: # Its number, from 0, and how many there are

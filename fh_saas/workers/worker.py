@@ -128,13 +128,13 @@ def _told(self:Worker, seconds) -> bool:
 @patch
 def _idle(self:Worker) -> bool:
     "Is nothing due that this process could run?"
-    waits = self.fleet.unsure and self.rules.queues()  # what a process that may be dead holds of a limit is this one's in a moment
-    return self._beaten > 0 and not waits and not self._visiting and self.engine.idle and self._nothing_due()
+    return self._beaten > 0 and not self._visiting and self.engine.idle and self._nothing_due()
 
 @patch
 def _nothing_due(self:Worker) -> bool:
-    due = self.wakes.due(1, self.queues and tuple(self.queues), {id: seq for id, (seq, _) in list(self._passed.items())})[0]
-    return not due
+    # what was passed by is no others' to run as long as a process that may be dead holds something of a limit: that is this one's in a moment
+    passed = {} if self.fleet.unsure else {id: seq for id, (seq, _) in list(self._passed.items())}
+    return not self.wakes.due(1, self.queues and tuple(self.queues), passed)[0]
 
 # %% ../../nbs/workers/01_worker.ipynb #813b08d5
 def supervise(
