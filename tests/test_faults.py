@@ -225,9 +225,11 @@ def test_an_engine_ends_in_bounded_time_though_the_host_is_locked(fleet):
     holder.kill()
     assert took < 8 and all(m.store._writer is None for m in ms)
 
-def test_jobs_in_line_go_back_in_bounded_time_though_the_host_is_locked(fleet):
+@pytest.mark.parametrize('threads', ['threads', 'no threads'])
+def test_jobs_in_line_go_back_in_bounded_time_though_the_host_is_locked(fleet, monkeypatch, threads):
+    "Where no thread can be started: an `atexit` handler since Python 3.12"
     ms, lock = fleet(4, busy=1, concurrency=1)
-    e, over = ms[0].engine, threading.Event()
+    e = ms[0].engine
     e.quiet, room, e.line.size = True, e._room(e._desks[ms[0].store], 1), 0  # nothing is begun
     ids = [m.submit('t', lambda: 1, run_at='2020-01-01')[0] for m in ms]
     for m in ms:
@@ -236,10 +238,26 @@ def test_jobs_in_line_go_back_in_bounded_time_though_the_host_is_locked(fleet):
         for a in attempts: a.counted = True
     assert e.line.waiting == 4 and e.line.running == 0
     holder, start = lock(), time.monotonic()
-    e.stop(0)
+    with monkeypatch.context() as mp:
+        if threads == 'no threads': mp.setattr(threading.Thread, 'start', lambda self: exec("raise RuntimeError(\"can't start new thread\")"))
+        e.stop(0)
     took = time.monotonic() - start
     holder.kill()
     assert took < 10 and [m.get_job(id).status for m, id in zip(ms, ids)] == ['pending']*4
+
+def test_a_host_that_is_locked_keeps_no_mark_from_another(fleet, tmp_path):
+    [m], lock = fleet(1, busy=1)
+    another, e = HostDatabase(f'sqlite:///{tmp_path}/another.db'), m.engine
+    db = get_or_create_tenant_db('its', host=another)
+    ms = m, BackgroundTaskManager(db, e)
+    tenancies = [e._desks[m.store].tenancy for m in ms]
+    for m, t in zip(ms, tenancies): end(m, m.submit('t', lambda: 1)[0]); t.told = 0; assert t.untold
+    holder = lock()
+    e.rings.put(e._desks[ms[0].store])
+    e.stop(0)
+    holder.kill()
+    db.close(); another.close()
+    assert [t.untold for t in tenancies] == [True, False]
 
 def test_an_engine_that_cannot_say_farewell_closes_its_stores(fleet, monkeypatch):
     ms, _ = fleet(2)

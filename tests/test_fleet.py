@@ -840,11 +840,31 @@ def test_a_visit_that_finds_the_tenant_before_gives_way_to_the_one_that_is_there
         assert m.wait(m.submit('job', job)[0], 20).status == 'completed'
         monkeypatch.setattr(r, '_hurry', lambda id: False)  # it is visited, and not called
         for _ in range(3):
-            desk = next(d for d in r.engine._desks.values() if d.store.tenant == 'acme')
+            desk = next(d for d in list(r.engine._desks.values()) if d.store.tenant == 'acme')
             wait_until(lambda: not desk.busy, 10)
             desk.tenancy.facts, desk.tenancy.read = dict(state='gone', held=None, epoch=0, mark=0, created=None), time.monotonic() + 60
             id, start = m.submit('job', job)[0], time.monotonic()
             assert m.wait(id, 60).status == 'completed' and time.monotonic() - start < 8
+    web.stop(0)
+    host.close()
+
+def test_a_visit_to_a_tenant_that_comes_again_while_it_is_dropped_is_given_back(tmp_path, monkeypatch):
+    host, web, made = HostDatabase(f'sqlite:///{tmp_path}/host.db'), Engine(Settings(concurrency=0)), []
+    job, drop, first = task(name='fleet_again')(lambda: 1), Wakes.drop, threading.Lock()
+    def meanwhile(self, id):
+        if first.acquire(blocking=False):
+            m = BackgroundTaskManager(get_or_create_tenant_db(id, host=host), web)
+            made.append((m, m.submit('job', job)[0]))
+        return drop(self, id)
+    monkeypatch.setattr(Wakes, 'drop', meanwhile)
+    with Runner(host, Settings(concurrency=2)) as r:
+        monkeypatch.setattr(r, '_hurry', lambda id: False)
+        wakes_of(host).ring('acme')
+        wait_until(lambda: made, 20)
+        m, id = made[0]
+        assert m.wait(id, 15).status == 'completed'
+        with host.engine.connect() as conn: leased = conn.exec_driver_sql(f"SELECT 1 FROM fh_saas_wakes WHERE visit_until > '{timestamp(time.time() + 20)}'").fetchall()
+        assert not leased  # the sweep may have found the job; others would not have come for 30 seconds
     web.stop(0)
     host.close()
 

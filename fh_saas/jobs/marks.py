@@ -82,7 +82,7 @@ def tell(self:Marks, every:float=0.0) -> bool: # Does the host answer?
         except Held as e: self.tenancy.hold(e); self.tenancy.forsake()
         except Exception as e: self._in_vain(e, 'its last claims are not known to be on the disk')
         self.tenancy.tell()
-    except Exception as e: self._in_vain(e, 'its mark is not in the host'); return False
+    except Exception as e: self._in_vain(e, 'the host is not told how it stands'); return False
     return True
 
 @patch

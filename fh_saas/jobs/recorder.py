@@ -89,9 +89,16 @@ def _due_again(self:Recorder, desk, at):
     self.retries.put(desk)
 
 @patch
+def _ring_for(self:Recorder, desk, at=None):
+    wakes = desk.tenancy.wakes
+    if wakes in self._silent: raise FhSaasError(f'{wakes.host} does not answer')
+    try: wakes.ring(desk.tenancy.tenant_id, at)
+    except Exception: self.stopping and self._silent.add(wakes); raise
+
+@patch
 def _tell_due(self:Recorder, desk):
     with self._lock: at = self._again.pop(desk, None)
-    try: at is None or desk.tenancy.wakes.ring(desk.tenancy.tenant_id, timestamp(at))
+    try: at is None or self._ring_for(desk, timestamp(at))
     except Exception as e: log.warning('tenant=%s: the host does not know of a retry, it is found later: %s', desk.store.tenant, e, exc_info=not isinstance(e, FhSaasError))
 
 # %% ../../nbs/jobs/12_recorder.ipynb #25c10193

@@ -58,16 +58,19 @@ def resize(self:Stopping, concurrency:int):
 @patch
 def _say_farewell(self:Stopping, desks):
     "Tell the hosts how far their databases have come, those that answer; and close"
-    until, silent = time.monotonic() + 2*self.settings.busy + 2, set()
+    until, hosts = time.monotonic() + 2*self.settings.busy + 2, {}
+    for d in desks: d.tenancy and hosts.setdefault(d.tenancy.wakes, []).append(d)
+    wait([self.house.submit(self._tell_last, wakes, its, until) for wakes, its in hosts.items()], timeout=2*self.settings.busy + 2)
     for said in (self.rings, self.retries): said.wait(until)
+    for d in desks: d.store.close()
+    for wakes in hosts: wakes.notes.end()
+
+@patch
+def _tell_last(self:Stopping, wakes, desks, until):
     for d in desks:
-        wakes = d.tenancy and d.tenancy.wakes
-        try:
-            if not wakes or wakes in silent or time.monotonic() >= until: continue
-            d.tenancy.told_at = 0.0
-            if not d.tell(): silent.add(wakes)
-        finally: d.store.close()
-    for wakes in {d.tenancy.wakes for d in desks if d.tenancy}: wakes.notes.end()
+        if wakes in self._silent or time.monotonic() >= until: return
+        d.tenancy.told_at = 0.0
+        if not d.tell(): self._silent.add(wakes)
 
 @patch
 def _leave(self:Stopping, tasks):
@@ -102,7 +105,7 @@ def _undoubt(self:Stopping, desk):
 @patch
 def _pass_on(self:Stopping, desk):
     "Ring for the jobs that this process leaves to others"
-    try: desk.tenancy and desk.tenancy.wakes.ring(desk.tenancy.tenant_id)
+    try: desk.tenancy and self._ring_for(desk)
     except FhSaasError as e: log.warning('tenant=%s: not rung for in the host, it is found later: %s', desk.store.tenant, e)
 
 # %% ../../nbs/jobs/13_stopping.ipynb #51ca8474

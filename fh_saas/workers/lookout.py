@@ -159,7 +159,7 @@ def _visit(self:Lookout, id):
     try:
         # no longer than a job's lease: a visitor that was killed keeps a tenant from the others for no longer than its jobs
         while leased := self.wakes.lease(id, self.engine.worker, max(2, min(30, self.engine.settings.lease))):
-            if (store := self._store_of(id)) is None: return
+            if (store := self._store_of(id)) is None: self.wakes.settle(id, self.engine.worker, *leased, 0.0); return  # unless it has come again meanwhile, there is nothing left to give back
             seen = self.engine.take_turn(store)
             if self._stopped.is_set(): self.wakes.settle(id, self.engine.worker, *leased, 0.0); return
             if not self.engine.knows(store): self.wakes.settle(id, self.engine.worker, *leased, 0.0); continue  # it went with its tenant; there may be another of that name
