@@ -5,7 +5,6 @@ job's state has changed, asks for its part on a connection of its own, as a brow
 import argparse, asyncio, json, os, socket, statistics, subprocess, sys, tempfile, time
 from contextlib import contextmanager
 from http.client import HTTPConnection
-from pathlib import Path
 from .measures import wrk
 from .report import folder
 
@@ -14,7 +13,7 @@ TENANT = 'acme'
 def app_of(url):
     "The app that is measured"
     from fasthtml.common import FastHTML, P
-    from fh_saas import HostDatabase, JobProgress, BackgroundTaskManager, get_or_create_tenant_db, setup_jobs
+    from fh_saas import HostDatabase, BackgroundTaskManager, get_or_create_tenant_db, setup_jobs
     host, app = HostDatabase(url), FastHTML(secret_key='a benchmark')
     setup_jobs(app, host, tenant=lambda req: TENANT, role=lambda req: 'operator')
     @app.route('/', methods=['GET'])

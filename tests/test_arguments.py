@@ -13,7 +13,7 @@ from fastcore.basics import AttrDict
 from hypothesis import given, strategies as st
 from fh_saas.jobs.arguments import BadPayload, Signature
 from fh_saas.jobs.payload import NotJson, loads, to_json
-from fh_saas.jobs.tasks import BadPayload, Task, task
+from fh_saas.jobs.tasks import Task, task
 
 
 class Colour(Enum): red = 'r'; blue = 'b'

@@ -3,10 +3,7 @@ import json, sys, time
 import pytest
 from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import get_or_create_tenant_db
-from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.retries import Permanent
-from fh_saas.jobs.settings import Settings
-from fh_saas.jobs.tasks import Registry
 from fh_saas.ops.cli import main
 from fh_saas.ops.terminal import person
 from fh_saas.utils_bgtsk import BackgroundTaskManager

@@ -3,7 +3,6 @@ import os, random, re, time, uuid
 from collections import Counter
 from types import SimpleNamespace
 import pytest
-import sqlalchemy as sa
 from children.launch import Child
 from conftest import wait_until
 from fh_saas.db_host import HostDatabase
@@ -43,7 +42,7 @@ def rows(t, name, sql):
 
 def torture(t, kills, jobs, seed):
     "Submit `jobs`, with `kills` processes killed meanwhile; what came of it"
-    rnd, start, left, lost_ids = random.Random(seed), time.monotonic(), kills, []
+    rnd, start, left = random.Random(seed), time.monotonic(), kills
     submitted = lambda: sum(len(re.findall(r'^\w+ \w+$', p.text, re.M)) for p in submitters)
     runner = lambda: Child('crash.py', 'run', t.url, ','.join(t.names))
     # a submitter that was killed leaves numbers behind; the next one begins after those it has said

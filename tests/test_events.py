@@ -22,7 +22,6 @@ def kinds(found, id): return [e.kind for e in found if e.job_id == id]
 def call(bg): return bg.func(*bg.args)
 
 def test_the_life_of_a_job(manager, heard):
-    at = {}
     def f(job):
         job.progress(50, 'half')
         wait_until(lambda: 'progressed' in kinds(heard, job.id), 10)

@@ -116,7 +116,7 @@ def test_nobody_waits_until_a_flood_of_others_is_over(files):
     files.manager('acme')
     files.worker('--concurrency', '2').says('jobs at once')
     wait_until(lambda: len(files.said('begin')) > 20)
-    job, start = files.submit('acme'), time.monotonic()
+    job = files.submit('acme')
     wait_until(lambda: files.row('acme', job).status == 'completed', 20)
     assert len(files.said('begin')) < 600
 
@@ -251,8 +251,8 @@ def test_who_stops_says_so_as_long_as_its_jobs_run(files):
     w.send(signal.SIGTERM)
     time.sleep(7)
     [me] = Fleet(files.host).workers()
-    assert (me.state, me.running) == ('stopping', 1) and time.time() - seconds(me.beat_at) < 4.5
-    assert json.loads(health.read_text())['state'] == 'stopping' and time.time() - health.stat().st_mtime < 2.5
+    assert (me.state, me.running) == ('stopping', 1) and time.time() - seconds(me.beat_at) < 6
+    assert json.loads(health.read_text())['state'] == 'stopping' and time.time() - health.stat().st_mtime < 6
     w.ends(20)
     assert len(files.said('end')) == 1 and Fleet(files.host).workers() == [] and not health.exists()
 
@@ -461,10 +461,10 @@ def test_a_health_file_must_be_one(files, tmp_path):
 
 def test_a_worker_that_ends_says_so(shop):
     w = shop.worker('--grace', '20')
-    shop.submit('acme', nap, seconds=4)
+    shop.submit('acme', nap, seconds=7)
     wait_until(lambda: shop.said('begin'))
     w.send(signal.SIGTERM)
-    wait_until(lambda: [x.state for x in Fleet(shop.host).workers()] == ['stopping'], 3)
+    wait_until(lambda: [x.state for x in Fleet(shop.host).workers()] == ['stopping'], 6)
     w.ends(20)
     assert Fleet(shop.host).workers() == []
 
@@ -553,11 +553,11 @@ def test_what_nobody_serves_hides_no_job_that_somebody_does(shop):
     time.sleep(2)
     for n in range(3):
         job = shop.submit('acme', n=n)
-        wait_until(lambda: shop.row('acme', job).status == 'completed', 3)
+        wait_until(lambda: shop.row('acme', job).status == 'completed', 5)
 
 def test_a_copy_put_back_under_load(files, tmp_path):
     m = files.manager('acme')
-    ids = m.submit_many('nap', nap, [dict(seconds=0.01)]*200)
+    m.submit_many('nap', nap, [dict(seconds=0.01)]*200)
     files.worker('--concurrency', '4')
     wait_until(lambda: len(files.said('end')) > 20)
     copy = copy_of(files, 'acme', tmp_path/'copy.db')
@@ -617,7 +617,6 @@ def test_limits_are_counted_by_one_at_a_time(new_url):
     "Four processes' stores claim at the same moment"
     from concurrent.futures import ThreadPoolExecutor
     from fh_saas.jobs.store import Store
-    from fh_saas.jobs.claims import Room
     url = new_url()
     stores = [Store(url) for _ in range(4)]
     stores[0].add_many([dict(id=str(n), job_type='t', task='t') for n in range(20)])
@@ -1032,10 +1031,10 @@ def test_a_larger_share_calls_whom_the_limit_has_kept_waiting(new_manager, new_s
 def test_a_job_of_a_limited_queue_waits_for_no_process_that_does_not_know_it(files, tmp_path):
     "One of two processes does not know the task, and it is its turn or not"
     rules_of(files.host).set(queue='imports', concurrency=1)
-    strangers = [files.worker('--concurrency', '2', target='fleet_stranger:host') for _ in range(3)]
-    w = files.worker()
+    for _ in range(3): files.worker('--concurrency', '2', target='fleet_stranger:host')
+    files.worker()
     wait_until(lambda: len(Fleet(files.host).workers()) == 4, 30)
-    jobs = [files.submit('acme', queue='imports', n=n) for n in range(3)]
+    for n in range(3): files.submit('acme', queue='imports', n=n)
     wait_until(lambda: len(files.said('ping')) == 3, 100)
 
 

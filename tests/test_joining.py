@@ -11,7 +11,7 @@ from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import get_or_create_tenant_db
 from fh_saas.jobs import following
 from fh_saas.jobs.options import InvalidJob, Unique
-from fh_saas.jobs.store import JobNotFound, QuotaExceeded
+from fh_saas.jobs.store import JobNotFound
 from fh_saas.jobs.unique import NotUnique
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from conftest import wait_until
@@ -76,7 +76,7 @@ def test_the_with_form(shop):
     with shop.transaction() as tx:
         tx.execute(insert(1))
         id, bg = shop.submit('t', confirm, n=1, conn=tx)
-        ids = shop.submit_many('t', confirm, [dict(n=2), dict(n=3)], conn=tx)
+        shop.submit_many('t', confirm, [dict(n=2), dict(n=3)], conn=tx)
         again, _ = asyncio.run(shop.asubmit('t', confirm, n=4, conn=tx))
         assert jobs(shop) == []
     with pytest.raises(ZeroDivisionError), shop.transaction() as tx:
@@ -94,7 +94,7 @@ def test_it_runs_by_itself_soon_after_the_commit(url, new_engine):
     close()
     with m.transaction() as tx: id, _ = m.submit('t', confirm, n=2, conn=tx)
     begun = time.monotonic()
-    assert m.wait(id, 10).status == 'completed' and time.monotonic() - begun < 2
+    assert m.wait(id, 10).status == 'completed' and time.monotonic() - begun < 4
 
 def test_a_closure_of_a_job_that_never_was_is_forgotten(shop):
     kept = shop.engine._desks[shop.store].functions
@@ -204,7 +204,7 @@ def test_inside_of_a_task(shop):
 def test_jobs_are_where_rows_are(shop, steps):
     with shop.transaction() as tx:
         tx.execute(sa.text('DELETE FROM orders'))
-        tx.execute(sa.text(f'DELETE FROM tenant_jobs'))
+        tx.execute(sa.text('DELETE FROM tenant_jobs'))
     for n, end in steps:
         try:
             with shop.transaction() as tx:
@@ -255,7 +255,7 @@ def test_a_forgotten_conn_is_said_at_once(new_sqlite, new_pg, new_manager):
         with job.begin(): m.submit('t', confirm, n=2)
     for submit in (lambda: m.submit('t', confirm, n=1), lambda: m.transaction().__enter__(), lambda: m.submit_many('t', confirm, [dict(n=1)])):
         with m.transaction(): begun = time.monotonic(); pytest.raises(InvalidJob, submit).match('conn=')
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < 3
     id, bg = m.submit('t', f, 1)
     assert 'conn=' in bg.func(*bg.args).error
     p = new_manager(new_pg())

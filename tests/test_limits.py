@@ -7,18 +7,17 @@ import sqlalchemy as sa
 from hypothesis import given, settings, strategies as st
 from fastsql import Database
 from tenacity import wait_fixed
-from fh_saas.db_host import seconds
 from fh_saas.jobs import recorder, tasks
 from fh_saas.jobs.masking import hide, mask, masked, secret_values
 from fh_saas.jobs.options import InvalidJob
 from fh_saas.jobs.retries import Cancel, Permanent, RetryAfter, Snooze, TaskSignal
 from fh_saas.jobs.heartbeats import brisk
-from fh_saas.jobs.tasks import Registry, task
+from fh_saas.jobs.tasks import task
 from fh_saas.jobs.lanes import Lanes
 from fh_saas.jobs.line import Line
 from fh_saas.jobs.ring import Ring
 from fh_saas.jobs.rules import Rule, kept_by, limits_of
-from fh_saas.utils_bgtsk import BackgroundTaskManager, JobFailed
+from fh_saas.utils_bgtsk import BackgroundTaskManager
 from conftest import wait_until
 
 sys.path.insert(0, str(Path(__file__).parent/'children'))

@@ -453,7 +453,7 @@ def test_a_wait_holds_no_thread(new_manager, new_sqlite):
     start = time.monotonic()
     id, bg = m.submit('t', lambda: 1)
     asyncio.run(bg())
-    assert m.get_job(id).status == 'completed' and time.monotonic() - start < 1
+    assert m.get_job(id).status == 'completed' and time.monotonic() - start < 1.9  # the first of them is due again after two seconds
 
 # --- Async
 
@@ -984,7 +984,7 @@ def test_what_does_not_end_in_time_is_released_and_its_late_result_dropped(new_m
     job = m.get_job(id)
     assert (job.status, job.retry_count, job.claim_token, job.completed_at) == ('pending', 0, None, None) and outcomes(m, id) == ['release']
     go.set()
-    assert left.wait(10) and (kind == "async" or wait_until(lambda: m.engine.stale == 1, 2))
+    assert left.wait(10) and (kind == "async" or wait_until(lambda: m.engine.stale == 1))
     assert m.get_job(id) == job and outcomes(m, id) == ['release']
     other = new_manager(url)
     other.engine.registry.add(lambda: 'again', job.task); other.engine.attend(other.store)

@@ -19,7 +19,6 @@ from fh_saas.jobs.model import ensure_tables
 from fh_saas.jobs.payload import describe
 from fh_saas.jobs.states import Outcome, Status, final
 from fh_saas.jobs.leases import max_lease
-from fh_saas.jobs.commit import single
 from fh_saas.jobs.drivers import Clock, SQLite, _compiled
 from fh_saas.jobs.store import Adding, JobNotFound, Store
 from conftest import wait_until
@@ -851,7 +850,7 @@ def test_who_waits_to_open_a_locked_file_does_not_wait_for_all_before_it(tmp_pat
         with pytest.raises(DatabaseBusy), db_connect.db_errors(url): db_connect.connect(url, busy=1.0)
         return time.monotonic() - began
     with ThreadPoolExecutor(6) as pool: took = list(pool.map(opens, range(6)))
-    assert 0.9 < min(took) and max(took) < 2.5
+    assert 0.9 < min(took) and max(took) < 4  # and not six
     conn.execute('ROLLBACK')
     db_connect.connect(url, busy=1.0).close()
     conn.close()

@@ -4,12 +4,11 @@ from datetime import date
 import pytest
 from fasthtml.common import FastHTML, P
 from starlette.testclient import TestClient
-from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.process import default_engine
 from fh_saas.jobs.retries import Cancel, Permanent, Snooze
 from fh_saas.jobs.tasks import BadPayload, Registry, task
 from fh_saas.testing import JobTester
-from fh_saas.utils_bgtsk import BackgroundTaskManager, JobNotFound
+from fh_saas.utils_bgtsk import BackgroundTaskManager
 
 pytest_plugins = ()
 

