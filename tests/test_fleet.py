@@ -937,7 +937,7 @@ def test_what_a_process_holds_that_may_be_dead_is_in_doubt_until_a_share_of_it_i
     new._heard.clear()
     assert look()
     f.pass_time(20)
-    new._spoke.clear()
+    new._spoke[joins.worker] = f.mono
     admit, joins.admit = joins.admit, lambda *args: seen.append(new.unsure) or admit(*args)
     assert not look() and seen == [True] and joins.line.shares == dict(q=2)
     joins.stop(0)
@@ -970,7 +970,7 @@ def test_a_process_that_speaks_while_another_takes_it_for_dead_keeps_its_row(new
             assert [w.state for w in found if w.id == one.worker] == ['lost']
             since(0)
             return found
-        fleet._spoke.clear()
+        fleet._spoke[two.worker] = time.monotonic()
         with fleet.db.cursor() as cur: listen(fleet, cur, time.time(), two.worker)
         monkeypatch.setattr(Fleet, '_listen', meanwhile)
         fleet.beat(two, limits=dict(q=1))

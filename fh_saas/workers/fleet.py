@@ -81,7 +81,7 @@ class _Sign(NamedTuple):
 def _listen(self:Fleet, cur, now, me) -> list:
     "The processes, as one of them sees them that takes shares of a limit"
     w, mono, found, heard = workers_table, time.monotonic(), [], {}
-    deaf = mono > self._spoke.get(me, mono) + 2*beat_every  # when it could not say anything itself, the silence of the others proves nothing
+    deaf = me not in self._spoke or mono > self._spoke[me] + 2*beat_every  # when it could not say anything itself, the silence of the others proves nothing
     rows = self.db.statement(('workers that share',), lambda: sa.select(w.c.id, w.c.state, w.c.queues, w.c.holds, w.c.beat_at))(cur).fetchall()
     for id, state, queues, holds, beat_at in rows:
         sign, silent = self._heard.get(id), _silent(beat_at, now)
