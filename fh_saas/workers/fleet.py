@@ -73,7 +73,7 @@ def _silent(beat_at, now) -> bool: return abs(seconds(beat_at) - now) > lost_aft
 class _Sign(NamedTuple):
     "The last that was heard of a process, by the own monotonic clock of who asks"
     beat_at: str
-    until: float # It is believed to be alive
+    until: float # For so long it is believed to be alive
     doubtful: bool = False # It looked silent when it was seen first, and has said nothing since
     anew: bool = False # It has said something since it was seen first
 
