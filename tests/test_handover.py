@@ -348,8 +348,10 @@ def test_a_suspect_is_not_trusted_before_it_has_begun(make):
 
 def test_one_host_that_fails_in_another_way_keeps_no_retry_from_being_told(make):
     m, rung = make(), []
+    class Host:
+        def __init__(self, ring): self.ring = ring
     class Desk:
-        def __init__(self, name, ring): self.store, self.tenancy = SimpleNamespace(tenant=name), SimpleNamespace(tenant_id=name, wakes=SimpleNamespace(ring=ring))
+        def __init__(self, name, ring): self.store, self.tenancy = SimpleNamespace(tenant=name), SimpleNamespace(tenant_id=name, wakes=Host(ring))
     for name, ring in (('a', lambda id, at: 1/0), ('b', lambda id, at: rung.append(id)), ('c', lambda id, at: 1/0)): m.engine._due_again(Desk(name, ring), 1)
     wait_until(lambda: rung == ['b'])
     m.engine._due_again(Desk('d', lambda id, at: rung.append(id)), 1)
