@@ -55,6 +55,7 @@ def resize(self:Stopping, concurrency:int):
     self.line.size, self.crew.size = concurrency, concurrency + 32
     self._fed()
 
+# %% ../../nbs/jobs/13_stopping.ipynb #a135da32
 @patch
 def _say_farewell(self:Stopping, desks):
     "Tell the hosts how far their databases have come, those that answer; and close"
@@ -72,6 +73,7 @@ def _tell_last(self:Stopping, wakes, desks, until):
         d.tenancy.told_at = 0.0
         if not d.tell(): self._silent.add(wakes)
 
+# %% ../../nbs/jobs/13_stopping.ipynb #bc15f451
 @patch
 def _leave(self:Stopping, tasks):
     "Nobody waits any longer: not the handles, and not the loop of an async task that does not hear that it was cancelled"
