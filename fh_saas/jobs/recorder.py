@@ -90,10 +90,11 @@ def _due_again(self:Recorder, desk, at):
 
 @patch
 def _ring_for(self:Recorder, desk, at=None):
+    "Ring in its host; while the engine ends, only in one that answers"
     wakes = desk.tenancy.wakes
-    if wakes in self._silent: raise FhSaasError(f'{wakes.host} does not answer')
+    if wakes in self._mute_hosts: raise FhSaasError(f'{wakes.host} does not answer')
     try: wakes.ring(desk.tenancy.tenant_id, at)
-    except Exception: self.stopping and self._silent.add(wakes); raise
+    except Exception: self.stopping and self._mute_hosts.add(wakes); raise
 
 @patch
 def _tell_due(self:Recorder, desk):

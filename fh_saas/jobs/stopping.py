@@ -69,9 +69,9 @@ def _say_farewell(self:Stopping, desks):
 @patch
 def _tell_last(self:Stopping, wakes, desks, until):
     for d in desks:
-        if wakes in self._silent or time.monotonic() >= until: return
+        if wakes in self._mute_hosts or time.monotonic() >= until: return
         d.tenancy.told_at = 0.0
-        if not d.tell(): self._silent.add(wakes)
+        if not d.tell(): self._mute_hosts.add(wakes)
 
 # %% ../../nbs/jobs/13_stopping.ipynb #bc15f451
 @patch

@@ -74,7 +74,6 @@ class _Sign(NamedTuple):
     "The last that was heard of a process, by the own monotonic clock of who asks"
     beat_at: str
     until: float # For so long it is believed to be alive
-    doubtful: bool = False # It looked silent when it was seen first, and has said nothing since
     anew: bool = False # It has said something since it was seen first
 
 @patch
@@ -85,11 +84,11 @@ def _listen(self:Fleet, cur, now, me) -> list:
     rows = self.db.statement(('workers that share',), lambda: sa.select(w.c.id, w.c.state, w.c.queues, w.c.holds, w.c.beat_at))(cur).fetchall()
     for id, state, queues, holds, beat_at in rows:
         sign, silent = self._heard.get(id), _silent(beat_at, now)
-        if sign is None: sign = _Sign(beat_at, mono + lost_after, doubtful=silent)
+        if sign is None: sign = _Sign(beat_at, mono + lost_after)
         elif sign.beat_at != beat_at: sign = _Sign(beat_at, mono + lost_after, anew=True)
         elif deaf: sign = sign._replace(until=mono + lost_after)
         heard[id] = sign
-        if silent: state = 'lost' if mono >= sign.until else 'silent' if sign.doubtful else state
+        if silent: state = 'lost' if mono >= sign.until else state if sign.anew else 'silent'
         found.append(SimpleNamespace(id=id, state=state, queues=json.loads(queues), holds=json.loads(holds or '{}'), beat_at=beat_at, anew=sign.anew))
     self._heard = heard
     return found

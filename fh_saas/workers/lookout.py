@@ -11,6 +11,7 @@ __all__ = ['log', 'known', 'headstart', 'visitors', 'stuck', 'most_waiting', 'af
 # %% ../../nbs/workers/00_lookout.ipynb #a9f397ce
 import logging, os, threading, time, zlib
 from collections import deque
+from functools import partial
 from fastcore.basics import patch
 from ..db_connect import FhSaasError, connect, db_errors
 from ..db_host import timestamp
@@ -159,13 +160,13 @@ def _visit(self:Lookout, id):
     try:
         # no longer than a job's lease: a visitor that was killed keeps a tenant from the others for no longer than its jobs
         while leased := self.wakes.lease(id, self.engine.worker, max(2, min(30, self.engine.settings.lease))):
-            if (store := self._store_of(id)) is None: self.wakes.settle(id, self.engine.worker, *leased, 0.0); return  # unless it has come again meanwhile, there is nothing left to give back
-            seen = self.engine.take_turn(store)
-            if self._stopped.is_set(): self.wakes.settle(id, self.engine.worker, *leased, 0.0); return
-            if not self.engine.knows(store): self.wakes.settle(id, self.engine.worker, *leased, 0.0); continue  # it went with its tenant; there may be another of that name
+            settle, store = partial(self.wakes.settle, id, self.engine.worker, *leased), self._store_of(id)
+            seen = store and self.engine.take_turn(store)
+            if store is None or self._stopped.is_set(): settle(0.0); return  # a tenant that is gone may have come again meanwhile
+            if not self.engine.knows(store): settle(0.0); continue  # it went with its tenant; there may be another of that name
             after, queues, foreign = self._next_due(store, seen)
             if foreign: self._passed[id] = leased[0], time.monotonic() + min(60.0, foreign)
-            if self.wakes.settle(id, self.engine.worker, *leased, after, queues, bool(foreign)): return
+            if settle(after, queues, bool(foreign)): return
     except Exception as e:
         wait = leased and self._quietly(self.wakes.trouble, id, self.engine.worker, leased[1], str(e)[:500])
         log.warning('tenant=%s: cannot be visited now%s: %s', id, f', set aside for {wait:g} s' if wait else '', e, exc_info=not isinstance(e, FhSaasError))
