@@ -321,6 +321,7 @@ def test_a_claim_that_is_interrupted_while_another_thread_writes_it_is_given_bac
     threads = [threading.Thread(target=s.write, args=(lambda cur, now: led.set() or go_on.wait(10),)), threading.Thread(target=lambda: s.write(lambda cur, now: at_it.set() or done.wait(10)))]
     def interrupt():
         wait_until(lambda: len(s._queue) == 2)
+        time.sleep(0.3)  # the claim waits by then; it would commit the batch itself otherwise
         go_on.set()
         at_it.wait(10)  # the claim is in the same batch, and comes after this
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
