@@ -18,12 +18,13 @@ Modules:
 - `fh_saas.jobs.masking`: Secrets are not shown: not in an error, not in a log line, not on a page.
 - `fh_saas.jobs.notice`: What is said around a commit, so that somebody looks after a new job.
 - `fh_saas.jobs.pages`: Browse and search any number of jobs, a page at a time, and count them, in a time that does not grow with the table.
-- `fh_saas.jobs.registered`: Which tasks some living process can run, as far as the host knows.
+- `fh_saas.jobs.registered`: Which processes are alive that run jobs, and which tasks they know, as far as the host can say.
 - `fh_saas.jobs.retries`: How long a failed job waits, and how a task says what its failure means.
 - `fh_saas.jobs.statistics`: How many jobs wait, for how long, and how long they take: by queue and by task.
 - `fh_saas.jobs.steering`: Cancel, retry, rerun, move and delete jobs, one or many.
 - `fh_saas.jobs.tasks`: Functions under stable names, checked against what they are called with.
 - `fh_saas.jobs.unique`: Two clicks, one job: the same one is not submitted twice, however many submit at once.
+- `fh_saas.jobs.waiting`: What keeps a pending job from running now, in words for an operator.
 - `fh_saas.ops.cli_jobs`: `fh-saas jobs`, `job`, `stats`, `cancel`, `retry`, `rerun`, `move`, `remove`: a tenant's jobs, seen and steered by an operator.
 - `fh_saas.pytest_plugin`: Fixtures for the tests of an app, found by pytest as soon as fh_saas is installed.
 - `fh_saas.testing`: Jobs in the tests of an app: nothing runs by itself, nothing sleeps, and the clock is yours.

@@ -41,6 +41,7 @@ from .jobs.steering import Steering, WrongState  # noqa: F401
 from .jobs.store import Adding, added
 from .jobs.tasks import BadPayload, captures, stands_for_itself, UnknownTask  # noqa: F401
 from .jobs.unique import NotUnique, Once, unique_key  # noqa: F401
+import fh_saas.jobs.waiting  # noqa: F401 gives a manager `why_waiting`
 
 
 log = logging.getLogger('fh_saas.jobs')

@@ -54,6 +54,8 @@ def test_seen(shop, run):
     assert a not in run('jobs', '--queue', 'q') and b not in run('jobs', '--tag', 'vip') and len(run('jobs', '--limit', '1').splitlines()) == 2
     shown = run('job', a)
     assert 'no such account' in shown and 'Permanent' in shown and '"api_key": "***"' in shown and 'q7Yb2' not in shown and '\x1b' not in shown and 'Traceback' in shown
+    why = [l.split(None, 1)[1] for l in run('job', b).splitlines() if l.startswith('waits')]
+    assert why[0] == 'it is to run at 2100-01-01T00:00:00.000000Z' and why[1].startswith('no process that runs jobs is alive')
     numbers = run('stats')
     assert 'failed=1' in numbers and 'default' not in numbers and 'q ' in numbers
     assert 'no job' in run('job', 'x', code=1)

@@ -729,6 +729,18 @@ def test_why_jobs_are_held_is_an_operators_matter(web):
     seen, all_ = web.client('acme-operator').get('/jobs').text, web.client('root').get('/jobs', params=dict(tenant='acme')).text
     assert 'Open jobs are held' in seen and 'globex' not in seen and '/backups/globex.db' in all_
 
+def test_why_a_job_waits_is_told_to_admins(web):
+    id, _ = web.m['acme'].submit('t', sync, concurrency_key='<b>default-of-sync', run_at='2100-01-01')
+    rules_of(web.host).set(queue='default', mode='paused')
+    def seen(user, **kw): return [*soup(web.client(user).get(f'/jobs/job/{id}', **kw)).select('[aria-label="Why it waits"] li')]
+    found = [li.text for li in seen('root', params=dict(tenant='acme'))]
+    assert found[0] == "Queue 'default' is paused, by a rule: `fh-saas resume --queue default` takes it back." and found[1] == 'It is to run at 2100-01-01T00:00:00.000000Z.'
+    assert seen('acme-operator') == []
+    web.host.hold('acme', "it is a copy of tenant 'globex': <i>/backups/globex.db")
+    web.m['acme'].engine.tenancy(web.m['acme'].store).read = 0.0
+    c = web.client('root').get(f'/jobs/job/{id}', params=dict(tenant='acme'))
+    assert '&lt;i&gt;/backups/globex.db' in c.text and 'Open jobs are held' not in c.text and 'globex' not in web.client('acme-operator').get(f'/jobs/job/{id}').text
+
 def test_a_button_of_another_tenants_page_says_so(web):
     @web.app.route('/home', methods=['GET'])
     def home(): return JobButton(web.m['globex'], 'go', sync, path='a')

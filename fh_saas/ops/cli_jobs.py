@@ -48,12 +48,13 @@ def jobs(
 
 # %% ../../nbs/ops/01_cli_jobs.ipynb #6d0b8240
 def job(tenant:str, job_id:str, host:str=None):
-    "One job: its row, its attempts and its log"
-    with _manager(host, tenant) as m: j, attempts, logs, args = m.get_job(job_id), m.attempts(job_id), m.logs(job_id), m.arguments(job_id)
+    "One job: its row, why it waits, its attempts and its log"
+    with _manager(host, tenant) as m: j, attempts, logs, args, why = (j := m.get_job(job_id)), m.attempts(job_id), m.logs(job_id), m.arguments(job_id), m.why_waiting(j)
     secrets = secret_values(j.payload)
     for k, v in vars(j).items():
         if v is not None and k not in ('claim_token', 'payload', 'error_log'): print(f"{k:18} {plain(shown(v) if k.endswith('_at') else mask(str(v), secrets) if isinstance(v, str) else v)}")
     print(f"{'arguments':18} {plain(json.dumps(args, ensure_ascii=False))}")
+    for w in why: print(f"{'waits':18} {plain(mask(w, secrets))}")
     if attempts: print(); table([{k: v for k, v in a.items() if k != 'job_id'} for a in attempts], '')
     if logs: print(); table([{k: v for k, v in l.items() if k != 'job_id'} for l in logs], '')
     if j.error_log: print('\n' + '\n'.join(map(plain, j.error_log.splitlines())))

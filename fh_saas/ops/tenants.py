@@ -14,14 +14,13 @@ from ..db_host import HostDatabase
 from ..jobs.rules import kept_by
 from ..jobs.store import Store
 from ..jobs.tenancy import open_jobs, rules_of
+from ..jobs.waiting import set_aside
 from ..jobs.wake import wakes_of, wakes_table
 
 # %% ../../nbs/ops/00_tenants.ipynb #917958bf
 def suspended(host:HostDatabase, tenant_id:str) -> str: # None if it is not
     "That somebody has suspended a tenant, and how that is taken back"
     if (t := host.find(tenant_id)) and t.state == 'paused': return f"suspended: `fh-saas unsuspend {tenant_id}` takes it back"
-
-_set_aside = dict(paused='suspended: `fh-saas unsuspend` takes it back', deleting='its deletion has not ended: `fh-saas delete` it again, or `fh-saas unsuspend` it')
 
 def tenant_report(
     host:HostDatabase,
@@ -34,7 +33,7 @@ def tenant_report(
     with wakes.cursor() as cur: errors = {t: f'{error} ({fails} visits failed)' for t, fails, error in stmt(cur).fetchall()}
     tenants = host.tenants()
     rules = rules_of(host).all()
-    rows = [dict(id=t.id, name=t.name, state='held' if t.held else t.state, why=t.held or errors.get(t.id) or (_set_aside.get(t.state) or kept_by(rules, t.id))) for t in tenants]
+    rows = [dict(id=t.id, name=t.name, state='held' if t.held else t.state, why=t.held or errors.get(t.id) or (set_aside.get(t.state) or kept_by(rules, t.id))) for t in tenants]
     if count: rows = [r | _counted(host, t) for r, t in zip(rows, tenants)]
     return [r for r in rows if not wrong or r['state'] != 'active' or r['why']]
 

@@ -13,7 +13,7 @@ from functools import partial
 from fastcore.basics import patch
 from starlette.responses import RedirectResponse
 from ..db_host import seconds, shown
-from ..jobs.masking import secret_values
+from ..jobs.masking import mask, secret_values
 from ..jobs.payload import clean
 from ..jobs.states import final
 from .components import JobResult, said, title
@@ -22,7 +22,7 @@ from .layout import form, page, problem_page, row, table
 from .overview import held_note
 from .problems import Problem
 from .serving import Asked, Jobs
-from .tags import A, Button, Dd, Details, Div, Dl, Dt, Form, H2, Hidden, Label, P, Pre, Progress, Span, Summary, Textarea, Time
+from .tags import A, Button, Dd, Details, Div, Dl, Dt, Form, H2, Hidden, Label, Li, P, Pre, Progress, Span, Summary, Textarea, Time, Ul
 
 # %% ../../nbs/web/13_jobpage.ipynb #bc7ebe31
 _tries = {'': None, 'Waited': 'fs-num', 'Begun': None, 'Ran': 'fs-num', 'Outcome': None, 'Then waits': 'fs-num', 'Worker': None, 'Error': 'fs-long'}
@@ -87,12 +87,12 @@ def _facts(a, job):
         Attempts=f'{job.retry_count} of {job.max_retries} failed' if job.retry_count else None, **{'Rerun of': link(job.rerun_of) if job.rerun_of else None}, Tags=(job.tags or '').strip(',').replace(',', ', '))
     return Dl(*(o for k, v in known.items() if v for o in (Dt(k), Dd(v))), cls='fs-facts')
 
-def _now(job, state):
+def _now(job, state, why=()):
     bar = Progress(value=str(job.progress_percent) if job.progress_percent is not None else None, max='100', aria_label=f'Progress of {title(job)}') if job.status == 'running' else ''
     text = ' · '.join(filter(None, (f'{job.progress_percent} %' if job.progress_percent is not None else '', job.progress_message, left(job)))) if job.status not in final else ''
     due = ('Next try ' if state == 'retrying' else 'Starts ', Time(since(job.run_at), datetime=shown(job.run_at), data_until='1'), '. ') if state in ('retrying', 'scheduled', 'snoozed') else ''
-    waits = "No living process has registered its task: it runs once one does. " if state == 'waiting' else ''
-    return P(Span(words(state), cls=f'fs-status fs-{state}'), ' ', due, waits, text, **said(job, state)), bar, P(job.error_message, cls='fs-why') if job.error_message and job.status not in ('completed', 'completed_with_warnings') else ''
+    waits = "No living process has registered its task: it runs once one does. " if state == 'waiting' and not why else ''
+    return P(Span(words(state), cls=f'fs-status fs-{state}'), ' ', due, waits, text, **said(job, state)), Ul(*(Li(f"{w[0].upper()}{w[1:].rstrip('.')}.") for w in why), aria_label='Why it waits', cls='fs-said') if why else '', bar, P(job.error_message, cls='fs-why') if job.error_message and job.status not in ('completed', 'completed_with_warnings') else ''
 
 def _buttons(a, job):
     at = f'{a.jobs.pages}/job/{job.id}'
@@ -113,9 +113,10 @@ def _page(a:Asked, wrong=None, status=200):
     m, id = a.manager, a.path['job_id']
     job = m.get_job(id)
     state, args, acts, hidden = m.state(job), m.arguments(id), a.access.may('operator'), secret_values(job.payload)
+    why = [mask(w, hidden) for w in m.why_waiting(job)] if a.access.role == 'admin' else []
     result = (H2('Result'), JobResult(m, job, most=50)) if job.status in ('completed', 'completed_with_warnings') else ''
     trace = (_block('Traceback of the last failure', 'trace', app_frames(job.error_log)), Details(Summary('With the frames of libraries'), Pre(job.error_log, tabindex='0'), id='all-frames')) if job.error_log else ''
-    return page(a, title(job), held_note(a) if state in ('pending', 'running') else '', P(wrong, cls='fs-why', role='alert') if wrong else '', *_now(job, state), _buttons(a, job) if acts else '', result,
+    return page(a, title(job), held_note(a) if state in ('pending', 'running') and not why else '', P(wrong, cls='fs-why', role='alert') if wrong else '', *_now(job, state, why), _buttons(a, job) if acts else '', result,
         H2('Attempts'), _timeline(a, job, m.attempts(id)), trace, H2('Facts'), _facts(a, job), _block('Arguments', 'args', _pretty(args)), _again(a, job, args) if acts else '',
         _block('Result as JSON', 'result', _pretty(read(job.result, hidden))) if job.result else '', _block('Details', 'details', _pretty(details)) if (details := read(job.details, hidden)) else '', _log(m.logs(id)), here='list', reload=job.status not in final, status=status)
 
