@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 from fastsql import Database
+from fh_saas.db_host import HostDatabase
+from fh_saas.db_tenant import delete_tenant
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.tasks import Registry
@@ -115,6 +117,15 @@ def new_url(request):
 
 @pytest.fixture
 def url(new_url): return new_url()
+
+
+@pytest.fixture
+def host(url):
+    "A host without tenants; those that a test makes are deleted with it"
+    h = HostDatabase(url)
+    yield h
+    for t in h.tenants(): delete_tenant(t.id, h, force=True)
+    h.close()
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def test_who_is_cancelled_before_its_claim_fails_leaves_no_error_in_the_loop(mak
     async def go():
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: said.append(context))
         _, bg = await m.asubmit('t', f)
-        write, tried = m.store.write, []
+        tried = []
         def fails(op): time.sleep(0.3); tried.append(1); monkeypatch.undo(); raise DatabaseUnavailable('gone')
         monkeypatch.setattr(m.store, 'write', fails)
         t = asyncio.create_task(bg())
@@ -449,7 +449,7 @@ def test_what_holds_for_a_task_holds_for_rows_under_its_old_names(kind, make, wh
     m.engine.registry.add(send, 'send', aliases=('send_mail',), rate=(3, 60) if what == 'rate' else None)
     m.engine.registry.file_under('mail', 'send')
     if what != 'rate': m.engine._desks[m.store]._free = Limits(off=frozenset({'send' if what == 'pause' else 'send_mail'}))
-    m.engine.registry.add(other := lambda n: ran.append(n), 'other')
+    m.engine.registry.add(lambda n: ran.append(n), 'other')
     names = [('send', 's'), ('send_mail', 's'), (None, 'mail')]
     m.store.add_many([dict(id=f'{n}', job_type=t, task=name, payload=f'{{"n":{n}}}', max_retries=3) for n, (name, t) in enumerate(names*3)])
     m.store.add(dict(id='x', job_type='o', task='other', payload='{"n":"x"}', max_retries=3))

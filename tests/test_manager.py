@@ -12,7 +12,7 @@ from starlette.background import BackgroundTask, BackgroundTasks
 from starlette.responses import JSONResponse
 from tenacity import wait_fixed
 from fh_saas.db_connect import DatabaseBusy, FhSaasError, open_engine, reading, writing
-from fh_saas.db_host import HostDatabase, SystemJob, gen_id, seconds, timestamp
+from fh_saas.db_host import SystemJob, gen_id, seconds, timestamp
 from fh_saas.jobs.context import JobContext
 from fh_saas.jobs.process import default_engine
 from fh_saas.jobs.payload import NotJson, TooLarge
@@ -1123,12 +1123,6 @@ def test_one_name_for_two_tasks_of_one_file_is_an_error():
     assert r.find('same', 't').func is f
 
 # --- The host's own jobs
-
-@pytest.fixture(params=['sqlite', 'postgresql'])
-def host(request, tmp_path):
-    h = HostDatabase(f"sqlite:///{tmp_path/'host.db'}" if request.param == 'sqlite' else request.getfixturevalue('new_pg')())
-    yield h
-    h.close()
 
 def test_system_jobs_run_on_the_same_engine(host, engine):
     m, calls = BackgroundTaskManager(host, engine), Calls()

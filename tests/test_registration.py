@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import wait_until
 from fastsql import Database
-from fh_saas.db_host import HostDatabase, timestamp
-from fh_saas.db_tenant import delete_tenant, get_or_create_tenant_db
+from fh_saas.db_host import timestamp
+from fh_saas.db_tenant import get_or_create_tenant_db
 from fh_saas.jobs import registered, tasks
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.options import InvalidJob
@@ -156,13 +156,6 @@ def test_many_with_options(m):
     assert {(j.queue, j.priority, j.tags, j.triggered_by) for j in jobs} == {('q', 4, ',x,', 'api')} and [j.concurrency_key for j in jobs] == ['1a', '2b']
 
 # --- What other processes know
-
-@pytest.fixture(params=['sqlite', 'postgresql'])
-def host(request, tmp_path):
-    h = HostDatabase(f'sqlite:///{tmp_path}/host.db' if request.param == 'sqlite' else request.getfixturevalue('new_pg')())
-    yield h
-    for t in h.tenants(): delete_tenant(t.id, h, force=True)
-    h.close()
 
 @pytest.fixture
 def elsewhere(host, monkeypatch):

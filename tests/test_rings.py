@@ -39,15 +39,6 @@ for n in range(3): print(m.submit('t', started, n=n)[0], flush=True)
 '''
 acme = f'acme-{uuid.uuid4().hex[:6]}'  # tests at the same time share one server
 
-@pytest.fixture(params=['sqlite', 'postgresql'])
-def host(request, tmp_path):
-    if request.param == 'sqlite': h = HostDatabase(f'sqlite:///{tmp_path}/host.db')
-    else: h = HostDatabase(request.getfixturevalue('new_pg')())
-    yield h
-    from fh_saas.db_tenant import delete_tenant, list_tenants
-    for t in list_tenants(h): delete_tenant(t.id, h, force=True)
-    h.close()
-
 @pytest.fixture
 def serve(host, monkeypatch):
     "A runner that finds every tenant quiet first, so that only a ring leads there"

@@ -2,8 +2,8 @@
 import asyncio, time, uuid
 from types import SimpleNamespace
 import pytest
-from fh_saas.db_host import HostDatabase, timestamp
-from fh_saas.db_tenant import delete_tenant, get_or_create_tenant_db, resume_tenant, suspend_tenant
+from fh_saas.db_host import timestamp
+from fh_saas.db_tenant import get_or_create_tenant_db, resume_tenant, suspend_tenant
 from fh_saas.jobs import registered, waiting
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.retries import RetryAfter, Snooze
@@ -15,13 +15,6 @@ from fh_saas.utils_bgtsk import BackgroundTaskManager
 from fh_saas.workers.fleet import Fleet
 
 def waiting_task(n=0): return n
-
-@pytest.fixture(params=['sqlite', 'postgresql'])
-def host(request, tmp_path):
-    h = HostDatabase(f'sqlite:///{tmp_path}/host.db' if request.param == 'sqlite' else request.getfixturevalue('new_pg')())
-    yield h
-    for t in h.tenants(): delete_tenant(t.id, h, force=True)
-    h.close()
 
 @pytest.fixture
 def shop(host, monkeypatch):
