@@ -1,14 +1,15 @@
 "Tasks with options, names and aliases, and every way to submit them, over both databases."
 import asyncio, threading, time, uuid
+from datetime import timedelta
 from types import SimpleNamespace
 import pytest
 from conftest import wait_until
 from fastsql import Database
-from fh_saas.db_host import timestamp
+from fh_saas.db_host import seconds, timestamp
 from fh_saas.db_tenant import get_or_create_tenant_db
 from fh_saas.jobs import registered, tasks
 from fh_saas.jobs.engine import Engine
-from fh_saas.jobs.options import InvalidJob
+from fh_saas.jobs.options import InvalidJob, Unique
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.tasks import Registry, TaskNameTaken, UnknownTask, task
 from fh_saas.utils_bgtsk import BackgroundTaskManager
@@ -71,6 +72,28 @@ def test_a_job_submitted_by_name_runs_and_the_function_stays_plain(m, kind):
     id, bg = m.submit('inc', n=4)
     asyncio.run(bg())
     assert m.get_job(id).result == '5'
+
+def test_a_moment_from_now_is_by_the_clock_of_the_database(m):
+    @task('later')
+    def later(n): return n
+    m.store.kind.ahead = 7*86400.0
+    try:
+        def at(id): return seconds(m.get_job(id).run_at) - time.time() - 7*86400
+        ids = [m.submit('later', n=1, run_at=timedelta(hours=1))[0], *m.submit_many('later', [dict(n=1), dict(n=2)], run_at=timedelta(hours=1)), asyncio.run(m.asubmit('later', n=1, run_at=timedelta(hours=1)))[0],
+            m.submit('later', n=1, run_at=timedelta(hours=1), unique=True)[0]]
+        assert all(3595 < at(id) < 3605 for id in ids) and {m.state(id) for id in ids} == {'scheduled'}
+        assert m.submit('later', n=1, run_at=timedelta(hours=2), unique=Unique(by=True, then='replace'))[0] == ids[-1] and 7195 < at(ids[-1]) < 7205
+        with m.transaction() as conn: ids.append(m.submit('later', n=1, run_at=timedelta(hours=1), conn=conn)[0])
+        assert 3595 < at(ids[-1]) < 3605
+    finally: m.store.kind.ahead = 0.0
+    id, bg = m.submit('later', n=1, run_at=timedelta(hours=-1))
+    assert m.get_job(id).run_at < timestamp() and not bg.later
+    id, bg = m.submit('later', n=1, run_at=timedelta(hours=1))
+    assert bg.later
+    for odd in (timedelta.max, timedelta.min):
+        with pytest.raises(InvalidJob, match='between the years'): m.submit('later', n=1, run_at=odd)
+    with pytest.raises(InvalidJob, match='or a timedelta from now'): m.submit('later', n=1, run_at=60)
+    with pytest.raises(InvalidJob, match='ISO 8601 text$'): m.cancel_all(since=timedelta(hours=1))
 
 def test_an_unknown_name_is_said_and_nothing_written(m):
     @task('product_import')

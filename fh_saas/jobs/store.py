@@ -6,7 +6,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/store.html.md"""
 
 # %% auto #0
 __all__ = ['bind', 'PENDING', 'RUNNING', 'heavy', 'most_json', 'unique_lock', 'JobNotFound', 'Store', 'rows_of', 'in_state',
-           'Busy', 'QuotaExceeded', 'Adding', 'added', 'bound', 'tagged', 'any_open']
+           'Busy', 'QuotaExceeded', 'Adding', 'dated', 'added', 'bound', 'tagged', 'any_open']
 
 # %% ../../nbs/jobs/05_store.ipynb #5376d71b
 import asyncio, os, time
@@ -143,7 +143,7 @@ class Adding:
     __slots__ = ('store', 'jobs', 'delay', 'quota', 'after')
     def __init__(self,
         store:Store,
-        jobs:list, # Columns of the new rows; `created_at` and, without one, `run_at` are set when they are written
+        jobs:list, # Columns of the new rows; `created_at` and, without one or for one in seconds from now, `run_at` are set when they are written
         delay:float=0, # Seconds until any runner may take them
         quota:int=None, # Most pending jobs the database may have with these
         after=None, # Called once after a commit, with all operations of it that have the same and what they came to
@@ -153,7 +153,7 @@ class Adding:
     def single(self) -> bool: return self.quota is None and len(self.jobs) == 1
 
     def __call__(self, cur, now):
-        s, quota, jobs = self.store, self.quota, self.jobs
+        s, quota, jobs = self.store, self.quota, dated(self.jobs, now)
         # somebody's transaction may hold the lock for long, and this one may carry the work of others: who does not get it comes again
         if quota is not None and not s.kind.try_alone(cur, 7310, 'quota'): return Busy
         if quota is not None and (n := s._pending(cur, quota - len(jobs) + 1)) + len(jobs) > quota:
@@ -174,6 +174,11 @@ class Adding:
         return [Adding(s, [j for op in ops for j in op.jobs], delay)(cur, now)]*len(ops)
 
 # %% ../../nbs/jobs/05_store.ipynb #5f34f99a
+def dated(jobs, now) -> list:
+    for j in jobs:
+        if type(j.get('run_at')) is float: j['run_at'] = timestamp(now + j['run_at'])
+    return jobs
+
 def _rows(jobs, common) -> list: return [{**_blank, **common, **{k: v for k, v in job.items() if v is not None}} for job in jobs]
 
 @patch

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..db_connect import FhSaasError
 from ..db_host import timestamp
 from .options import InvalidJob, Unique
-from .store import PENDING, Adding, Busy, Store, bind, unique_lock
+from .store import PENDING, Adding, Busy, Store, bind, dated, unique_lock
 
 # %% ../../nbs/jobs/05_store_unique.ipynb #9e8fa80b
 class NotUnique(FhSaasError):
@@ -56,7 +56,7 @@ class Once(Adding):
         self.unique, self.keys = unique, [job['unique_key'], *under_names(job['unique_key'], aliases)]
 
     def __call__(self, cur, now):
-        s, u, job = self.store, self.unique, self.jobs[0]
+        s, u, [job] = self.store, self.unique, dated(self.jobs, now)
         if not all(s.kind.try_alone(cur, unique_lock, k) for k in sorted(self.keys)): return Busy
         if u.then == 'debounce': job = {**job, 'run_at': timestamp(now + u.period)}
         since = timestamp(now - u.period) if u.period and u.then != 'debounce' else ''
