@@ -78,6 +78,7 @@ _sqlite_kinds = {sqlite3.SQLITE_BUSY: DatabaseBusy, sqlite3.SQLITE_LOCKED: Datab
 # https://www.postgresql.org/docs/current/errcodes-appendix.html; the longest prefix that fits wins
 _pg_kinds = {'55P03': DatabaseBusy, '57014': DatabaseBusy, '40': DatabaseBusy, '53': DatabaseUnavailable, '53100': DatabaseFull,
     '25006': DatabaseReadOnly, '25P03': DatabaseUnavailable, '08': DatabaseUnavailable, '57P': DatabaseUnavailable, '3D': DatabaseUnavailable, '28': DatabaseUnavailable, 'XX00': DatabaseCorrupt}
+_at_odds = "another transaction changed the same rows at the same time: try again"
 _ways_out = {
     DatabaseBusy: "another connection held the write lock for too long: commit or roll back its transaction, then try again",
     DatabaseFull: "no space left: free some, then try again",
@@ -100,7 +101,8 @@ def typed(
     "What a driver says about a database, as a typed error"
     cause = e.orig if isinstance(e, DBAPIError) else e
     kind = _kind(cause)
-    return kind and kind(f"{show_url(url)}: {_ways_out[kind]} ({cause})")
+    way_out = _at_odds if (getattr(cause, 'sqlstate', None) or '').startswith('40') else kind and _ways_out[kind]
+    return kind and kind(f"{show_url(url)}: {way_out} ({cause})")
 
 @contextmanager
 def db_errors(url):
@@ -241,11 +243,13 @@ def _psycopg():
 
 stalled = 5.0  # seconds between the statements of a short transaction after which PostgreSQL ends it
 
+_each_sees_the_last = r'-c default_transaction_isolation=read\ committed' # what was committed while it waited for a lock, too
+
 def _pg_args(u, busy, brief, lazy):
     limits = dict(lock_timeout=busy) | (dict(idle_in_transaction_session_timeout=stalled) if brief else {})
-    options = [f'-c {k}={round(v*1000)}' for k, v in limits.items()] + ['-c timezone=UTC'] + ['-c synchronous_commit=off']*lazy
-    args = dict(connect_timeout=max(2, round(busy)), options=' '.join(options), application_name='fh_saas')
-    return {k: v for k, v in args.items() if k not in u.query}
+    own = [_each_sees_the_last, *(f'-c {k}={round(v*1000)}' for k, v in limits.items()), '-c timezone=UTC', *['-c synchronous_commit=off']*lazy]
+    its = [o] if isinstance(o := u.query.get('options', ()), str) else [*o]  # of two the later holds
+    return dict(connect_timeout=max(2, round(busy)), application_name='fh_saas') | u.query | dict(options=' '.join([*own, *its, *[_each_sees_the_last]*brief]))
 
 def _pg_engine(u, busy, **kw):
     _psycopg()
@@ -256,7 +260,7 @@ def _pg_connect(u, busy, autocommit=True, lazy=False):
     "A connection; while the server has none to spare, wait for others to give theirs back"
     own, until = u.translate_connect_args(username='user', database='dbname'), time.monotonic() + busy
     while True:
-        try: return of_this_process(_psycopg().connect(autocommit=autocommit, **own, **u.query, **_pg_args(u, busy, autocommit, lazy)))
+        try: return of_this_process(_psycopg().connect(autocommit=autocommit, **own, **_pg_args(u, busy, autocommit, lazy)))
         except _psycopg().OperationalError as e:  # which has no code before there is a connection
             if time.monotonic() > until or not any(t in str(e) for t in ('too many clients', 'remaining connection slots')): raise
         time.sleep(0.05)

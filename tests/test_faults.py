@@ -10,7 +10,7 @@ from children import tasks
 from children.launch import Child, here
 from conftest import absent, free_port, wait_until
 from fh_saas.db_connect import (DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, NewerDatabase, UnsupportedDatabase, writing)
-from fh_saas.db_host import HostDatabase
+from fh_saas.db_host import HostDatabase, seconds
 from fh_saas.db_tenant import close_tenant_db, delete_tenant, get_or_create_tenant_db, open_tenant_db
 from fh_saas.jobs.store import Store
 from fh_saas.utils_bgtsk import BackgroundTaskManager
@@ -262,6 +262,37 @@ def test_a_host_that_is_locked_keeps_no_mark_from_another(fleet, tmp_path):
     holder.kill()
     db.close(); another.close()
     assert untold == [True, False]
+
+def test_a_tenant_that_is_locked_keeps_no_mark_from_another(fleet):
+    ms, lock = fleet(6, busy=1)
+    for m in ms: end(m, m.submit('t', lambda: 1)[0])
+    tenancies = [m.engine._desks[m.store].tenancy for m in ms]
+    for t in tenancies: t.told = 0
+    for t in tenancies[:3]: t.sure = 0  # there is a claim of which the disk may not know
+    holders, start = [lock(m.store.url) for m in ms[:3]], time.monotonic()
+    ms[0].engine.stop(0)
+    took = time.monotonic() - start
+    for h in holders: h.kill()
+    assert [t.untold for t in tenancies] == [True]*3 + [False]*3 and took < 6
+
+def test_a_host_that_answers_again_is_told_of_retries_while_jobs_drain(fleet):
+    ms, lock = fleet(2, busy=0.5, grace=30)
+    e, gates, failed = ms[0].engine, [threading.Event(), threading.Event()], []
+    def fails(n): gates[n].wait(30); failed.append(n); raise OSError('once')
+    ids = [m.submit('fails', fails, n=n)[0] for n, m in enumerate(ms)]
+    wait_until(lambda: all(e._desks[m.store].live for m in ms), 10)
+    time.sleep(1)  # what is noted in the host for the submits has been written
+    wakes, holder = e.tenancy(ms[0].store).wakes, lock()
+    (stop := threading.Thread(target=e.stop)).start()
+    gates[0].set()
+    wait_until(lambda: wakes in e._mute, 10)
+    holder.kill()
+    until = e._mute[wakes]
+    gates[1].set()
+    stop.join(10)
+    assert time.monotonic() < until  # it did not answer a moment ago
+    with wakes.cursor() as cur: [[wake]] = cur.execute("SELECT wake_at FROM fh_saas_wakes WHERE tenant_id = 't1'").fetchall()
+    assert abs(seconds(wake) - seconds(ms[1].get_job(ids[1]).run_at)) < 0.5  # and not the end of the attempt's lease
 
 def test_an_engine_that_cannot_say_farewell_closes_its_stores(fleet, monkeypatch):
     ms, _ = fleet(2)

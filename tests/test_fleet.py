@@ -139,6 +139,27 @@ def test_the_second_signal_is_obeyed_at_once(files):
     assert w.ends(6) < 6
     assert (files.row('acme', job).status, files.row('acme', job).retry_count) == ('pending', 0)
 
+@pytest.mark.parametrize('signals', [0, 1, 2])
+def test_a_worker_that_is_told_to_stop_before_it_runs_just_ends(files, monkeypatch, signals):
+    w = Worker(files.host, Settings(concurrency=1))
+    def locked(self):
+        for _ in range(signals): w._signalled(signal.SIGTERM, None)
+        raise DatabaseBusy('locked')
+    monkeypatch.setattr(Worker, 'start', locked)
+    if signals: return w.run()
+    with pytest.raises(DatabaseBusy): w.run()
+
+def test_a_health_file_can_be_read_at_any_moment_though_two_threads_renew_it(tmp_path):
+    host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    w = Worker(host, Settings(concurrency=1), health=tmp_path/'health')
+    w.engine = SimpleNamespace(worker='x', running_jobs=lambda: [], stopping=True, quiet=False)
+    w.say_alive()
+    threads, seen = [threading.Thread(target=lambda: [w.say_alive() for _ in range(500)]) for _ in range(2)], 0
+    for t in threads: t.start()
+    while any(t.is_alive() for t in threads): assert json.loads((tmp_path/'health').read_text())['state'] == 'stopping'; seen += 1
+    assert seen and [*tmp_path.glob('health*')] == [tmp_path/'health']
+    host.close()
+
 def test_two_workers_share_the_limit_of_a_queue(shop):
     rules_of(shop.host).set(queue='imports', concurrency=3)
     for _ in range(2): shop.worker('--concurrency', '8').says('jobs at once')
@@ -642,6 +663,7 @@ class _Fleet:
         self.host, self.limit, self.at, self.mono = HostDatabase(url), limit, 1e9, 0.0
         fleet_module.time = SimpleNamespace(monotonic=lambda: self.mono, time=lambda: self.at)
         self.fleet, self.engines, self.states = Fleet(self.host), [Engine(Settings(concurrency=4)) for _ in range(n)], {}
+        self.fleets = {e: Fleet(self.host) for e in self.engines}  # each has heard something else
         for i, e in enumerate(self.engines): e.worker, e.line.shares = f'vm:1:{i}', dict(q=0)
         kind, begin = self.fleet.db.kind, self.fleet.db.kind.begin
         kind.now, kind.begin = lambda cur: self.at, lambda *args: begin(*args) and self.at
@@ -650,10 +672,17 @@ class _Fleet:
     def runs(self, e): return e.line._running_by_queue.get('q', 0)
     def run(self, e, n): e.line._running_by_queue['q'] = self.runs(e) + n
     def beat(self, e):
-        self.fleet.beat(e, state=self.states.get(e, 'running'), limits=dict(q=self.limit))
+        self.fleets[e].beat(e, state=self.states.get(e, 'running'), limits=dict(q=self.limit))
         e.line.shares_end, e.line.shares_lag = float('inf'), None  # of clocks that the line does not have
     def second(self, e):
-        if self.fleet.shifts(e, self.states.get(e, 'running'), dict(q=self.limit)): self.beat(e)
+        if self.fleets[e].shifts(e, self.states.get(e, 'running'), dict(q=self.limit)): self.beat(e)
+    def slow(self, e, seconds):
+        "A beat that waits so long for the lock of the host"
+        write = self.fleet.db.write
+        def waits(op): self.pass_time(seconds); return write(op)
+        self.fleet.db.write = waits
+        try: self.beat(e)
+        finally: del self.fleet.db.write
     def claim(self, e):
         if self.runs(e) < e.line.limit('q'): self.run(e, 1)
     def end(self, e):
@@ -674,7 +703,7 @@ class _Fleet:
         for e in self.engines: e.stop(0)
         for x in (self.fleet.db.bell, self.fleet.db, self.host): x and x.close()
 
-moves = st.lists(st.tuples(st.sampled_from(['second', 'second', 'beat', 'claim', 'claim', 'claim', 'end', 'quiet', 'stopping', 'leave', 'time', 'time', 'clock', 'outage']), st.integers(0, 4), st.sampled_from([1, 2, 7])), min_size=20, max_size=100)
+moves = st.lists(st.tuples(st.sampled_from(['second', 'second', 'beat', 'claim', 'claim', 'claim', 'end', 'quiet', 'stopping', 'leave', 'time', 'time', 'clock', 'outage', 'slow']), st.integers(0, 4), st.sampled_from([1, 2, 7])), min_size=20, max_size=100)
 
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(2, 5), there=st.integers(0, 5), limit=st.integers(1, 5), moves=moves)
@@ -691,6 +720,11 @@ def test_shares_of_a_limit_never_come_to_more_than_it(tmp_path_factory, n, there
                 silent = [s + seconds for s in silent]
             elif what == 'clock': f.set_clock(seconds*(10 if i % 2 else -10))
             elif what == 'outage': f.outage(20*seconds); silent = [20]*n
+            elif what == 'slow':
+                for k, e in enumerate(f.engines):
+                    if silent[k] + 4 > 14 and (e.line.shares['q'] or f.runs(e)): f.beat(e); silent[k] = 0
+                silent = [s + 4 for s in silent]
+                f.slow(f.engines[i % n], 4); silent[i % n] = 0
             else:
                 getattr(f, what)(f.engines[i % n])
                 if what in ('beat', 'stopping'): silent[i % n] = 0
@@ -700,6 +734,28 @@ def test_shares_of_a_limit_never_come_to_more_than_it(tmp_path_factory, n, there
         for _ in range(3): [f.beat(e) for e in f.engines]
         assert f.most == limit  # and nothing of it is lost
     finally: f.close()
+
+def _one_dies(f):
+    "Who has the only part of the limit says nothing any more; the other one is returned"
+    [dead] = [e for e in f.engines if e.line.shares['q']]
+    return next(e for e in f.engines if e is not dead)
+
+def test_the_dead_are_found_on_a_host_whose_lock_is_hard_to_get(tmp_path):
+    f = _Fleet(f'sqlite:///{tmp_path}/host.db', 2, 1, there=2)
+    other, begun = _one_dies(f), f.mono
+    while not other.line.shares['q'] and f.mono < begun + 100: f.slow(other, 5); f.pass_time(3)
+    assert other.line.shares['q'] == 1 and f.mono < begun + 30
+    f.close()
+
+def test_the_dead_stay_dead_whatever_the_clock_says(tmp_path):
+    f = _Fleet(f'sqlite:///{tmp_path}/host.db', 2, 1, there=2)
+    other, died = _one_dies(f), f.at
+    while f.at < died + 21: f.beat(other); f.pass_time(3)
+    for n in (-14, -7, 0, 7, 14):
+        f.set_clock(died + n - f.at)
+        f.beat(other)
+        assert other.line.shares['q'] == 1, n
+    f.close()
 
 @pytest.mark.parametrize('order', [''.join(p) for p in itertools.permutations('012')])
 def test_who_has_a_job_still_when_its_turn_is_over_is_counted_by_all(tmp_path, order):
@@ -866,6 +922,29 @@ def test_a_visit_to_a_tenant_that_comes_again_while_it_is_dropped_is_given_back(
     web.stop(0)
     host.close()
 
+def test_once_waits_for_what_a_process_that_was_killed_had_come_to(tmp_path, monkeypatch):
+    host, web = HostDatabase(f'sqlite:///{tmp_path}/host.db'), Engine(Settings(concurrency=0))
+    m = BackgroundTaskManager(get_or_create_tenant_db('acme', host=host), web)
+    job = task(name='fleet_visited')(lambda: 1)
+    id, _ = m.submit('job', job)
+    wait_until(lambda: wakes_of(host).lease('acme', 'vm:1:killed', 4), 5)
+    assert wakes_of(host).visited('me') and not wakes_of(host).visited('vm:1:killed') and not wakes_of(host).visited('me', ('other',))
+    Worker(host, Settings(concurrency=2)).run(once=True)
+    assert m.get_job(id).status == 'completed' and not wakes_of(host).visited('me')
+    web.stop(0)
+    host.close()
+
+def test_who_stops_beside_a_locked_host_does_not_wait_for_it_once_more_to_leave(tmp_path):
+    host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
+    r = Runner(host, Settings(concurrency=2, busy=1)).start()
+    wait_until(lambda: Fleet(host).workers(), 10)
+    r.engine.stopping, r.fleet.leave = True, lambda id: asked.append(id)
+    asked = []
+    r.engine._unheard(r.wakes)
+    r.stop(0)
+    assert not asked
+    host.close()
+
 def test_who_drops_what_is_noted_of_a_tenant_that_is_gone_leaves_one_that_has_come_again(tmp_path):
     host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
     wakes = wakes_of(host)
@@ -964,14 +1043,14 @@ def test_a_process_that_speaks_while_another_takes_it_for_dead_keeps_its_row(new
         def since(seconds):
             with writing(host.engine) as conn: conn.exec_driver_sql(f"UPDATE fh_saas_workers SET beat_at = '{timestamp(time.time() - seconds)}' WHERE id = '{one.worker}'")
         since(away)
-        def meanwhile(self, cur, now, me):
+        def meanwhile(self, cur, now, me, begun):
             self._heard = {id: sign._replace(until=0) for id, sign in self._heard.items()}
-            found = listen(self, cur, now, me)
+            found = listen(self, cur, now, me, begun)
             assert [w.state for w in found if w.id == one.worker] == ['lost']
             since(0)
             return found
         fleet._spoke[two.worker] = time.monotonic()
-        with fleet.db.cursor() as cur: listen(fleet, cur, time.time(), two.worker)
+        with fleet.db.cursor() as cur: listen(fleet, cur, time.time(), two.worker, time.monotonic())
         monkeypatch.setattr(Fleet, '_listen', meanwhile)
         fleet.beat(two, limits=dict(q=1))
         monkeypatch.undo()

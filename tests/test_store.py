@@ -1035,3 +1035,36 @@ def test_a_reader_waits_a_moment_for_the_connection_to_a_server(new_pg, monkeypa
     monkeypatch.setattr(connections, 'reader_waits', 0.01)
     with store._turn: assert len(store.list(1)) == 1 and len(store._spare) == 1  # a long one keeps no reader waiting
     store.close()
+
+
+@pytest.mark.parametrize('level', ['repeatable read', 'serializable'])
+def test_a_limit_holds_whatever_a_database_has_for_its_default_isolation(new_pg, level):
+    url = sa.make_url(new_pg()).set(drivername='postgresql')
+    with psycopg.connect(url.render_as_string(False), autocommit=True) as conn: conn.execute(f"ALTER DATABASE {url.database} SET default_transaction_isolation = '{level}'")
+    stores, most = [Store(url) for _ in range(4)], []
+    stores[0].add_many([dict(id=str(n), job_type='t', task='t') for n in range(200)])
+    for turn in range(10):
+        at_once = threading.Barrier(4)
+        def claim(s): at_once.wait(); return s.claim(('t',), ('t',), f'{turn}-{id(s)}', 'w', 30, 4, most=3)
+        with ThreadPoolExecutor(4) as pool: most.append(sum(map(len, pool.map(claim, stores))))
+        stores[0].write(lambda cur, now: cur.execute("UPDATE tenant_jobs SET status = 'cancelled', completed_at = started_at, claim_token = NULL, lease_until = NULL WHERE status = 'running'") and None)
+    for s in stores: s.close()
+    assert most == [3]*10
+
+def test_a_url_may_say_options_of_its_own_and_they_do_not_take_ours_away(new_pg):
+    url = sa.make_url(new_pg())
+    its = url.update_query_dict(dict(options='-c default_transaction_isolation=serializable -c lock_timeout=1234', application_name='shop'))
+    def shown(conn, what): return conn.execute(f'SHOW {what}').fetchone()[0]
+    with closing(db_connect.connect(its)) as conn:
+        assert [shown(conn, k) for k in ('transaction_isolation', 'lock_timeout', 'TimeZone', 'idle_in_transaction_session_timeout', 'application_name')] == ['read committed', '1234ms', 'UTC', '5s', 'shop']
+    eng = db_connect.open_engine(its)
+    with eng.connect() as conn: assert [conn.exec_driver_sql(f'SHOW {k}').scalar() for k in ('transaction_isolation', 'TimeZone')] == ['serializable', 'UTC']
+    eng.dispose()
+
+def test_two_transactions_that_met_are_told_so(new_pg):
+    url = sa.make_url(new_pg())
+    with closing(db_connect.connect(url)) as a, closing(db_connect.connect(url)) as b:
+        a.execute('CREATE TABLE t (n int)'); a.execute('INSERT INTO t VALUES (1)')
+        for c in (a, b): c.execute('BEGIN ISOLATION LEVEL REPEATABLE READ'); c.execute('SELECT * FROM t')
+        a.execute('UPDATE t SET n = 2'); a.execute('COMMIT')
+        with pytest.raises(DatabaseBusy, match='another transaction changed the same rows at the same time: try again'), db_connect.db_errors(url): b.execute('UPDATE t SET n = 3')

@@ -124,6 +124,7 @@ def tidy(self:Agenda,
 @patch
 def _tell_mark(self:Agenda, desk):
     "Let the host know how far a database has come, unless that is gone with its tenant"
+    if self.is_mute(desk.tenancy.wakes): return
     desk.tenancy.refresh(1.0)
     if desk.tenancy.facts['state'] == 'gone' and not desk.busy: self.forget(desk.store)
     else: desk.tell(5)

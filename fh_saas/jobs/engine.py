@@ -59,7 +59,7 @@ class Engine(Recorder, Rounds, Handles, Stopping):
         self._errands, self._blocked, self._agenda, self._watched = OrderedDict(), OrderedDict(), [], (0.0, False)
         self._waiting, self._claims, self._running, self._loop = set(), set(), False, None
         self._stuck, self._again = 0, {}  # threads of attempts that were given up; desk -> when a job that goes back is due there, until the host knows
-        self._mute_hosts = set()  # hosts that did not answer while it ends
+        self._mute, self._stoppers = {}, set()  # hosts that did not answer while it ends, and until when nobody waits for them; threads that have it end
         # what the host is told: it may not answer, and each of these waits for it in one thread
         self.rings, self.retries, self.marks = InTurn(self.house, self._pass_on), InTurn(self.house, self._tell_due), InTurn(self.house, self._tell_mark)
         self._followed, self._following, self._commit_seen = [], False, threading.Event()  # jobs in transactions of others

@@ -8,7 +8,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/recorder.html.md"""
 __all__ = ['log', 'patience', 'last_words', 'most_stuck', 'Recorder']
 
 # %% ../../nbs/jobs/12_recorder.ipynb #693a7d14
-import logging, time
+import logging, threading, time
 from concurrent.futures import Future
 from fastcore.basics import patch
 from ..db_connect import FhSaasError
@@ -89,12 +89,20 @@ def _due_again(self:Recorder, desk, at):
     self.retries.put(desk)
 
 @patch
+def is_mute(self:Recorder, wakes) -> bool: # Did that host not answer a moment ago, and would the end of the engine wait for it?
+    return (self.closed or threading.get_ident() in self._stoppers) and time.monotonic() < self._mute.get(wakes, 0.0)
+
+@patch
+def _unheard(self:Recorder, wakes):
+    if self.stopping: self._mute[wakes] = time.monotonic() + 2*self.settings.busy
+
+@patch
 def _ring_for(self:Recorder, desk, at=None):
-    "Ring in its host; while the engine ends, only in one that answers"
+    "Ring in its host; where the end of the engine would wait for it, only in one that answers"
     wakes = desk.tenancy.wakes
-    if wakes in self._mute_hosts: raise FhSaasError(f'{wakes.host} does not answer')
+    if self.is_mute(wakes): raise FhSaasError(f'{wakes.host} did not answer a moment ago')
     try: wakes.ring(desk.tenancy.tenant_id, at)
-    except Exception: self.stopping and self._mute_hosts.add(wakes); raise
+    except Exception: self._unheard(wakes); raise
 
 @patch
 def _tell_due(self:Recorder, desk):

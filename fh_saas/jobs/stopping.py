@@ -8,7 +8,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/stopping.html.md"""
 __all__ = ['log', 'Stopping']
 
 # %% ../../nbs/jobs/13_stopping.ipynb #71a8c738
-import asyncio, logging, time
+import asyncio, logging, threading, time
 from concurrent.futures import wait
 from fastcore.basics import patch
 from ..db_connect import FhSaasError
@@ -24,6 +24,7 @@ class Stopping: "The part of an engine that ends"
 def stop(self:Stopping, grace:float=None):
     "Claim nothing more, let running jobs end, release the rest; can be called from any thread, more than once"
     with self._wake: first, self.stopping = not self.stopping, True; self._wake.notify_all()
+    self._stoppers.add(threading.get_ident())
     until = time.monotonic() + (self.settings.grace if grace is None else grace)
     for a in self._live(): a.ctx.stop()
     for d in list(self._desks.values()): self._settle_wanted(d)
@@ -61,17 +62,25 @@ def _say_farewell(self:Stopping, desks):
     "Tell the hosts how far their databases have come, those that answer; and close"
     until, hosts = time.monotonic() + 2*self.settings.busy + 2, {}
     for d in desks: d.tenancy and hosts.setdefault(d.tenancy.wakes, []).append(d)
-    wait([self.house.submit(self._tell_last, wakes, its, until) for wakes, its in hosts.items()], timeout=2*self.settings.busy + 2)
+    wait([self.house.submit(self._tell_last, wakes, its, until) for wakes, its in hosts.items()], timeout=until - time.monotonic())
+    wait([self.house.submit(self._flush_last, d, until) for d in desks if d.tenancy and d.tenancy.untold], timeout=max(0.0, until - time.monotonic()))
     for said in (self.rings, self.retries): said.wait(until)
     for d in desks: d.store.close()
     for wakes in hosts: wakes.notes.end()
 
 @patch
 def _tell_last(self:Stopping, wakes, desks, until):
+    "What is on the disk already: it takes nothing of the tenants' databases, one of which may be locked"
     for d in desks:
-        if wakes in self._mute_hosts or time.monotonic() >= until: return
-        d.tenancy.told_at = 0.0
-        if not d.tell(): self._mute_hosts.add(wakes)
+        if self.is_mute(wakes) or time.monotonic() >= until: return
+        try: d.tenancy.tell()
+        except Exception as e: d._in_vain(e, 'the host is not told how it stands'); self._unheard(wakes)
+
+@patch
+def _flush_last(self:Stopping, d, until):
+    if self.is_mute(d.tenancy.wakes) or time.monotonic() >= until: return
+    d.tenancy.told_at = 0.0
+    if not d.tell(): self._unheard(d.tenancy.wakes)
 
 # %% ../../nbs/jobs/13_stopping.ipynb #bc15f451
 @patch

@@ -167,8 +167,10 @@ def end_notes():
         if pid == os.getpid(): wakes.notes.end()
 
 # %% ../../nbs/jobs/15_wake.ipynb #3064bf4c
-def _due(w): return sa.and_(sa.or_(w.c.wake_at <= bind('now'), w.c.hint_at <= bind('now')),
-    sa.or_(w.c.visitor.is_(None), w.c.visit_until < bind('now'), w.c.visit_until > bind('ahead')))
+def _timely(w): return sa.or_(w.c.wake_at <= bind('now'), w.c.hint_at <= bind('now'))
+def _unvisited(w): return sa.or_(w.c.visitor.is_(None), w.c.visit_until < bind('now'), w.c.visit_until > bind('ahead'))
+def _due(w): return sa.and_(_timely(w), _unvisited(w))
+def _open(w): return ~sa.exists().where((c := catalog_table.c).id == w.c.tenant_id, sa.or_(c.state != 'active', c.held.is_not(None)))
 
 @patch
 def due(self:Wakes,
@@ -177,11 +179,9 @@ def due(self:Wakes,
     but=(), # Tenant id -> `seq`: those who are as they were when they were passed by
 ) -> tuple: # `seq` of each tenant to visit, by its id; and seconds until the next, or None
     "Where there is something to do"
-    w, c = wakes_table, catalog_table.c
+    w = wakes_table
     def build():
-        shut = sa.exists().where(c.id == w.c.tenant_id, sa.or_(c.state != 'active', c.held.is_not(None)))
-        ours = [] if queues is None else [sa.or_(w.c.hint_at <= bind('now'), *(self._has(_between(q)) for q in queues))]
-        due = sa.select(w.c.tenant_id, w.c.seq, w.c.wake_at).where(_due(w), *ours, ~shut).order_by(w.c.wake_at).limit(bind('n', type_=sa.Integer)).subquery('due')
+        due = sa.select(w.c.tenant_id, w.c.seq, w.c.wake_at).where(_due(w), *self._ours(queues), _open(w)).order_by(w.c.wake_at).limit(bind('n', type_=sa.Integer)).subquery('due')
         soon = sa.select(*(sa.select(sa.func.min(col)).where(col > bind('now')).scalar_subquery().label(f'next_{col.name}') for col in (w.c.wake_at, w.c.hint_at))).subquery('soon')
         return sa.select(*soon.c, due.c.tenant_id, due.c.seq).select_from(soon.outerjoin(due, sa.true())).order_by(due.c.wake_at)
     with self.cursor() as cur:
@@ -189,6 +189,16 @@ def due(self:Wakes,
         rows = self.statement(('wakes due', queues), build)(cur, now=timestamp(now), ahead=timestamp(now+max_lease), n=n+len(but)).fetchall()
     found = {t: seq for *_, t, seq in rows if t is not None and (not but or but.get(t) != seq)}
     return found, min((seconds(t) - now for t in rows[0][:2] if t), default=None)
+
+@patch
+def _ours(self:Wakes, queues): return [] if queues is None else [sa.or_(wakes_table.c.hint_at <= bind('now'), *(self._has(_between(q)) for q in queues))]
+
+@patch
+def visited(self:Wakes, me:str, queues:tuple=None) -> bool:
+    "Is something due where another process is at the moment, which may leave it undone?"
+    w = wakes_table
+    stmt = self.statement(('wakes visited', queues), lambda: sa.select(w.c.tenant_id).where(_timely(w), ~_unvisited(w), w.c.visitor != bind('me'), *self._ours(queues), _open(w)).limit(sa.literal_column('1')))
+    with self.cursor() as cur: return bool(stmt(cur, now=timestamp(now := self.kind.now(cur)), ahead=timestamp(now+max_lease), me=me).fetchall())
 
 # %% ../../nbs/jobs/15_wake.ipynb #b5c6f79e
 @patch

@@ -77,10 +77,10 @@ class _Sign(NamedTuple):
     anew: bool = False # It has said something since it was seen first
 
 @patch
-def _listen(self:Fleet, cur, now, me) -> list:
+def _listen(self:Fleet, cur, now, me, begun) -> list:
     "The processes, as one of them sees them that takes shares of a limit"
     w, mono, found, heard = workers_table, time.monotonic(), [], {}
-    deaf = me not in self._spoke or mono > self._spoke[me] + 2*beat_every  # when it could not say anything itself, the silence of the others proves nothing
+    deaf = me not in self._spoke or begun > self._spoke[me] + 2*beat_every  # when it could not say anything itself, the silence of the others proves nothing
     rows = self.db.statement(('workers that share',), lambda: sa.select(w.c.id, w.c.state, w.c.queues, w.c.holds, w.c.beat_at))(cur).fetchall()
     for id, state, queues, holds, beat_at in rows:
         sign, silent = self._heard.get(id), _silent(beat_at, now)
@@ -88,7 +88,8 @@ def _listen(self:Fleet, cur, now, me) -> list:
         elif sign.beat_at != beat_at: sign = _Sign(beat_at, mono + lost_after, anew=True)
         elif deaf: sign = sign._replace(until=mono + lost_after)
         heard[id] = sign
-        if silent: state = 'lost' if mono >= sign.until else state if sign.anew else 'silent'
+        if mono >= sign.until: state = 'lost'
+        elif silent and not sign.anew: state = 'silent'
         found.append(SimpleNamespace(id=id, state=state, queues=json.loads(queues), holds=json.loads(holds or '{}'), beat_at=beat_at, anew=sign.anew))
     self._heard = heard
     return found
@@ -118,16 +119,17 @@ def beat(self:Fleet,
     gone, empty = self.db.statement(('worker is gone',), lambda: w.delete().where(*its)), self.db.statement(('worker holds nothing',), lambda: w.update().where(*its).values(holds='{}'))
     def op(cur, now):
         if limits: self.db.kind.alone(cur)  # two who count at once would both find room
-        found = self._listen(cur, now, e.worker)
+        spoke.append(time.monotonic())
+        found = self._listen(cur, now, e.worker, begun)
         for r in found:
             if r.state == 'lost' and abs(seconds(r.beat_at) - now) > gone_after: gone(cur, it=r.id, at=r.beat_at)
             elif r.state == 'lost' and r.holds and limits: empty(cur, it=r.id, at=r.beat_at)  # for those that begin after this one
         shares = None if limits is None else self._shares(e, state, limits, now, found)
         if shares is not None: e.line.give_up(shares)  # before others can read it
         return *stmt(cur, **row, holds=json.dumps(e.line.holds(shares)), started_at=timestamp(now), beat_at=timestamp(now)).fetchone(), shares, found
-    op.alone, begun, lag = bool(limits), (mono := time.monotonic()), time.time() - mono
+    op.alone, spoke, begun, lag = bool(limits), [], (mono := time.monotonic()), time.time() - mono
     asked, n, shares, found = self.db.write(op)
-    self._spoke[e.worker] = begun
+    self._spoke[e.worker] = spoke[-1]
     if shares is not None: e.admit(shares, begun + lost_after - 2, lag)
     self.unsure = self._doubts(e, limits, found)
     return dict(asked=asked, asked_concurrency=n)
@@ -191,7 +193,7 @@ def _shares(self:Fleet, e, state, limits, now, found) -> dict:
 def shifts(self:Fleet, e:Engine, state:str, limits:dict) -> bool:
     "Has a share of this process changed, or what it holds, or what it knows of the others? Then it is time for a beat"
     if not limits: return bool(e.line.shares)
-    with self.db.cursor() as cur: found = self._listen(cur, now := self.db.kind.now(cur), e.worker)
+    with self.db.cursor() as cur: found = self._listen(cur, now := self.db.kind.now(cur), e.worker, time.monotonic())
     said, holds = next((w.holds for w in found if w.id == e.worker), None), e.line.holds(shares := self._shares(e, state, limits, now, found))
     return said is None or shares != e.line.shares or any(said.get(q, 0) != holds.get(q, 0) for q in limits) or self._doubts(e, limits, found) != self.unsure
 

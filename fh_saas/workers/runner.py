@@ -70,7 +70,7 @@ def stop(self:Runner, grace:float=None):
         saying.join(2)
         self._watching.join(2)
         self._pool.close()
-        self._quietly(self.fleet.leave, self.engine.worker)
+        if not self.engine.is_mute(self.wakes): self._quietly(self.fleet.leave, self.engine.worker)
         self._gone.set()
     elif serves: self._gone.wait(farewell)  # the process may end when this returns
 

@@ -70,7 +70,7 @@ class Worker(Runner):
         if not self.settings.concurrency: raise ValueError("concurrency=0 is for processes that leave their jobs to others: give a worker at least 1 (fh-saas worker --concurrency, FH_SAAS_CONCURRENCY)")
         if health and not Path(health).resolve().parent.is_dir(): raise ValueError(f"health={health!r}: there is no such folder")
         if health and Path(health).is_dir(): raise ValueError(f"health={health!r} is a folder: name a file in it")
-        self.health, self.ending, self._signals = health and Path(health), queue.SimpleQueue(), 0
+        self.health, self.ending, self._signals, self._healthy = health and Path(health), queue.SimpleQueue(), 0, threading.Lock()
         self._parent = os.environ.pop(parent, None)  # not for what a job starts
 
     def told_to_stop(self): self.ending.put(None)
@@ -78,8 +78,9 @@ class Worker(Runner):
     def say_alive(self):
         if not self.health: return
         tmp = self.health.with_name(f'{self.health.name}.new')
-        tmp.write_text(json.dumps(dict(worker=self.engine.worker, state=self.state, running=len(self.engine.running_jobs()), at=f'{timestamp()}Z')))
-        tmp.replace(self.health)
+        with self._healthy:  # while it stops, two threads say so
+            tmp.write_text(json.dumps(dict(worker=self.engine.worker, state=self.state, running=len(self.engine.running_jobs()), at=f'{timestamp()}Z')))
+            tmp.replace(self.health)
 
 # %% ../../nbs/workers/01_worker.ipynb #aa603baa
 def ending_signals() -> list:
@@ -101,13 +102,21 @@ def run(self:Worker, once:bool=False):
 
 @patch
 def _run(self:Worker, once):
-    with self:
-        log.info('worker %s runs %s jobs at once of %s', self.engine.worker, self.engine.line.size, self.host)
-        calm = 0
-        while not self._told(0.1 if once else 1) and self._parent in (None, str(os.getppid())):  # who is to tell it when to stop may be gone
-            calm = calm + 1 if once and self._idle() else 0
-            if calm >= 5: break
-        log.info('worker %s stops', self.engine.worker)
+    try: self.start()
+    except FhSaasError as e:
+        if not self._signals: raise
+        return log.info('the worker was told to stop before it ran: %s', e)
+    try: self._go_on(once)
+    finally: self.stop()
+
+@patch
+def _go_on(self:Worker, once):
+    log.info('worker %s runs %s jobs at once of %s', self.engine.worker, self.engine.line.size, self.host)
+    calm = 0
+    while not self._told(0.1 if once else 1) and self._parent in (None, str(os.getppid())):  # who is to tell it when to stop may be gone
+        calm = calm + 1 if once and self._idle() else 0
+        if calm >= 5: break
+    log.info('worker %s stops', self.engine.worker)
 
 # %% ../../nbs/workers/01_worker.ipynb #6bd25e10
 @patch
@@ -115,7 +124,7 @@ def _signalled(self:Worker, sig, frame):
     "First: end what runs, in bounded time. Second: release it at once. Third: be gone"
     self._signals += 1
     if self._signals > 2: os._exit(128 + sig)
-    if self._signals > 1: self.engine.hurry = True
+    if self._signals > 1 and self.engine: self.engine.hurry = True
     self.ending.put(None)  # a thread that waits for an Event holds its lock for moments in which a handler must not set it
 
 @patch
@@ -134,7 +143,8 @@ def _idle(self:Worker) -> bool:
 def _nothing_due(self:Worker) -> bool:
     # what was passed by is no others' to run as long as a process that may be dead holds something of a limit: that is this one's in a moment
     passed = {} if self.fleet.unsure else {id: seq for id, (seq, _) in list(self._passed.items())}
-    return not self.wakes.due(1, self.queues and tuple(self.queues), passed)[0]
+    queues = self.queues and tuple(self.queues)
+    return not self.wakes.due(1, queues, passed)[0] and not self.wakes.visited(self.engine.worker, queues)  # whose visitor may be dead
 
 # %% ../../nbs/workers/01_worker.ipynb #813b08d5
 def supervise(
