@@ -51,8 +51,10 @@ def test_seen(shop, run):
     b, _ = m.submit('cli_sync', cli_sync, account=1, queue='q', run_at='2100-01-01')
     lines = run('jobs').splitlines()
     assert len(lines) == 3 and b in lines[1] and 'scheduled' in lines[1] and a in lines[2] and 'no such account' in lines[2]
+    assert 'stored as pending: use --status pending' in run('jobs', '--status', 'retrying', code=1) and 'use one of pending,' in run('jobs', '--status', 'odd', code=1)
     assert a not in run('jobs', '--queue', 'q') and b not in run('jobs', '--tag', 'vip') and len(run('jobs', '--limit', '1').splitlines()) == 2
     shown = run('job', a)
+    assert all(w.endswith('Z') for l in shown.splitlines() for w in l.split() if w.startswith('20') and 'T' in w) and ' s\n' in shown
     assert 'no such account' in shown and 'Permanent' in shown and '"api_key": "***"' in shown and 'q7Yb2' not in shown and '\x1b' not in shown and 'Traceback' in shown
     why = [l.split(None, 1)[1] for l in run('job', b).splitlines() if l.startswith('waits')]
     assert why[0] == 'it is to run at 2100-01-01T00:00:00.000000Z' and why[1].startswith('no process that runs jobs is alive')

@@ -28,11 +28,11 @@ from ..workers.worker import Unusable, Worker, load_target, supervise, unusable
 
 # %% ../../nbs/ops/01_cli.ipynb #2ac6ad79
 def queue_limits(pairs:list) -> dict: # None: all queues, without limits of their own
-    "`['imports=4', 'default=8']` as numbers"
+    "`['imports=4', 'default=8']` as numbers; `Unusable` if they are none"
     limits = {}
     for p in pairs or []:
         name, _, n = p.rpartition('=')
-        if not name or not n.isdecimal() or not 1 <= int(n) <= 1000: raise CliError(f"-q {p}: use name=number, for example -q imports=4, with a number from 1 to 1000")
+        if not name or not n.isdecimal() or not 1 <= int(n) <= 1000: raise Unusable(f"-q {p}: use name=number, for example -q imports=4, with a number from 1 to 1000")
         limits[name] = int(n)
     return limits or None
 
@@ -42,14 +42,14 @@ def worker(
     Queue:Annotated[str, "Serve this queue, with so many jobs at once: -q imports=4; may be repeated; all queues if left out", dict(action='append')]=None,
     concurrency:int=None, # Jobs at once in a process; the sum of -q, or FH_SAAS_CONCURRENCY, if left out
     processes:int=1, # How many processes
-    grace:float=None, # Seconds that running jobs get to end after SIGTERM or SIGINT; FH_SAAS_GRACE if left out
+    grace:float=None, # Seconds that running jobs get to end after SIGTERM or SIGINT; FH_SAAS_GRACE if left out. Beside a locked database the end takes up to 12 s more
     health:str=None, # A file that is renewed every second while all is well
     once:bool=False, # Leave when nothing is due any more
 ):
     "Run the jobs of all tenants of a host"
-    logging.basicConfig(level=logging.INFO, format='%(asctime)s %(levelname)s %(message)s')
+    logging.basicConfig(level=logging.INFO, format='%(asctime)s %(process)d %(levelname)s %(message)s')
     limits = queue_limits(Queue)
-    if processes < 1: raise CliError(f"--processes {processes}: use 1 or more")
+    if processes < 1: raise Unusable(f"--processes {processes}: use 1 or more")
     if processes > 1: return supervise(_alone(target, Queue, concurrency, grace, health, once), processes)
     try: runner = load_target(target)
     except FhSaasError: raise
@@ -65,7 +65,7 @@ def worker(
 
 def _alone(target, queues, concurrency, grace, health, once) -> list:
     "The command that starts one of several processes"
-    if health: raise CliError("--health is of one process: start several with a file of their own each")
+    if health: raise Unusable("--health is of one process: start several with a file of their own each")
     args = [*(f'--queue={q}' for q in queues or []), *(f'--{k}={v}' for k, v in dict(concurrency=concurrency, grace=grace).items() if v is not None), *(['--once'] if once else [])]
     return [sys.executable, '-c', 'import sys; from fh_saas.ops.cli import main; sys.exit(main())', 'worker', target, *args]
 
@@ -74,11 +74,13 @@ def workers(
     host:str=None, # The host's URL
     jobs:bool=False, # What runs there, too
 ):
-    "The processes that run jobs"
+    "The processes that run jobs, since when, and when they were last heard of"
     found = Fleet(the_host(host)).workers()
     table([dict(id=w.id.rpartition(':')[2], kind=w.kind, machine=w.machine, pid=w.pid, state=w.state, running=f'{w.running}/{w.concurrency}',
-        queues=', '.join(f'{q}={n}' for q, n in w.queues.items()) if w.queues else 'all', asked=w.asked) for w in found], 'no process runs jobs for this host')
+        queues=', '.join(f'{q}={n}' for q, n in w.queues.items()) if w.queues else 'all', since=_to_seconds(w.started_at), heard=_to_seconds(w.beat_at), asked=w.asked) for w in found], 'no process runs jobs for this host')
     if jobs: table([dict(worker=w.id.rpartition(':')[2], tenant=t, job=j, type=typ) for w in found for t, j, typ in w.jobs], 'no job runs')
+
+def _to_seconds(at): return f'{at[:19]}Z'
 
 def ask(
     worker:str, # Its id, or the end of it

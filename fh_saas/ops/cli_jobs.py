@@ -32,6 +32,8 @@ def _manager(host, tenant, starts=False):
         with open_tenant_db(tenant, h) if starts or (t := h.find(tenant)) is None else h.open_db(t) as db: yield BackgroundTaskManager(db, engine)
     finally: engine.stop(0); h.close()
 
+_stored_as = dict(cancelling='running') | dict.fromkeys(('waiting', 'scheduled', 'retrying', 'snoozed'), 'pending') # States that are told from the rest of a row
+
 def jobs(
     tenant:str, # Its id
     status:str=None, # Only with this status
@@ -42,7 +44,7 @@ def jobs(
     host:str=None, # The host's URL
 ):
     "The jobs of a tenant, the newest first"
-    if status and status not in [*Status]: raise CliError(f"--status {plain(status)}: use one of {', '.join(Status)}")
+    if status and status not in [*Status]: raise CliError(f"--status {plain(status)}: " + (f"jobs in that state are stored as {stored}: use --status {stored}" if (stored := _stored_as.get(status)) else f"use one of {', '.join(Status)}"))
     with _manager(host, tenant) as m: found = [(j, m.state(j)) for j in m.list_jobs(type, status, limit, **{k: v for k, v in dict(queue=queue, tag=tag).items() if v})]
     table([dict(id=j.id, type=j.job_type, state=state, queue=j.queue, progress=j.progress_percent, failed=f'{j.retry_count}/{j.max_retries}', created=shown(j.created_at), error=j.error_message and j.error_message[:60]) for j, state in found], 'there are none')
 
@@ -55,11 +57,12 @@ def job(tenant:str, job_id:str, host:str=None):
         if v is not None and k not in ('claim_token', 'payload', 'error_log'): print(f"{k:18} {plain(shown(v) if k.endswith('_at') else mask(str(v), secrets) if isinstance(v, str) else v)}")
     print(f"{'arguments':18} {plain(json.dumps(args, ensure_ascii=False))}")
     for w in why: print(f"{'waits':18} {plain(mask(w, secrets))}")
-    if attempts: print(); table([{k: v for k, v in a.items() if k != 'job_id'} for a in attempts], '')
-    if logs: print(); table([{k: v for k, v in l.items() if k != 'job_id'} for l in logs], '')
+    for rows in (attempts, logs):
+        if rows: print(); table([{k: _cell(k, v) for k, v in r.items() if k != 'job_id'} for r in rows], '')
     if j.error_log: print('\n' + '\n'.join(map(plain, j.error_log.splitlines())))
 
 def _seconds(v): return None if v is None else f'{v:.3g} s'
+def _cell(k, v): return shown(v) if k == 'at' or k.endswith('_at') else _seconds(v) if k == 'waited' else v
 
 def stats(tenant:str, host:str=None):
     "Queues and tasks of a tenant in numbers"
@@ -125,7 +128,7 @@ def move(tenant:str, job_id:str, queue:str=None, priority:int=None, host:str=Non
 def rerun(
     tenant:str, # Its id
     job_id:str, # The job
-    *changes:str, # Arguments that are to differ, as name=JSON
+    *changes:str, # Arguments that are to differ, as name=JSON; whether the task takes them is seen when it runs
     host:str=None, # The host's URL
 ):
     "Submit a job again, perhaps with other arguments"

@@ -19,7 +19,7 @@ from ..web.audit import Audit
 def the_host(url, *tenants) -> HostDatabase:
     "The host that is there: a mistyped name makes no new one"
     u = check_url(url or env_url())
-    if u.get_backend_name() == 'sqlite' and not Path(u.database).exists(): raise CliError(f"there is no host database {u.database}: name it with --host or in the environment")
+    if u.get_backend_name() == 'sqlite' and not Path(u.database).exists(): raise CliError(f"there is no host database {u.database}: name it with --host, or in the environment (DB_TYPE, DB_NAME; a server's also DB_HOST, DB_PORT, DB_USER, DB_PASS)")
     host = HostDatabase(u, create=False)
     if gone := [t for t in tenants if t not in ('', '*') and host.find(t) is None]: raise CliError(f"no tenant {gone[0]!r}")
     return host

@@ -213,6 +213,7 @@ def _each_second(self:Lookout):
 
 @patch
 def _beat(self:Lookout):
+    if self._stopped.is_set(): return  # others say that it ends, and its row may be gone by now
     asked = self.fleet.beat(self.engine, self.kind, self.state, self.rules.queues())
     self._beaten = time.monotonic()
     self._obey(**asked)
