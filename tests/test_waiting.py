@@ -188,6 +188,14 @@ def test_its_turn(shop, monkeypatch):
     s.m.store.write(lambda cur, now: cur.execute(f"UPDATE tenant_jobs SET lost = 2 WHERE id = '{d}'") and None)
     assert s.why(d)[-1] == 'a process has ended while it ran (2): such jobs are tried one at a time'
 
+def test_of_other_processes_nothing_is_said_where_no_host_knows_them(new_manager, url):
+    m = new_manager(url, concurrency=0)
+    id, _ = m.submit('t', waiting_task)
+    assert m.why_waiting(id) == []
+    sure = new_manager(url)
+    sure.engine.pause(sure.store)
+    assert sure.why_waiting(id) == ["no living process has registered its task, 'waiting_task'"]
+
 def test_who_has_no_host_is_told_what_its_rows_say(lite):
     m = lite
     id, bg = m.submit('t', waiting_task, n=1, run_at='2100-01-01')

@@ -36,9 +36,9 @@ def _shut(tenancy) -> list:
 
 # %% ../../nbs/jobs/19_waiting.ipynb #5471eecc
 def _there(engine, store, wakes) -> list: # None: nobody can say
-    if engine.manual: return None  # somebody says by hand when a job runs
-    there = alive(wakes) if wakes else []
-    if there is None or not engine.settings.concurrency or engine.stopping or any(p.id == engine.worker for p in there): return there
+    runs, there = engine.settings.concurrency and not engine.stopping, alive(wakes) if wakes else []
+    if engine.manual or not (wakes or runs): return None  # somebody says by hand when a job runs; or others that no host knows do
+    if there is None or not runs or any(p.id == engine.worker for p in there): return there
     return [*there, Alive(engine.worker, 'quiet' if engine.quiet else 'running', engine.line.queues, engine.line.size, engine.line.running, [*engine.able_in(store)])]
 
 def _nobody(there, job) -> list:
