@@ -276,7 +276,7 @@ def test_a_tenant_that_is_locked_keeps_no_mark_from_another(fleet):
     assert [t.untold for t in tenancies] == [True]*3 + [False]*3 and took < 6
 
 def test_a_host_that_answers_again_is_told_of_retries_while_jobs_drain(fleet):
-    ms, lock = fleet(2, busy=0.5, grace=30)
+    ms, lock = fleet(2, busy=2, grace=30)
     e, gates, failed = ms[0].engine, [threading.Event(), threading.Event()], []
     def fails(n): gates[n].wait(30); failed.append(n); raise OSError('once')
     ids = [m.submit('fails', fails, n=n)[0] for n, m in enumerate(ms)]

@@ -1,6 +1,7 @@
 "Workers as processes of their own, over the databases of many tenants; and what operators do to them meanwhile."
 import gc, itertools, json, os, random, shutil, signal, sqlite3, subprocess, sys, threading, time, uuid
 from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 import pytest
@@ -154,10 +155,11 @@ def test_a_health_file_can_be_read_at_any_moment_though_two_threads_renew_it(tmp
     w = Worker(host, Settings(concurrency=1), health=tmp_path/'health')
     w.engine = SimpleNamespace(worker='x', running_jobs=lambda: [], stopping=True, quiet=False)
     w.say_alive()
-    threads, seen = [threading.Thread(target=lambda: [w.say_alive() for _ in range(500)]) for _ in range(2)], 0
-    for t in threads: t.start()
-    while any(t.is_alive() for t in threads): assert json.loads((tmp_path/'health').read_text())['state'] == 'stopping'; seen += 1
-    assert seen and [*tmp_path.glob('health*')] == [tmp_path/'health']
+    seen = 0
+    with ThreadPoolExecutor(2) as pool:
+        saying = [pool.submit(lambda: [w.say_alive() for _ in range(500)]) for _ in range(2)]
+        while not all(s.done() for s in saying): assert json.loads((tmp_path/'health').read_text())['state'] == 'stopping'; seen += 1
+    assert seen and not any(s.exception() for s in saying) and [*tmp_path.glob('health*')] == [tmp_path/'health']
     host.close()
 
 def test_two_workers_share_the_limit_of_a_queue(shop):
@@ -928,21 +930,37 @@ def test_once_waits_for_what_a_process_that_was_killed_had_come_to(tmp_path, mon
     job = task(name='fleet_visited')(lambda: 1)
     id, _ = m.submit('job', job)
     wait_until(lambda: wakes_of(host).lease('acme', 'vm:1:killed', 4), 5)
-    assert wakes_of(host).visited('me') and not wakes_of(host).visited('vm:1:killed') and not wakes_of(host).visited('me', ('other',))
+    assert [t for t, _ in wakes_of(host).visited('me')] == ['acme'] and not wakes_of(host).visited('vm:1:killed') and not wakes_of(host).visited('me', ('other',))
     Worker(host, Settings(concurrency=2)).run(once=True)
     assert m.get_job(id).status == 'completed' and not wakes_of(host).visited('me')
     web.stop(0)
     host.close()
 
-def test_who_stops_beside_a_locked_host_does_not_wait_for_it_once_more_to_leave(tmp_path):
-    host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
-    r = Runner(host, Settings(concurrency=2, busy=1)).start()
+def test_once_does_not_wait_for_visitors_that_come_after_it_had_nothing_to_do(tmp_path):
+    host, rows = HostDatabase(f'sqlite:///{tmp_path}/host.db'), []
+    with Worker(host, Settings(concurrency=2)) as w:
+        w.wakes = SimpleNamespace(due=lambda *args: ({}, None), visited=lambda *args: {rows[0]})
+        for rows[:] in [('acme', '1')], [('acme', '1')]: assert not w._nothing_due()
+        for rows[:] in [('acme', '2')], [('globex', '1')], [('acme', '1')]: assert w._nothing_due()
+        w.wakes.due = lambda *args: ({'acme': 1}, None)
+        assert not w._nothing_due()
+        w.wakes.due = lambda *args: ({}, None)
+        assert not w._nothing_due()  # whoever came there meanwhile may be dead by now
+        w.wakes = wakes_of(host)
+    host.close()
+
+def test_who_stops_beside_a_locked_host_waits_for_it_for_a_moment_to_leave(tmp_path):
+    host, asked = HostDatabase(f'sqlite:///{tmp_path}/host.db'), threading.Event()
+    r = Runner(host, Settings(concurrency=2)).start()
     wait_until(lambda: Fleet(host).workers(), 10)
-    r.engine.stopping, r.fleet.leave = True, lambda id: asked.append(id)
-    asked = []
-    r.engine._unheard(r.wakes)
+    leave = r.fleet.leave
+    r.fleet.leave = lambda id: asked.set() or time.sleep(60)
+    r.engine.stopping = True
+    r.engine._mute[r.wakes] = time.monotonic() + 60
+    begun = time.monotonic()
     r.stop(0)
-    assert not asked
+    assert asked.is_set() and time.monotonic() < begun + 30
+    leave(r.engine.worker)
     host.close()
 
 def test_who_drops_what_is_noted_of_a_tenant_that_is_gone_leaves_one_that_has_come_again(tmp_path):

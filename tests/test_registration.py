@@ -1,6 +1,6 @@
 "Tasks with options, names and aliases, and every way to submit them, over both databases."
 import asyncio, threading, time, uuid
-from datetime import timedelta
+from datetime import datetime, timedelta
 from types import SimpleNamespace
 import pytest
 from conftest import wait_until
@@ -90,7 +90,7 @@ def test_a_moment_from_now_is_by_the_clock_of_the_database(m):
     assert m.get_job(id).run_at < timestamp() and not bg.later
     id, bg = m.submit('later', n=1, run_at=timedelta(hours=1))
     assert bg.later
-    for odd in (timedelta.max, timedelta.min):
+    for odd in (timedelta.max, timedelta.min, datetime.max - datetime.now() - timedelta(hours=1)):
         with pytest.raises(InvalidJob, match='between the years'): m.submit('later', n=1, run_at=odd)
     with pytest.raises(InvalidJob, match='or a timedelta from now'): m.submit('later', n=1, run_at=60)
     with pytest.raises(InvalidJob, match='ISO 8601 text$'): m.cancel_all(since=timedelta(hours=1))

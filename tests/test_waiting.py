@@ -1,5 +1,6 @@
 "What keeps a job from running, as an operator is told, over both databases."
 import asyncio, time, uuid
+from datetime import timedelta
 from types import SimpleNamespace
 import pytest
 from fh_saas.db_host import timestamp
@@ -51,9 +52,11 @@ def test_processes(shop):
     assert s.why(id) == []
     s.fleet.beat(two, state='quiet')
     [said] = s.why(s.m.get_job(id))
-    assert said.startswith('all processes that run jobs (1) are quiet: `fh-saas ask')
+    assert said.startswith('those that can run it are quiet (1): `fh-saas ask')
+    s.other('another', queues={'default': 1})
+    assert s.why(id)[0].startswith('those that can run it are quiet (1)')
     s.fleet.beat(two, state='stopping')
-    assert 'no process' in s.why(id)[0]
+    assert 'no living process serves its queue' in s.why(id)[0]
 
 def test_a_process_that_looks_at_its_own_jobs_counts_itself(shop):
     s, id = shop, shop.submit()
@@ -61,10 +64,12 @@ def test_a_process_that_looks_at_its_own_jobs_counts_itself(shop):
     m = BackgroundTaskManager(s.m.db, e)
     e.pause(m.store)
     assert m.why_waiting(id) == ["no living process has registered its task, 'waiting_task'"]
+    s.fleet.beat(e)  # what it says in the host is older than what it knows
     e.registry.add(print, 'waiting_task')
     assert m.why_waiting(id) == []
     e.quiet = True
     assert 'are quiet' in m.why_waiting(id)[0]
+    s.fleet.leave(e.worker)
     e.stop(0)
 
 def test_what_is_not_known_is_not_said(shop, monkeypatch):
@@ -140,7 +145,19 @@ def test_moments(shop):
     assert said.startswith('it is tried again at 20') and said.endswith('Z, for 1 of 3 attempts have failed')
     id, bg = s.m.submit('t', s.registry.add(fails(Snooze(500)), 'snoozing').func)
     bg.func(*bg.args)
-    assert s.why(id)[0].endswith('Z, as it has asked')
+    assert s.why(id)[0].startswith('it is to run at 20')
+    assert s.why(s.submit(run_at=timedelta(seconds=5)))[0].startswith('it is to run at 20')
+    for far in ('0001-01-01', '9999-12-31T23:59:00'): assert all('to run at 9999' in w for w in s.why(s.submit(run_at=far, priority=4)))
+
+def test_of_two_rates_of_a_task_the_slower_is_named(shop):
+    s = shop
+    s.registry.add(lambda: 1, 'now', aliases=('before',))
+    s.m.store.add(dict(id='a', job_type='t', task='now', payload='{}')); s.m.store.add(dict(id='b', job_type='t', task='now', payload='{}'))
+    s.other('now', 'before')
+    s.m.store.claim(('now',), (), 'a', 'w', 60, 1, rates={'now': (9, 60)})
+    s.rules.set(tenant=s.tenant, task='now', starts=1, period=60)
+    s.rules.set(tenant=s.tenant, task='before', starts=100, period=60)
+    assert s.why('b') == ["its tenant's rate for this task, 1 in 60 s, is used up"]
 
 def test_limits(shop):
     s = shop
@@ -179,12 +196,11 @@ def test_its_turn(shop, monkeypatch):
     assert s.why(a) == [] and s.why(c) == ['due jobs of its queue that come first: 1']  # waiting has raised the first
     monkeypatch.setattr(waiting, 'most_counted', 1)
     assert s.why(b) == ['due jobs of its queue that come first: more than 1']
-    s.rules.set(queue='other', concurrency=3)
     e.line.running = 2
     monkeypatch.setattr(e, 'running_jobs', lambda: [('x', 'y', 'z')]*2)
     s.fleet.beat(e)
     e.line.running = 0
-    assert s.why(d) == ['there is no room in the processes that can run it: 2 running in 1', "the limit of queue 'other' is 3 in all processes together"]
+    assert s.why(d) == ['there is no room in the processes that can run it: 2 running in 1']
     s.m.store.write(lambda cur, now: cur.execute(f"UPDATE tenant_jobs SET lost = 2 WHERE id = '{d}'") and None)
     assert s.why(d)[-1] == 'a process has ended while it ran (2): such jobs are tried one at a time'
 
@@ -192,9 +208,9 @@ def test_of_other_processes_nothing_is_said_where_no_host_knows_them(new_manager
     m = new_manager(url, concurrency=0)
     id, _ = m.submit('t', waiting_task)
     assert m.why_waiting(id) == []
-    sure = new_manager(url)
-    sure.engine.pause(sure.store)
-    assert sure.why_waiting(id) == ["no living process has registered its task, 'waiting_task'"]
+    other = new_manager(url)
+    other.engine.pause(other.store)
+    assert other.why_waiting(id) == []
 
 def test_who_has_no_host_is_told_what_its_rows_say(lite):
     m = lite
@@ -209,3 +225,45 @@ def test_an_old_row_without_a_moment(shop):
     s.m.store.write(lambda cur, now: cur.execute("INSERT INTO tenant_jobs (id, job_type, status, payload, retry_count, max_retries) VALUES ('old', 'old_type', 'pending', '{}', 0, 3)") and None)
     s.submit()
     assert s.why('old') == []
+
+def test_what_a_claim_passes_by_does_not_come_first(shop):
+    s = shop
+    s.other('waiting_task')
+    s.m.store.add(dict(id='gone', job_type='t', task='removed', payload='{}'))
+    first = s.submit(concurrency_key='file')
+    s.m.store.claim(('waiting_task',), (), 'a', 'w', 60, 1)
+    s.submit(concurrency_key='file')
+    id = s.submit()
+    assert s.m.get_job(first).status == 'running' and s.why(id) == []
+
+def test_what_may_keep_it_is_said_as_that(shop):
+    s, id = shop, shop.submit(queue='imports')
+    s.other('waiting_task')
+    s.rules.set(queue='imports', concurrency=3)
+    assert s.why(id) == []  # it has only just become due
+    s.m.store.write(lambda cur, now: cur.execute(f"UPDATE tenant_jobs SET run_at = '{timestamp(now - 9)}' WHERE id = '{id}'") and None)
+    assert s.why(id) == ['the limit of its queue, 3 in all processes together, may be reached']
+    s.rules.clear(queue='imports')
+    s.rules.set(task='new_name', mode='paused')
+    assert s.why(id) == []  # this process knows its task, and that it has no other name
+    stranger = BackgroundTaskManager(s.m.db, Engine(Settings(concurrency=0), Registry()))
+    assert stranger.why_waiting(id) == ["a rule of task 'new_name' may mean it, if that is another name of 'waiting_task': this process does not know"]
+    stranger.engine.stop(0)
+
+def test_jobs_of_the_host_itself(host, monkeypatch):
+    monkeypatch.setattr(registered, 'believed', -1.0)
+    e, web = Engine(Settings(concurrency=1), Registry()), Engine(Settings(concurrency=0), Registry())
+    e.registry.add(print, 'waiting_task')
+    m = BackgroundTaskManager(host, web)
+    m.store.add(dict(id='a', job_type='t', task='waiting_task', payload='{}'))
+    assert m.why_waiting('a')[0].startswith('no process that runs jobs is alive')
+    Fleet(host).beat(e)
+    assert m.why_waiting('a') == []
+    Fleet(host).leave(e.worker)
+    for x in (e, web): x.stop(0)
+
+def test_rows_of_somebody_else(shop):
+    s = shop
+    s.other('odd')
+    s.m.store.write(lambda cur, now: [cur.execute(f"INSERT INTO tenant_jobs (id, job_type, status, payload, run_at, retry_count, max_retries) VALUES ('{id}', 'odd', 'pending', '{{}}', '{at}', 0, 3)") and None for id, at in (('a', '2100-01-01T00:00:00'), ('b', 'tomorrow'))] and None)
+    assert s.why('a')[0].startswith('it is to run at 2100') and s.why('b')[0].startswith('it is to run at tomorrow')

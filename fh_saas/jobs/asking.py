@@ -61,7 +61,8 @@ def state(self:Asking,
     return 'pending' if shown == 'scheduled' and for_response(job, engine.settings.handoff) else shown
 
 def for_response(job, handoff:float) -> bool: # Is its moment only that at which it waits for its response no longer?
-    return seconds(job.run_at) <= seconds(job.created_at) + handoff + 0.001
+    try: return seconds(job.run_at) <= seconds(job.created_at) + handoff + 0.001
+    except (AttributeError, TypeError, ValueError): return False  # a row of somebody else's
 
 def _known(engine, store, job): # None: nobody can say
     runs, tenancy = engine.settings.concurrency or engine.manual, engine.tenancy(store)

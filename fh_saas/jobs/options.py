@@ -41,7 +41,7 @@ def moment(name:str, v, also:str='') -> str: # As stored in rows
 
 def from_now(name:str, v): # As `moment`; of a `timedelta` its seconds: whoever writes the row knows what time it is
     if not isinstance(v, timedelta): return moment(name, v, ', or a timedelta from now')
-    try: datetime.now(timezone.utc) + v
+    try: [datetime.now(timezone.utc) + v + timedelta(days=d) for d in (-1, 1)]  # the clock that counts may be another
     except OverflowError: raise InvalidJob(f"{name}={clean(repr(v), 80)}: use a moment between the years 1 and 9999") from None
     return v.total_seconds()
 

@@ -13,12 +13,14 @@ __all__ = ['set_aside', 'most_counted']
 import sqlalchemy as sa
 from fastcore.basics import patch
 from ..db_host import JobRecord, seconds, shown, timestamp
-from .asking import Asking, for_response
+from .allotment import rates_of
+from .asking import Asking
+from .payload import dumps
 from .registered import Alive, alive
 from .rules import pauses
 from .states import Status
 from .store import PENDING, RUNNING, Store, bind
-from .wake import wakes_table
+from .wake import wakes_of, wakes_table
 import fh_saas.jobs.claims  # noqa: F401 tells a store what runs and has started
 
 # %% ../../nbs/jobs/19_waiting.ipynb #b54358ee
@@ -36,27 +38,29 @@ def _shut(tenancy) -> list:
 
 # %% ../../nbs/jobs/19_waiting.ipynb #5471eecc
 def _there(engine, store, wakes) -> list: # None: nobody can say
-    runs, there = engine.settings.concurrency and not engine.stopping, alive(wakes) if wakes else []
-    if engine.manual or not (wakes or runs): return None  # somebody says by hand when a job runs; or others that no host knows do
-    if there is None or not runs or any(p.id == engine.worker for p in there): return there
+    if engine.manual or not wakes or (there := alive(wakes)) is None: return None  # somebody says by hand when a job runs; or no host knows who is alive
+    there = [p for p in there if p.id != engine.worker]  # what it has said of itself is older than what it is
+    if not engine.settings.concurrency or engine.stopping: return there
     return [*there, Alive(engine.worker, 'quiet' if engine.quiet else 'running', engine.line.queues, engine.line.size, engine.line.running, [*engine.able_in(store)])]
 
 def _nobody(there, job) -> list:
-    task, up = job.task or job.job_type, [p for p in there if p.state == 'running']
-    serve = [p for p in up if p.queues is None or job.queue in p.queues]
+    serve = [p for p in there if p.queues is None or job.queue in p.queues]
+    able = [p for p in serve if p.tasks is None or (job.task or job.job_type) in p.tasks]
     if not there: return ["no process that runs jobs is alive: start the app, or a worker (`fh-saas worker`)"]
-    if not up: return [f"all processes that run jobs ({len(there)}) are quiet: `fh-saas ask … run` has one go on"]
     if not serve: return [f"no living process serves its queue, {job.queue!r}: `fh-saas workers` shows what each of them serves"]
-    if not _able(serve, job): return [f"no living process{' that serves its queue' if len(serve) < len(up) else ''} has registered its task, {task!r}"]
-    return []
+    if not able: return [f"no living process{' that serves its queue' if len(serve) < len(there) else ''} has registered its task, {(job.task or job.job_type)!r}"]
+    return [] if _running(able) else [f"those that can run it are quiet ({len(able)}): `fh-saas ask … run` has one go on"]
 
-def _able(there, job): return [p for p in there if p.state == 'running' and (p.queues is None or job.queue in p.queues) and (p.tasks is None or (job.task or job.job_type) in p.tasks)]
+def _running(there) -> list: return [p for p in there if p.state == 'running']
+
+def _able(there, job) -> list: return [p for p in _running(there) if (p.queues is None or job.queue in p.queues) and (p.tasks is None or (job.task or job.job_type) in p.tasks)]
 
 # %% ../../nbs/jobs/19_waiting.ipynb #1d3016b3
 most_counted = 1000 # jobs that come before it
 
 @patch
 def standing(self:Store, job:JobRecord, age:float,
+    names=None, # Of the tasks that somebody can run: jobs of others come before nobody; None: of all
     rate:tuple=None, # Starts, and in how many seconds, of its task
     task:str=None, # The name for which starts are counted
 ) -> dict: # `running` of each queue; `started`; `holders`, ids of those that run with its key; `before`, at most one more than `most_counted`
@@ -65,14 +69,16 @@ def standing(self:Store, job:JobRecord, age:float,
     holder = self.statement(('holder', j.name), lambda: sa.select(j.c.id).where(j.c.status == RUNNING, j.c.concurrency_key == bind('key')).limit(1))
     def first():
         of = lambda p: sa.and_(j.c.priority == sa.literal_column(str(p)), sa.or_(j.c.run_at < bind(f'at{p}'), sa.and_(j.c.run_at == bind(f'at{p}'), j.c.id < bind('id'))))
-        due = sa.select(j.c.id).where(j.c.status == PENDING, j.c.queue == bind('queue'), j.c.run_at <= bind('now'), sa.or_(*map(of, range(1, 5))))
+        held = sa.select(j.c.concurrency_key).where(j.c.status == RUNNING, j.c.concurrency_key.is_not(None))
+        able = [] if names is None else [self._among(sa.func.coalesce(j.c.task, j.c.job_type))]
+        due = sa.select(j.c.id).where(j.c.status == PENDING, j.c.queue == bind('queue'), j.c.run_at <= bind('now'), sa.or_(*map(of, range(1, 5))), *able, sa.or_(j.c.concurrency_key.is_(None), j.c.concurrency_key.not_in(held)))
         return sa.select(sa.func.count()).select_from(due.limit(n).subquery())
-    before = self.statement(('before', j.name), first)
+    before = self.statement(('before', j.name, names is None), first)
     with self.cursor() as cur:
         now = self.kind.now(cur)
-        at = {f'at{p}': timestamp(_due(job) + age*(p - job.priority)) for p in range(1, 5)}
+        at = {f'at{p}': timestamp(min(253402300799.0, max(-62135596800.0, _due(job) + age*(p - job.priority)))) for p in range(1, 5)}  # years 1 to 9999
         return dict(running=self._running(cur), started=rate and self._started(cur, now, task, rate[1]), holders=[id for id, in holder(cur, key=job.concurrency_key).fetchall()] if job.concurrency_key else [],
-            before=before(cur, queue=job.queue, **at, id=job.id, now=timestamp(now), n=most_counted+1).fetchone()[0])
+            before=before(cur, queue=job.queue, **at, id=job.id, now=timestamp(now), n=most_counted+1, **{} if names is None else dict(ids=dumps([*names]))).fetchone()[0])
 
 def _due(job):
     try: return seconds(job.run_at or job.created_at)
@@ -89,8 +95,10 @@ def _full(limits, job, rate, s) -> list:
 
 def _early(job, now, handoff) -> list:
     if not job.run_at or job.run_at <= now: return []
-    if job.attempt: return [f"it is tried again at {shown(job.run_at)}" + (f", for {job.retry_count} of {job.max_retries} attempts have failed" if job.retry_count else ", as it has asked")]
-    return [f"it waits for the response that brings it, until {shown(job.run_at)}" if for_response(job, handoff) else f"it is to run at {shown(job.run_at)}"]
+    if job.retry_count: return [f"it is tried again at {shown(job.run_at)}, for {job.retry_count} of {job.max_retries} attempts have failed"]
+    try: brought = not job.attempt and abs(seconds(job.run_at) - seconds(job.created_at) - handoff) < 1e-5  # as the handle of the response has it
+    except (AttributeError, TypeError, ValueError): brought = False
+    return [f"it waits for the response that brings it, until {shown(job.run_at)}" if brought else f"it is to run at {shown(job.run_at)}"]
 
 # %% ../../nbs/jobs/19_waiting.ipynb #63a65ed0
 @patch
@@ -103,17 +111,24 @@ def why_waiting(self:Asking,
     if job.status != Status.pending: return []
     tenancy, limits, named = engine.tenancy(store), engine.limits(store), engine.registry.named_as
     task = named(job.task, job.job_type) or job.job_type
-    rate = {**engine.registry.rates, **{named(t): r for t, r in limits.rates.items()}}.get(task)
+    rate, there = rates_of(engine.registry, limits).get(task), _there(engine, store, tenancy.wakes if tenancy else wakes_of(self.db) if self._host else None)
+    names = None if there is None or any(p.tasks is None for p in there) else {n for p in there for n in p.tasks}
     with store.cursor() as cur: now = timestamp(store.kind.now(cur))
-    s, there = store.standing(job, engine.settings.age, rate, task), _there(engine, store, tenancy and tenancy.wakes)
+    s = store.standing(job, engine.settings.age, names, rate, task)
     found = [*(_shut(tenancy) if tenancy else []), *(pauses(tenancy.rules.now(), tenancy.tenant_id, job.queue, lambda t: named(t) == task) if tenancy else []),
         *_early(job, now, engine.settings.handoff), *([] if there is None else _nobody(there, job)), *_full(limits, job, rate, s)]
-    return found or _turn(engine, tenancy, job, there, s)
+    return found or _turn(job, there, s) or _perhaps(engine, tenancy, limits, job, now)
 
-def _turn(engine, tenancy, job, there, s) -> list:
+def _turn(job, there, s) -> list:
     n, able = s['before'], _able(there or [], job)
-    most = tenancy and tenancy.rules.queues().get(job.queue)
     return [*([f"due jobs of its queue that come first: {n:,}" if n <= most_counted else f"due jobs of its queue that come first: more than {most_counted:,}"] if n else []),
         *([f"there is no room in the processes that can run it: {sum(p.running for p in able)} running in {len(able)}"] if able and all(p.running >= p.concurrency for p in able) else []),
-        *([f"the limit of queue {job.queue!r} is {most} in all processes together"] if most is not None else []),
         *([f"a process has ended while it ran ({job.lost}): such jobs are tried one at a time"] if job.lost else [])]
+
+def _perhaps(engine, tenancy, limits, job, now) -> list:
+    "What may keep it, as far as can be told from here"
+    most, task, (names, types) = tenancy and tenancy.rules.queues().get(job.queue), job.task or job.job_type, engine.registry.names
+    others = [] if task in {*names, *types} else sorted((limits.off | limits.rates.keys()) - {task})
+    late = job.run_at and job.run_at < now and abs(seconds(now) - _due(job)) > 2
+    return [*([f"the limit of its queue, {most} in all processes together, may be reached"] if most is not None and late else []),
+        *([f"a rule of task {t!r} may mean it, if that is another name of {task!r}: this process does not know" for t in others])]

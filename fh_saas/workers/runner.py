@@ -12,6 +12,7 @@ __all__ = ['farewell', 'Runner', 'keep_heap']
 # %% ../../nbs/workers/00_runner.ipynb #f5c47b81
 import asyncio, gc, signal, threading, time
 from contextlib import asynccontextmanager
+from functools import partial
 from fastcore.basics import patch
 from ..db_host import HostDatabase
 from ..jobs.engine import Engine
@@ -70,11 +71,18 @@ def stop(self:Runner, grace:float=None):
         saying.join(2)
         self._watching.join(2)
         self._pool.close()
-        if not self.engine.is_mute(self.wakes): self._quietly(self.fleet.leave, self.engine.worker)
+        self._leave()
         self._gone.set()
     elif serves: self._gone.wait(farewell)  # the process may end when this returns
 
 # %% ../../nbs/workers/00_runner.ipynb #a6d3caa4
+@patch
+def _leave(self:Runner):
+    leave = partial(self._quietly, self.fleet.leave, self.engine.worker)
+    if not self.engine.is_mute(self.wakes): return leave()
+    (t := threading.Thread(target=leave, daemon=True)).start()
+    t.join(1)  # it may answer again by now
+
 @patch
 def _say_stopping(self:Runner):
     beat = 0.0

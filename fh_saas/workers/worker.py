@@ -70,7 +70,7 @@ class Worker(Runner):
         if not self.settings.concurrency: raise ValueError("concurrency=0 is for processes that leave their jobs to others: give a worker at least 1 (fh-saas worker --concurrency, FH_SAAS_CONCURRENCY)")
         if health and not Path(health).resolve().parent.is_dir(): raise ValueError(f"health={health!r}: there is no such folder")
         if health and Path(health).is_dir(): raise ValueError(f"health={health!r} is a folder: name a file in it")
-        self.health, self.ending, self._signals, self._healthy = health and Path(health), queue.SimpleQueue(), 0, threading.Lock()
+        self.health, self.ending, self._signals, self._healthy, self._awaited = health and Path(health), queue.SimpleQueue(), 0, threading.Lock(), None
         self._parent = os.environ.pop(parent, None)  # not for what a job starts
 
     def told_to_stop(self): self.ending.put(None)
@@ -144,7 +144,10 @@ def _nothing_due(self:Worker) -> bool:
     # what was passed by is no others' to run as long as a process that may be dead holds something of a limit: that is this one's in a moment
     passed = {} if self.fleet.unsure else {id: seq for id, (seq, _) in list(self._passed.items())}
     queues = self.queues and tuple(self.queues)
-    return not self.wakes.due(1, queues, passed)[0] and not self.wakes.visited(self.engine.worker, queues)  # whose visitor may be dead
+    if self.wakes.due(1, queues, passed)[0]: self._awaited = None; return False
+    there = self.wakes.visited(self.engine.worker, queues)
+    self._awaited = there if self._awaited is None else self._awaited & there  # a visitor of before may be dead; who comes since then is alive
+    return not self._awaited
 
 # %% ../../nbs/workers/01_worker.ipynb #813b08d5
 def supervise(
