@@ -211,6 +211,7 @@ def _each_second(self:Lookout):
     elif self.fleet.shifts(e, self.state, self.rules.queues()): self._beat()
     self._quietly(self.say_alive)
 
+# %% ../../nbs/workers/00_lookout.ipynb #83a6c323
 @patch
 def _beat(self:Lookout):
     if self._stopped.is_set(): return  # others say that it ends, and its row may be gone by now
