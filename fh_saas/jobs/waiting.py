@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from ..db_host import JobRecord, seconds, shown, timestamp
 from .allotment import rates_of
 from .asking import Asking
+from .handles import waits_for_response
 from .payload import dumps
 from .registered import Alive, alive
 from .rules import pauses
@@ -44,8 +45,7 @@ def _there(engine, store, wakes) -> list: # None: nobody can say
     return [*there, Alive(engine.worker, 'quiet' if engine.quiet else 'running', engine.line.queues, engine.line.size, engine.line.running, [*engine.able_in(store)])]
 
 def _nobody(there, job) -> list:
-    serve = [p for p in there if p.queues is None or job.queue in p.queues]
-    able = [p for p in serve if p.tasks is None or (job.task or job.job_type) in p.tasks]
+    serve, able = _serving(there, job), _able(there, job)
     if not there: return ["no process that runs jobs is alive: start the app, or a worker (`fh-saas worker`)"]
     if not serve: return [f"no living process serves its queue, {job.queue!r}: `fh-saas workers` shows what each of them serves"]
     if not able: return [f"no living process{' that serves its queue' if len(serve) < len(there) else ''} has registered its task, {(job.task or job.job_type)!r}"]
@@ -53,7 +53,8 @@ def _nobody(there, job) -> list:
 
 def _running(there) -> list: return [p for p in there if p.state == 'running']
 
-def _able(there, job) -> list: return [p for p in _running(there) if (p.queues is None or job.queue in p.queues) and (p.tasks is None or (job.task or job.job_type) in p.tasks)]
+def _serving(there, job) -> list: return [p for p in there if p.queues is None or job.queue in p.queues]
+def _able(there, job) -> list: return [p for p in _serving(there, job) if p.tasks is None or (job.task or job.job_type) in p.tasks]
 
 # %% ../../nbs/jobs/19_waiting.ipynb #1d3016b3
 most_counted = 1000 # jobs that come before it
@@ -96,9 +97,7 @@ def _full(limits, job, rate, s) -> list:
 def _early(job, now, handoff) -> list:
     if not job.run_at or job.run_at <= now: return []
     if job.retry_count: return [f"it is tried again at {shown(job.run_at)}, for {job.retry_count} of {job.max_retries} attempts have failed"]
-    try: brought = not job.attempt and abs(seconds(job.run_at) - seconds(job.created_at) - handoff) < 1e-5  # as the handle of the response has it
-    except (AttributeError, TypeError, ValueError): brought = False
-    return [f"it waits for the response that brings it, until {shown(job.run_at)}" if brought else f"it is to run at {shown(job.run_at)}"]
+    return [f"it waits for the response that brings it, until {shown(job.run_at)}" if waits_for_response(job, handoff) else f"it is to run at {shown(job.run_at)}"]
 
 # %% ../../nbs/jobs/19_waiting.ipynb #63a65ed0
 @patch
@@ -120,7 +119,7 @@ def why_waiting(self:Asking,
     return found or _turn(job, there, s) or _perhaps(engine, tenancy, limits, job, now)
 
 def _turn(job, there, s) -> list:
-    n, able = s['before'], _able(there or [], job)
+    n, able = s['before'], _running(_able(there or [], job))
     return [*([f"due jobs of its queue that come first: {n:,}" if n <= most_counted else f"due jobs of its queue that come first: more than {most_counted:,}"] if n else []),
         *([f"there is no room in the processes that can run it: {sum(p.running for p in able)} running in {len(able)}"] if able and all(p.running >= p.concurrency for p in able) else []),
         *([f"a process has ended while it ran ({job.lost}): such jobs are tried one at a time"] if job.lost else [])]
