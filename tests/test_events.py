@@ -1,9 +1,9 @@
 "Events after the commit, and numbers about queues and tasks, over both databases."
-import asyncio, threading, time
+import asyncio, threading, time, types
 from concurrent.futures import ThreadPoolExecutor
 import pytest
 from fh_saas.db_host import timestamp
-from fh_saas.jobs import events as module
+from fh_saas.jobs import events as module, statistics
 from fh_saas.jobs.events import Event, Events, events
 from fh_saas.jobs.options import InvalidJob
 from fh_saas.jobs.retries import Snooze
@@ -191,22 +191,29 @@ def test_a_damaged_row_spoils_no_numbers(new_url):
     assert s.open_jobs()['default'] == dict(due=1, scheduled=0, running=0, oldest_due=None)
 
 def test_what_many_monitors_show_is_counted_once(lite, monkeypatch):
-    s, asked = lite.store, []
+    s, asked, clock, took = lite.store, [], [1000.0], [0.2]
     real = Store.open_jobs
-    def slow(self): asked.append(1); time.sleep(0.2); return real(self)
+    def slow(self):
+        asked.append(1); time.sleep(0.05); clock[0] += took[0]
+        return real(self)
     monkeypatch.setattr(Store, 'open_jobs', slow)
+    monkeypatch.setattr(statistics, 'time', types.SimpleNamespace(monotonic=lambda: clock[0]))
+    def asks_after(wait):
+        before, clock[0] = len(asked), clock[0] + wait
+        s.open_lately()
+        return len(asked) > before
     s.add(dict(id='a', job_type='t', task='t', max_retries=3))
     with ThreadPoolExecutor(8) as pool: found = [f.result() for f in [pool.submit(s.open_lately) for _ in range(16)]]
     assert len(asked) == 1 and all(f['default']['due'] == 1 for f in found)
     found[0]['default']['due'] = 7
     assert s.open_lately()['default']['due'] == 1 and len(asked) == 1
-    time.sleep(1.2)
-    assert s.open_lately() and len(asked) == 1  # it took 0.2 seconds
-    wait_until(lambda: s.open_lately() and len(asked) == 2, 5)
-    monkeypatch.setattr(Store, 'open_jobs', lambda self: asked.append(1) or real(self))
-    time.sleep(2.1)
+    assert not asks_after(1.9) and asks_after(0.2)  # it took 0.2 seconds
+    took[0] = 0.0
+    assert asks_after(2.1) and not asks_after(0.8) and asks_after(0.2)
+    took[0] = 60.0  # the file was locked, or the machine slept
+    assert asks_after(1) and not asks_after(14.9)
     s.add(dict(id='b', job_type='t', task='t', max_retries=3))
-    wait_until(lambda: s.open_lately()['default']['due'] == 2, 5)
+    assert asks_after(0.2) and s.open_lately()['default']['due'] == 2
 
 def test_a_moment_that_had_passed_was_no_wait(manager):
     id, bg = manager.submit('t', print, run_at='2019-01-01')
