@@ -3,11 +3,16 @@ import json, sys, time
 import pytest
 from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import get_or_create_tenant_db
+from fh_saas.jobs import registered
+from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.retries import Permanent
+from fh_saas.jobs.settings import Settings
+from fh_saas.jobs.tasks import Registry
 from fh_saas.ops.cli import main
 from fh_saas.ops.terminal import person
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from fh_saas.web.audit import Audit
+from fh_saas.workers.fleet import Fleet
 
 def cli_sync(account, api_key='', job=None):
     if job: job.log(f'login with {api_key}\x1b[2J\nsecond line')
@@ -132,6 +137,22 @@ def test_rules_of_a_tenant_go_with_it(shop, command):
 def test_one_mode_in_the_place_of_another_is_said(shop, command):
     command('drain', '--queue', 'q')
     assert 'instead of draining' in command('pause', '--queue', 'q')[1] and 'instead' not in command('pause', '--queue', 'q')[1]
+
+def test_a_rule_for_a_name_that_nobody_knows_is_made_and_said(shop, command, monkeypatch):
+    monkeypatch.setattr(registered, 'believed', -1.0)
+    host = HostDatabase(shop[1])
+    assert 'no living process' not in command('pause', '--queue', 'impots')[1]  # there is none that could say
+    e = Engine(Settings(), Registry(), queues=dict(imports=1))
+    e.registry.add(cli_sync, 'cli_sync')
+    (fleet := Fleet(host)).beat(e)
+    assert command('pause', '--queue', 'impots')[1] == "queue 'impots': nothing is started; no living process serves queue 'impots'\n"
+    assert command('drain', '--queue', 'imports')[1] == "queue 'imports': no new jobs are taken\n"
+    assert command('pause', '--task', 'cli_sink')[1] == "task 'cli_sink': nothing is started; no living process has registered task 'cli_sink'\n"
+    assert command('pause', '--task', 'cli_sync')[1] == "task 'cli_sync': nothing is started\n"
+    assert 'no living process' not in command('resume', '--queue', 'impots')[1]
+    assert "concurrency=3; no living process serves queue 'other'" in command('rules', 'concurrency=3', '--queue', 'other')[1]
+    assert 'no living' not in command('rules', 'concurrency=3', '--queue', 'imports')[1]
+    fleet.leave(e.worker); e.stop(0); host.close()
 
 def test_who_is_suspended_is_told_what_takes_it_back(shop, run, command):
     tenant = shop[2]

@@ -15,9 +15,11 @@ from typing import Annotated
 from fastcore.script import CliError, parse_cli
 from ..db_connect import FhSaasError
 from ..db_tenant import delete_tenant, resume_tenant, suspend_tenant
+from ..jobs.registered import alive
 from ..jobs.rules import kept_by
 from ..jobs.settings import Settings
 from ..jobs.tenancy import rules_of, settle_held
+from ..jobs.wake import wakes_of
 from .cli_jobs import job_commands
 from .copies import export_tenant, restore_tenant
 from .tenants import suspended, tenant_report
@@ -101,6 +103,13 @@ def _scope(**names) -> dict:
 
 def _where(**names): return ', '.join(f'{k} {v!r}' for k, v in names.items() if v) or 'everything'
 
+def _typed_wrong(h, queue, task) -> str:
+    "A name that no living process knows may be mistyped, and a rule for it has no effect"
+    if not (there := alive(wakes_of(h))): return ''
+    unserved = queue and all(p.queues is not None and queue not in p.queues for p in there)
+    unknown = task and all(p.tasks is not None and task not in p.tasks for p in there)
+    return ''.join([f"; no living process serves queue {queue!r}" if unserved else '', f"; no living process has registered task {task!r}" if unknown else ''])
+
 def _numbers(values:list) -> dict:
     "`['concurrency=4', 'mode=paused', 'weight=']`: what a rule says"
     said = {}
@@ -121,7 +130,7 @@ def rules(
     "Limits, weights, quotas and pauses: shown, or changed while everything runs"
     scope = _scope(tenant=tenant, queue=queue, task=task)
     r = rules_of(h := the_host(host, scope['tenant']))
-    if values: r.set(**scope, **_numbers(values)); did(h, 'rules', f"{_where(**scope)}: {' '.join(values)}")
+    if values: r.set(**scope, **_numbers(values)); did(h, 'rules', said := f"{_where(**scope)}: {' '.join(values)}", (odd := _typed_wrong(h, queue, task)) and said + odd)
     only = {k: v for k, v in scope.items() if v and not values}
     found = [x for x in r.all() if only.items() <= vars(x).items()]
     table([{k: v if v not in ('', None) else None for k, v in vars(x).items()} for x in found], 'there are no such rules' if only else 'there are no rules')
@@ -139,7 +148,7 @@ def _mode(mode, done):
         was = next((x.mode for x in r.all() if (x.tenant, x.queue, x.task) == tuple(scope.values())), None)
         r.set(**scope, mode=mode)
         still = t and not mode and '; '.join(filter(None, (kept_by(r.all(), t), suspended(h, t))))
-        said = done if mode or was else 'there was no such rule'
+        said = done + _typed_wrong(h, queue, task) if mode else done if was else 'there was no such rule'
         did(h, command.__name__, where, f"{where}: {said}{f', instead of {was}' if was and mode and was != mode else ''}{f'; still, {still}' if still else ''}")
     return command
 
