@@ -13,6 +13,7 @@ from fh_saas.db_connect import (DatabaseBusy, DatabaseCorrupt, DatabaseFull, Dat
 from fh_saas.db_host import HostDatabase, seconds
 from fh_saas.db_tenant import close_tenant_db, delete_tenant, get_or_create_tenant_db, open_tenant_db
 from fh_saas.jobs.store import Store
+from fh_saas.jobs.wake import Wakes
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 
 ended = ('completed', 'completed_with_warnings', 'failed', 'cancelled')
@@ -758,3 +759,20 @@ def test_a_lock_protocol_that_does_not_come_to_an_end_is_a_busy_database():
     e = sqlite3.OperationalError('locking protocol')
     e.sqlite_errorcode = sqlite3.SQLITE_PROTOCOL
     assert type(typed('sqlite:///x.db', e)) is DatabaseBusy
+
+# --- The host
+
+def test_a_tenant_that_is_first_looked_at_while_the_host_is_away(host, new_engine, monkeypatch, caplog):
+    db, e, away = get_or_create_tenant_db(f'late-{uuid.uuid4().hex[:6]}', host=host), new_engine(poll=1.0), threading.Event()
+    m, real = BackgroundTaskManager(db, e), Wakes.facts
+    e.registry.add(lambda: 1, 'late_task')
+    def facts(self, id):
+        if not away.is_set(): raise DatabaseUnavailable('away')
+        return real(self, id)
+    monkeypatch.setattr(Wakes, 'facts', facts)
+    m.store.add(dict(id='a', job_type='late_task', task='late_task', payload='{}', max_retries=3))
+    e.attend(m.store)
+    wait_until(lambda: 'next try in' in caplog.text, 10)
+    away.set()
+    assert m.wait('a', 20).status == 'completed' and 'the host does not answer' in caplog.text
+    assert not [r for r in caplog.records if r.levelname == 'ERROR']

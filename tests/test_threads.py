@@ -100,7 +100,7 @@ def test_short_jobs_of_many_databases_are_claimed_some_at_a_time(new_engine, new
     work.registry.add(short)
     managers = [BackgroundTaskManager(m.db, work) for m in managers]
     wait_until(lambda: sum(claimed) >= 40*64 and work.idle, 60)
-    assert sum(claimed) == 40*64
+    wait_until(lambda: all(m.store.by_status() == {'completed': 64} for m in managers), 60)  # where none comes to its turn for long, some are given back, and claimed again
     assert sum(claimed)/len(claimed) > 16, sorted(Counter(claimed).items())
     assert sum(claimed)/len(runs) > 16, 'a thread leaves its jobs for a turn that has to wait'
 

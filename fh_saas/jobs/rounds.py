@@ -134,7 +134,7 @@ def _turn(self:Rounds,
         desk.turning, desk.again = True, False
         ends, desk.ends = desk.ends, []
         self._turning[desk] = time.monotonic()
-    wanted, again, attempts = [], None, []
+    wanted, again, attempts = [], 1.0, []
     try: again = self._have_turn(desk, ends, wanted, attempts, [] if view is None else view)
     except FhSaasError as e: again = self._troubled(desk, ends, wanted, e)
     except Exception as e:
@@ -179,9 +179,10 @@ def _troubled(self:Rounds, desk, ends, wanted, e) -> float:
 @patch
 def _given_up(self:Rounds, desk, e) -> bool:
     "Is the database not to be tried again: held, or gone with its tenant?"
-    try: held = isinstance(e, Held) and desk.tenancy.hold(e)
+    try:
+        held = isinstance(e, Held) and desk.tenancy.hold(e)
+        desk.tenancy.refresh(1.0)
     except FhSaasError as e: log.warning('tenant=%s: the host does not answer: %s', desk.store.tenant, e); return False
-    desk.tenancy.refresh(1.0)
     if desk.tenancy.facts['state'] == 'gone' and not desk.ends: self.forget(desk.store)
     return held or desk.tenancy.facts['state'] == 'gone'
 
