@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 import fh_saas.db_tenant
 from conftest import wait_until
 from children.launch import Child
-from fh_saas.db_connect import DatabaseBusy, FhSaasError, open_engine, reading, writing
+from fh_saas.db_connect import DatabaseBusy, DatabaseUnavailable, FhSaasError, open_engine, reading, writing
 from fh_saas.db_host import HostDatabase, NotAHost, seconds, timestamp
 from fh_saas.db_tenant import TenantMismatch, delete_tenant, get_or_create_tenant_db, list_tenants, open_tenant_db, suspend_tenant, resume_tenant
 from fh_saas.jobs.engine import Engine
@@ -930,9 +930,28 @@ def test_once_waits_for_what_a_process_that_was_killed_had_come_to(tmp_path, mon
     job = task(name='fleet_visited')(lambda: 1)
     id, _ = m.submit('job', job)
     wait_until(lambda: wakes_of(host).lease('acme', 'vm:1:killed', 4), 5)
-    assert [t for t, _ in wakes_of(host).visited('me')] == ['acme'] and not wakes_of(host).visited('vm:1:killed') and not wakes_of(host).visited('me', ('other',))
+    assert [t for t, _ in wakes_of(host).visited()] == ['acme'] and not wakes_of(host).visited(('other',))
     Worker(host, Settings(concurrency=2)).run(once=True)
-    assert m.get_job(id).status == 'completed' and not wakes_of(host).visited('me')
+    assert m.get_job(id).status == 'completed' and not wakes_of(host).visited()
+    web.stop(0)
+    host.close()
+
+def test_once_waits_for_its_own_visit_that_failed_with_the_host(tmp_path, monkeypatch):
+    host, web, down = HostDatabase(f'sqlite:///{tmp_path}/host.db'), Engine(Settings(concurrency=0)), []
+    m = BackgroundTaskManager(get_or_create_tenant_db('acme', host=host), web)
+    id, _ = m.submit('job', task(name='fleet_own_visit')(lambda: 1))
+    def failing(f, begins=False):
+        def g(*args, **kw):
+            if down and time.monotonic() < down[0]: raise DatabaseUnavailable('away')
+            got = f(*args, **kw)
+            if begins and got and not down: down.append(time.monotonic() + 0.5)
+            return got
+        return g
+    for name in ('lease', 'facts', 'trouble'): monkeypatch.setattr(Wakes, name, failing(getattr(Wakes, name), name == 'lease'))
+    monkeypatch.setattr(Worker, '_hurry', lambda self, id: False)
+    w = Worker(host, Settings(concurrency=2, lease=3))
+    w.run(once=True)
+    assert down and m.get_job(id).status == 'completed'
     web.stop(0)
     host.close()
 
@@ -946,6 +965,15 @@ def test_once_does_not_wait_for_visitors_that_come_after_it_had_nothing_to_do(tm
         assert not w._nothing_due()
         w.wakes.due = lambda *args: ({}, None)
         assert not w._nothing_due()  # whoever came there meanwhile may be dead by now
+        for rows[:] in [('acme', '2')], [('acme', '3')]: w._nothing_due()
+        w._visiting.add('globex')
+        assert not w._idle() and not w._visiting.clear()
+        w._beaten = time.monotonic()
+        assert not w._idle()  # and whoever came while this one was busy
+        w._awaited = set()
+        w.ending.put(None)
+        w._go_on(True)
+        assert w._awaited is None  # another run
         w.wakes = wakes_of(host)
     host.close()
 

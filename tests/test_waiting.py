@@ -147,7 +147,9 @@ def test_moments(shop):
     assert said.startswith('it is tried again at 20') and said.endswith('Z, for 1 of 3 attempts have failed')
     id, bg = s.m.submit('t', s.registry.add(fails(Snooze(500)), 'snoozing').func)
     bg.func(*bg.args)
-    assert s.why(id)[0].startswith('it is to run at 20')
+    assert s.why(id)[0].startswith('it is to run at 20') and s.why(id)[0].endswith('Z, as its last attempt has asked')
+    s.m.store.write(lambda cur, now: cur.execute(f"UPDATE tenant_jobs SET retry_count = 1 WHERE id = '{id}'") and None)
+    assert s.why(id)[0].endswith('Z, as its last attempt has asked')  # another one had failed before
     assert s.why(s.submit(run_at=timedelta(seconds=5)))[0].startswith('it is to run at 20')
     for far in ('0001-01-01', '9999-12-31T23:59:00'): assert all('to run at 9999' in w for w in s.why(s.submit(run_at=far, priority=4)))
 
@@ -238,6 +240,20 @@ def test_what_a_claim_passes_by_does_not_come_first(shop):
     id = s.submit()
     assert s.m.get_job(first).status == 'running' and s.why(id) == []
 
+def test_tasks_that_may_not_begin_come_before_nobody(shop):
+    s = shop
+    s.other('waiting_task', 'stopped', 'slow', 'renamed')
+    s.other('elsewhere', queues=dict(imports=1))
+    s.registry.add(lambda: 1, 'renamed', aliases=('before',))
+    for n, name in enumerate(('stopped', 'slow', 'slow', 'renamed', 'elsewhere')): s.m.store.add(dict(id=f'a{n}', job_type='t', task=name, payload='{}'))
+    id = s.submit()
+    assert s.why(id) == ['due jobs of its queue that come first: 4']
+    s.rules.set(task='stopped', mode='paused'); s.rules.set(task='before', mode='paused')
+    assert s.why(id) == ['due jobs of its queue that come first: 2']
+    s.rules.set(tenant=s.tenant, task='slow', starts=1, period=60)
+    s.m.store.claim(('slow',), (), 'a', 'w', 60, 1, rates={'slow': (1, 60)})
+    assert s.why(id) == [] and s.why('a2') == ["its tenant's rate for this task, 1 in 60 s, is used up"]
+
 def test_what_may_keep_it_is_said_as_that(shop):
     s, id = shop, shop.submit(queue='imports')
     s.other('waiting_task')
@@ -246,10 +262,12 @@ def test_what_may_keep_it_is_said_as_that(shop):
     s.m.store.write(lambda cur, now: cur.execute(f"UPDATE tenant_jobs SET run_at = '{timestamp(now - 9)}' WHERE id = '{id}'") and None)
     assert s.why(id) == ['the limit of its queue, 3 in all processes together, may be reached']
     s.rules.clear(queue='imports')
-    s.rules.set(task='new_name', mode='paused')
+    s.rules.set(task='new_name', mode='paused'); s.rules.set(task='other', mode='paused')
     assert s.why(id) == []  # this process knows its task, and that it has no other name
     stranger = BackgroundTaskManager(s.m.db, Engine(Settings(concurrency=0), Registry()))
-    assert stranger.why_waiting(id) == ["a rule of task 'new_name' may mean it, if that is another name of 'waiting_task': this process does not know"]
+    assert stranger.why_waiting(id) == ["a rule for 'new_name', 'other' may mean it, if that is another name of 'waiting_task': this process does not know"]
+    assert stranger.why_waiting(s.submit(queue='imports')) == ['due jobs of its queue that come first: 1']
+    assert stranger.why_waiting(s.submit(queue='files')) == []  # it has only just become due
     stranger.engine.stop(0)
 
 def test_jobs_of_the_host_itself(host, monkeypatch):

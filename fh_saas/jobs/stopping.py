@@ -28,20 +28,21 @@ def stop(self:Stopping, grace:float=None):
     until = time.monotonic() + (self.settings.grace if grace is None else grace)
     for a in self._live(): a.ctx.stop()
     for d in list(self._desks.values()): self._settle_wanted(d)
-    if unbegun := self.line.pull(): self._undo(unbegun)
+    unbegun = [self.house.submit(self._undo, *x) for x in _by_desk(self.line.pull())]  # each may have a lock of its own to wait for
     for d in list(self._desks.values()): d.ends and self._errand(d)  # nobody reminds them any more
+    wait(unbegun, timeout=max(2.0, until - time.monotonic()))
     while (self._live() or self._landing()) and time.monotonic() < until and not self.hurry: time.sleep(0.02)
-    until = time.monotonic() + 2*self.settings.busy + 2
+    until = time.monotonic() + 2*self.settings.busy + 2  # for all that follows; each part has two seconds at least, for databases that are not locked
     while self._landing() and time.monotonic() < until: time.sleep(0.02)
     abandoned = [(a.loop, a.async_task) for a in self._live() if a.async_task]
     releases = [self.house.submit(self._release, list(d.live.values())) for d in list(self._desks.values()) if d.live]
     releases += [self.house.submit(self._undoubt, d) for d in list(self._desks.values()) if d.doubtful]
-    wait(releases, timeout=2*self.settings.busy + 2)
+    wait(releases, timeout=max(2.0, until - time.monotonic()))
     self.closed = True
     self._leave(abandoned)
     if first:
         for pool in (self.crew, self.house, self.writers): pool.close()
-        self._say_farewell(list(self._desks.values()))
+        self._say_farewell(list(self._desks.values()), max(until, time.monotonic() + 2))
 
 # %% ../../nbs/jobs/13_stopping.ipynb #fcedf010
 @patch
@@ -58,9 +59,9 @@ def resize(self:Stopping, concurrency:int):
 
 # %% ../../nbs/jobs/13_stopping.ipynb #a135da32
 @patch
-def _say_farewell(self:Stopping, desks):
+def _say_farewell(self:Stopping, desks, until):
     "Tell the hosts how far their databases have come, those that answer; and close"
-    until, hosts = time.monotonic() + 2*self.settings.busy + 2, {}
+    hosts = {}
     for d in desks: d.tenancy and hosts.setdefault(d.tenancy.wakes, []).append(d)
     wait([self.house.submit(self._tell_last, wakes, its, until) for wakes, its in hosts.items()], timeout=until - time.monotonic())
     wait([self.house.submit(self._flush_last, d, until) for d in desks if d.tenancy and d.tenancy.untold], timeout=max(0.0, until - time.monotonic()))
@@ -99,14 +100,17 @@ def _landing(self:Stopping) -> bool:
     "Is a claim on its way, whose job is not yet known here?"
     return bool(self._claims) or any(d.ends or d.turning for d in list(self._desks.values()))  # in this order: a turn that begins in between has taken the ends
 
+def _by_desk(attempts):
+    found = {}
+    for a in attempts: found.setdefault(a.desk, []).append(a)
+    return found.items()
+
 @patch
-def _undo(self:Stopping, attempts):
+def _undo(self:Stopping, desk, attempts):
     "Give back what was claimed and not begun"
-    for desk in {a.desk for a in attempts}:
-        mine = [a for a in attempts if a.desk is desk]
-        for a in mine: self._tell_nobody(a)
-        try: desk.give_back(mine); self.rings.put(desk)
-        except FhSaasError as e: log.error('tenant=%s: %s jobs could not be given back, their leases will run out: %s', desk.store.tenant, len(mine), e)
+    for a in attempts: self._tell_nobody(a)
+    try: desk.give_back(attempts); self.rings.put(desk)
+    except FhSaasError as e: log.error('tenant=%s: %s jobs could not be given back, their leases will run out: %s', desk.store.tenant, len(attempts), e)
 
 @patch
 def _undoubt(self:Stopping, desk):

@@ -62,9 +62,9 @@ most_counted = 1000 # jobs that come before it
 @patch
 def standing(self:Store, job:JobRecord, age:float,
     names=None, # Of the tasks that somebody can run: jobs of others come before nobody; None: of all
-    rate:tuple=None, # Starts, and in how many seconds, of its task
-    task:str=None, # The name for which starts are counted
-) -> dict: # `running` of each queue; `started`; `holders`, ids of those that run with its key; `before`, at most one more than `most_counted`
+    rates:dict=None, # Task -> starts, and in how many seconds
+    named=lambda name: name, # The name for which the starts of a task are counted
+) -> dict: # `running` of each queue; `used`, tasks whose rate is used up; `holders`, ids of those that run with its key; `before`, at most one more than `most_counted`
     "Where a pending job stands among the others"
     j, n = self.t.jobs, bind('n', type_=sa.Integer)
     holder = self.statement(('holder', j.name), lambda: sa.select(j.c.id).where(j.c.status == RUNNING, j.c.concurrency_key == bind('key')).limit(1))
@@ -78,7 +78,9 @@ def standing(self:Store, job:JobRecord, age:float,
     with self.cursor() as cur:
         now = self.kind.now(cur)
         at = {f'at{p}': timestamp(min(253402300799.0, max(-62135596800.0, _due(job) + age*(p - job.priority)))) for p in range(1, 5)}  # years 1 to 9999
-        return dict(running=self._running(cur), started=rate and self._started(cur, now, task, rate[1]), holders=[id for id, in holder(cur, key=job.concurrency_key).fetchall()] if job.concurrency_key else [],
+        used = {t for t, (n, per) in (rates or {}).items() if self._started(cur, now, t, per) >= n}
+        if names is not None: names = [n for n in names if named(n) not in used]
+        return dict(running=self._running(cur), used=used, holders=[id for id, in holder(cur, key=job.concurrency_key).fetchall()] if job.concurrency_key else [],
             before=before(cur, queue=job.queue, **at, id=job.id, now=timestamp(now), n=most_counted+1, **{} if names is None else dict(ids=dumps([*names]))).fetchone()[0])
 
 def _due(job):
@@ -86,16 +88,19 @@ def _due(job):
     except (AttributeError, TypeError, ValueError): return 86_400.0  # a row of somebody else's that names no moment has waited for ever
 
 # %% ../../nbs/jobs/19_waiting.ipynb #2d982364
-def _full(limits, job, rate, s) -> list:
+def _full(limits, job, task, rate, s) -> list:
     "The limits of its tenant that it has reached"
     n, q, most = sum(s['running'].values()), s['running'].get(job.queue, 0), limits.most_by_queue.get(job.queue)
     return [*([f"its tenant's limit of running jobs, {limits.most}, is reached ({n} run)"] if limits.most is not None and n >= limits.most else []),
         *([f"its tenant's limit for queue {job.queue!r}, {most}, is reached ({q} run)"] if most is not None and q >= most else []),
-        *([f"its tenant's rate for this task, {rate[0]} in {rate[1]:g} s, is used up"] if rate and s['started'] >= rate[0] else []),
+        *([f"its tenant's rate for this task, {rate[0]} in {rate[1]:g} s, is used up"] if task in s['used'] else []),
         *(f"job {id} runs, and has the same concurrency key, {job.concurrency_key!r}" for id in s['holders'])]
 
-def _early(job, now, handoff) -> list:
+def _early(job, now, handoff,
+    last:str, # The outcome of its last attempt
+) -> list:
     if not job.run_at or job.run_at <= now: return []
+    if last == 'snooze': return [f"it is to run at {shown(job.run_at)}, as its last attempt has asked"]
     if job.retry_count: return [f"it is tried again at {shown(job.run_at)}, for {job.retry_count} of {job.max_retries} attempts have failed"]
     return [f"it waits for the response that brings it, until {shown(job.run_at)}" if waits_for_response(job, handoff) else f"it is to run at {shown(job.run_at)}"]
 
@@ -110,12 +115,13 @@ def why_waiting(self:Asking,
     if job.status != Status.pending: return []
     tenancy, limits, named = engine.tenancy(store), engine.limits(store), engine.registry.named_as
     task = named(job.task, job.job_type) or job.job_type
-    rate, there = rates_of(engine.registry, limits).get(task), _there(engine, store, tenancy.wakes if tenancy else wakes_of(self.db) if self._host else None)
-    names = None if there is None or any(p.tasks is None for p in there) else {n for p in there for n in p.tasks}
+    rates, there = rates_of(engine.registry, limits), _there(engine, store, tenancy.wakes if tenancy else wakes_of(self.db) if self._host else None)
+    serve, off = None if there is None else _serving(there, job), limits.off | {named(t) for t in limits.off}
+    names = None if serve is None or any(p.tasks is None for p in serve) else {n for p in serve for n in p.tasks if n not in off and named(n) not in off}
     with store.cursor() as cur: now = timestamp(store.kind.now(cur))
-    s = store.standing(job, engine.settings.age, names, rate, task)
+    s, ended = store.standing(job, engine.settings.age, names, rates, named), store.attempts(job.id)
     found = [*(_shut(tenancy) if tenancy else []), *(pauses(tenancy.rules.now(), tenancy.tenant_id, job.queue, lambda t: named(t) == task) if tenancy else []),
-        *_early(job, now, engine.settings.handoff), *([] if there is None else _nobody(there, job)), *_full(limits, job, rate, s)]
+        *_early(job, now, engine.settings.handoff, ended[-1]['outcome'] if ended else None), *([] if there is None else _nobody(there, job)), *_full(limits, job, task, rates.get(task), s)]
     return found or _turn(job, there, s) or _perhaps(engine, tenancy, limits, job, now)
 
 def _turn(job, there, s) -> list:
@@ -130,4 +136,4 @@ def _perhaps(engine, tenancy, limits, job, now) -> list:
     others = [] if task in {*names, *types} else sorted((limits.off | limits.rates.keys()) - {task})
     late = job.run_at and job.run_at < now and abs(seconds(now) - _due(job)) > 2
     return [*([f"the limit of its queue, {most} in all processes together, may be reached"] if most is not None and late else []),
-        *([f"a rule of task {t!r} may mean it, if that is another name of {task!r}: this process does not know" for t in others])]
+        *([f"a rule for {', '.join(map(repr, others))} may mean it, if that is another name of {task!r}: this process does not know"] if late and others else [])]

@@ -194,11 +194,11 @@ def due(self:Wakes,
 def _ours(self:Wakes, queues): return [] if queues is None else [sa.or_(wakes_table.c.hint_at <= bind('now'), *(self._has(_between(q)) for q in queues))]
 
 @patch
-def visited(self:Wakes, me:str, queues:tuple=None) -> set: # Tenant, and until when it has the visit
-    "Where something is due and another process is at the moment, which may leave it undone"
+def visited(self:Wakes, queues:tuple=None) -> set: # Tenant, and until when it is visited
+    "Where something is due and some process is at the moment, which may leave it undone"
     w = wakes_table
-    stmt = self.statement(('wakes visited', queues), lambda: sa.select(w.c.tenant_id, w.c.visit_until).where(_timely(w), ~_unvisited(w), w.c.visitor != bind('me'), *self._ours(queues), _open(w)))
-    with self.cursor() as cur: now = self.kind.now(cur); return {tuple(r) for r in stmt(cur, now=timestamp(now), ahead=timestamp(now+max_lease), me=me).fetchall()}
+    stmt = self.statement(('wakes visited', queues), lambda: sa.select(w.c.tenant_id, w.c.visit_until).where(_timely(w), ~_unvisited(w), *self._ours(queues), _open(w)))
+    with self.cursor() as cur: now = self.kind.now(cur); return {tuple(r) for r in stmt(cur, now=timestamp(now), ahead=timestamp(now+max_lease)).fetchall()}
 
 # %% ../../nbs/jobs/15_wake.ipynb #b5c6f79e
 @patch

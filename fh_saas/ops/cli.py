@@ -44,7 +44,7 @@ def worker(
     Queue:Annotated[str, "Serve this queue, with so many jobs at once: -q imports=4; may be repeated; all queues if left out", dict(action='append')]=None,
     concurrency:int=None, # Jobs at once in a process; the sum of -q, or FH_SAAS_CONCURRENCY, if left out
     processes:int=1, # How many processes
-    grace:float=None, # Seconds that running jobs get to end after SIGTERM or SIGINT; FH_SAAS_GRACE if left out. Beside a locked database the end takes up to 12 s more
+    grace:float=None, # Seconds that running jobs get to end after SIGTERM or SIGINT; FH_SAAS_GRACE if left out. Beside locked databases the end takes up to 21 s more
     health:str=None, # A file that is renewed every second while all is well
     once:bool=False, # Leave when nothing is due any more
 ):

@@ -61,7 +61,7 @@ def job(tenant:str, job_id:str, host:str=None):
         if rows: print(); table([{k: _cell(k, v) for k, v in r.items() if k != 'job_id'} for r in rows], '')
     if j.error_log: print('\n' + '\n'.join(map(plain, j.error_log.splitlines())))
 
-def _seconds(v): return None if v is None else f'{v:.3g} s'
+def _seconds(v): return v if not isinstance(v, (int, float)) else f'{v:,.0f} s' if v >= 100 else f'{v:.3g} s'
 def _cell(k, v): return shown(v) if k == 'at' or k.endswith('_at') else _seconds(v) if k == 'waited' else v
 
 def stats(tenant:str, host:str=None):

@@ -113,7 +113,7 @@ def _log(logs, most=200):
 
 def _why(m, job):
     try: return m.why_waiting(job)
-    except Exception: log.exception('job=%s: why it waits cannot be told', job.id); return []
+    except Exception: log.exception('job=%s: why it waits cannot be told', job.id); return ['why it waits cannot be told now: the log says why']
 
 def _page(a:Asked, wrong=None, status=200):
     m, id = a.manager, a.path['job_id']

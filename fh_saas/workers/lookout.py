@@ -52,8 +52,8 @@ def _pause(self:Lookout) -> float: # Seconds to listen before the next look
 def _watch(self:Lookout):
     "Hear the bell, see to rules and registration every second, and look where something is due"
     ear, conn, seen, second, again = None, None, None, 0.0, 0.0
-    own, called, until, place, looked = None, None, 0.0, None, 0.0
-    while not self._stopped.is_set():
+    own, called, until, place, looked, stopped = None, None, 0.0, None, 0.0, self._stopped
+    while not stopped.is_set():
         try:
             if own is None: self.engine.attend(own := self.engine.store(self.host.url, 'sys_jobs', 'host'))
             if ear is None: ear = Ear(self.host.url, self.host.id, self.engine.worker)
@@ -77,7 +77,7 @@ def _watch(self:Lookout):
             log.warning('the host cannot be read, next try in a second: %s', e, exc_info=not isinstance(e, FhSaasError))
             if ear: self._quietly(ear.close)
             ear = conn = seen = None
-            self._stopped.wait(1)
+            stopped.wait(1)
     for c in filter(None, (ear, conn)): self._quietly(c.close)
 
 # %% ../../nbs/workers/00_lookout.ipynb #3e3a4469

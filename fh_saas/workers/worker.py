@@ -112,7 +112,7 @@ def _run(self:Worker, once):
 @patch
 def _go_on(self:Worker, once):
     log.info('worker %s runs %s jobs at once of %s', self.engine.worker, self.engine.line.size, self.host)
-    calm = 0
+    calm, self._awaited = 0, None
     while not self._told(0.1 if once else 1) and self._parent in (None, str(os.getppid())):  # who is to tell it when to stop may be gone
         calm = calm + 1 if once and self._idle() else 0
         if calm >= 5: break
@@ -137,7 +137,9 @@ def _told(self:Worker, seconds) -> bool:
 @patch
 def _idle(self:Worker) -> bool:
     "Is nothing due that this process could run?"
-    return self._beaten > 0 and not self._visiting and self.engine.idle and self._nothing_due()
+    if self._beaten > 0 and not self._visiting and self.engine.idle: return self._nothing_due()
+    self._awaited = None
+    return False
 
 @patch
 def _nothing_due(self:Worker) -> bool:
@@ -145,7 +147,7 @@ def _nothing_due(self:Worker) -> bool:
     passed = {} if self.fleet.unsure else {id: seq for id, (seq, _) in list(self._passed.items())}
     queues = self.queues and tuple(self.queues)
     if self.wakes.due(1, queues, passed)[0]: self._awaited = None; return False
-    there = self.wakes.visited(self.engine.worker, queues)
+    there = self.wakes.visited(queues)  # a visit of its own that failed together with the host, too
     self._awaited = there if self._awaited is None else self._awaited & there  # a visitor of before may be dead; who comes since then is alive
     return not self._awaited
 
