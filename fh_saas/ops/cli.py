@@ -120,6 +120,7 @@ def _numbers(values:list) -> dict:
         except ValueError: raise CliError(f"{v}: use a {'' if k in ('weight', 'period') else 'whole '}number") from None
     return said
 
+# %% ../../nbs/ops/01_cli.ipynb #eec294f2
 def rules(
     *values:str, # concurrency=, pending=, starts= and period=, weight=, mode=paused or mode=draining; without any, the rules are shown
     tenant:str=None, # Of this tenant; * for each
