@@ -100,6 +100,7 @@ def test_a_zombies_late_result_is_dropped(url, child, open_manager):
     zombie.says('ready')
     job_id, _ = m.submit('work', tasks.work, seconds=0.6)
     end(m, job_id, 10, ['running'])
+    zombie.says('^begun$')  # one that is claimed and not begun has no late result
     zombie.send(signal.SIGSTOP)
     heir = child('worker.py', url, '{"lease": 1}')
     j = end(m, job_id)

@@ -28,7 +28,7 @@ def stop(self:Stopping, grace:float=None):
     until = time.monotonic() + (self.settings.grace if grace is None else grace)
     for a in self._live(): a.ctx.stop()
     for d in list(self._desks.values()): self._settle_wanted(d)
-    unbegun = [self.house.submit(self._undo, *x) for x in _by_desk(self.line.pull())]  # each may have a lock of its own to wait for
+    unbegun = [self.house.submit(self._undo, mine) for mine in _by_desk(self.line.pull())]  # each may have a lock of its own to wait for
     for d in list(self._desks.values()): d.ends and self._errand(d)  # nobody reminds them any more
     wait(unbegun, timeout=max(2.0, until - time.monotonic()))
     while (self._live() or self._landing()) and time.monotonic() < until and not self.hurry: time.sleep(0.02)
@@ -103,14 +103,15 @@ def _landing(self:Stopping) -> bool:
 def _by_desk(attempts):
     found = {}
     for a in attempts: found.setdefault(a.desk, []).append(a)
-    return found.items()
+    return list(found.values())
 
 @patch
-def _undo(self:Stopping, desk, attempts):
+def _undo(self:Stopping, attempts):
     "Give back what was claimed and not begun"
-    for a in attempts: self._tell_nobody(a)
-    try: desk.give_back(attempts); self.rings.put(desk)
-    except FhSaasError as e: log.error('tenant=%s: %s jobs could not be given back, their leases will run out: %s', desk.store.tenant, len(attempts), e)
+    for mine in _by_desk(attempts):
+        for a in mine: self._tell_nobody(a)
+        try: (desk := mine[0].desk).give_back(mine); self.rings.put(desk)
+        except FhSaasError as e: log.error('tenant=%s: %s jobs could not be given back, their leases will run out: %s', desk.store.tenant, len(mine), e)
 
 @patch
 def _undoubt(self:Stopping, desk):

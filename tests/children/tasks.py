@@ -7,7 +7,7 @@ from fh_saas.jobs.tasks import task
 def echo(n): return n
 
 @task('work')
-def work(seconds): time.sleep(seconds); return os.getpid()
+def work(seconds): print('begun', flush=True); time.sleep(seconds); return os.getpid()
 
 @task('awork')
 async def awork(seconds): await asyncio.sleep(seconds); return os.getpid()
