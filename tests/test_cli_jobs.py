@@ -1,7 +1,7 @@
 "A tenant's jobs on the command line, over both databases."
-import json, sys, time
+import json, re, sys, time
 import pytest
-from fh_saas.db_host import HostDatabase
+from fh_saas.db_host import HostDatabase, timestamp
 from fh_saas.db_tenant import get_or_create_tenant_db
 from fh_saas.jobs import registered
 from fh_saas.jobs.engine import Engine
@@ -66,6 +66,13 @@ def test_seen(shop, run):
     numbers = run('stats')
     assert 'failed=1' in numbers and 'default' not in numbers and 'q ' in numbers
     assert 'no job' in run('job', 'x', code=1)
+
+def test_waits_are_told_in_seconds_of_three_digits_or_more(shop, run):
+    m, *_ = shop
+    m.engine.be_quiet()
+    for q, ago in dict(soon=5, late=4321).items(): m.submit('cli_sync', cli_sync, account=1, queue=q, run_at=timestamp(time.time() - ago))
+    lines = {l.split()[0]: l for l in run('stats').splitlines() if l}
+    assert re.search(r'\b[5-9](\.\d+)? s\b', lines['soon']) and re.search(r'\b4,3[2-9]\d s\b', lines['late'])
 
 def test_steered(shop, run):
     m, *_ = shop

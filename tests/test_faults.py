@@ -171,8 +171,8 @@ def fleet(tmp_path, new_engine, child):
     def make(n, **settings):
         e = new_engine(handoff=0, **settings)
         ms = [BackgroundTaskManager(dbs.enter_context(get_or_create_tenant_db(f't{i}', host=host)), e) for i in range(n)]
-        def lock(url=host.url):
-            (holder := child('lock.py', url.render_as_string(hide_password=False))).says('locked')
+        def lock(*urls):
+            (holder := child('lock.py', *(u.render_as_string(hide_password=False) for u in urls or [host.url]))).says('locked')
             return holder
         return ms, lock
     yield make
@@ -229,10 +229,8 @@ def test_an_engine_ends_in_bounded_time_though_the_host_is_locked(fleet):
     holder.kill()
     assert took < 8 and all(m.store._writer is None for m in ms)
 
-@pytest.mark.parametrize('threads', ['threads', 'no threads'])
-def test_jobs_in_line_go_back_in_bounded_time_though_the_host_is_locked(fleet, monkeypatch, threads):
-    "Where no thread can be started: an `atexit` handler since Python 3.12"
-    ms, lock = fleet(4, busy=1, concurrency=1)
+def _in_line(ms) -> list:
+    "A job of each, claimed and not begun"
     e = ms[0].engine
     e.quiet, room, e.line.size = True, e._room(e._desks[ms[0].store], 1), 0  # nothing is begun
     ids = [m.submit('t', lambda: 1, run_at='2020-01-01')[0] for m in ms]
@@ -240,6 +238,13 @@ def test_jobs_in_line_go_back_in_bounded_time_though_the_host_is_locked(fleet, m
         _, attempts, _ = (desk := e._desks[m.store]).turn([], [], room)
         e.line.put(desk, attempts)
         for a in attempts: a.counted = True
+    return ids
+
+@pytest.mark.parametrize('threads', ['threads', 'no threads'])
+def test_jobs_in_line_go_back_in_bounded_time_though_the_host_is_locked(fleet, monkeypatch, threads):
+    "Where no thread can be started: an `atexit` handler since Python 3.12"
+    ms, lock = fleet(4, busy=1, concurrency=1)
+    e, ids = ms[0].engine, _in_line(ms)
     assert e.line.waiting == 4 and e.line.running == 0
     holder, start = lock(), time.monotonic()
     with monkeypatch.context() as mp:
@@ -248,6 +253,25 @@ def test_jobs_in_line_go_back_in_bounded_time_though_the_host_is_locked(fleet, m
     took = time.monotonic() - start
     holder.kill()
     assert took < 10 and [m.get_job(id).status for m, id in zip(ms, ids)] == ['pending']*4
+
+def test_an_engine_ends_in_bounded_time_though_all_is_locked(fleet):
+    "Host and tenants, with jobs in line and jobs that run: however many there are, and whatever each part of the end waits for"
+    ms, lock = fleet(12, busy=1, concurrency=16)
+    e, inside, go_on = ms[0].engine, threading.Semaphore(0), threading.Event()
+    def runs(): inside.release(); go_on.wait(30)
+    running = [m.submit('runs', runs)[0] for m in ms[:4]]
+    assert all(inside.acquire(timeout=10) for _ in running)
+    _in_line(ms[4:])
+    for m in ms: e.tenancy(m.store).told = 0; assert e.tenancy(m.store).untold
+    left, say = [], e._say_farewell
+    e._say_farewell = lambda desks, until: left.append(until - time.monotonic()) or say(desks, until)
+    holders, start = [lock(), lock(*(m.store.url for m in ms))], time.monotonic()
+    e.stop(0)
+    took = time.monotonic() - start
+    for h in holders: h.kill()
+    go_on.set()
+    assert took < 9 and 1 < left[0] < 3.5  # of 4 seconds for all that follows the grace; the locks of running jobs have taken some
+    wait_until(lambda: all(m.store._writer is None for m in ms), 10)  # who still waited for a lock closes behind itself
 
 def test_a_host_that_is_locked_keeps_no_mark_from_another(fleet, tmp_path):
     [m], lock = fleet(1, busy=1)

@@ -1163,7 +1163,34 @@ def test_a_job_of_a_limited_queue_waits_for_no_process_that_does_not_know_it(fil
     wait_until(lambda: len(files.said('ping')) == 3, 100)
 
 
+def test_a_watch_that_waits_for_its_host_past_the_stop_ends_though_its_runner_runs_again(tmp_path, monkeypatch):
+    host, at_it, go_on = HostDatabase(f'sqlite:///{tmp_path}/host.db'), threading.Event(), threading.Event()
+    monkeypatch.setattr(Runner, '_each_second', lambda self: at_it.set() or go_on.wait(30))
+    r = Runner(host, Settings(concurrency=1)).start()
+    at_it.wait(10)
+    before = r._watching
+    r.stop(0)
+    with r:
+        assert before.is_alive() and r._watching is not before
+        go_on.set()
+        before.join(10)
+        assert not before.is_alive() and r._watching.is_alive()
+    host.close()
+
 # --- The end of a process
+
+def test_a_runner_stops_though_the_system_gives_it_no_thread(tmp_path, monkeypatch):
+    host, crowd = HostDatabase(f'sqlite:///{tmp_path}/host.db'), _Crowd('fleet_no_thread')
+    with get_or_create_tenant_db('acme', host=host) as db, monkeypatch.context() as mp:
+        r = Runner(host, Settings(concurrency=1, handoff=0)).start()
+        m = BackgroundTaskManager(db)
+        ids = [m.submit('job', crowd.job)[0] for _ in range(2)]
+        wait_until(lambda: crowd.running and len(Fleet(host).workers()) == 1, 15)
+        mp.setattr(threading.Thread, 'start', lambda self: exec("raise RuntimeError(\"can't start new thread\")"))
+        r.stop(0)
+        assert r.engine.closed and not r._watching.is_alive() and [m.get_job(id).status for id in ids] == ['pending']*2
+        crowd.go_on.set()
+    host.close()
 
 def test_who_stops_beside_another_that_stops_returns_when_the_process_has_left(tmp_path, monkeypatch):
     "A web server ends the process when the second one returns: that of its lifespan, after that of its signal"

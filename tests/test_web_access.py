@@ -741,6 +741,13 @@ def test_why_a_job_waits_is_told_to_admins(web):
     c = web.client('root').get(f'/jobs/job/{id}', params=dict(tenant='acme'))
     assert '&lt;i&gt;/backups/globex.db' in c.text and 'Open jobs are held' not in c.text and 'globex' not in web.client('acme-operator').get(f'/jobs/job/{id}').text
 
+def test_a_job_is_shown_though_nobody_can_tell_why_it_waits(web, monkeypatch):
+    id, _ = web.m['acme'].submit('t', sync, run_at='2100-01-01')
+    monkeypatch.setattr(BackgroundTaskManager, 'why_waiting', lambda self, job: 1/0)
+    page = web.client('root').get(f'/jobs/job/{id}', params=dict(tenant='acme'))
+    assert page.status_code == 200 and [li.text for li in soup(page).select('[aria-label="Why it waits"] li')] == ['Why it waits cannot be told now: the log says why.']
+    assert soup(web.client('acme-operator').get(f'/jobs/job/{id}')).select('[aria-label="Why it waits"]') == []
+
 def test_a_button_of_another_tenants_page_says_so(web):
     @web.app.route('/home', methods=['GET'])
     def home(): return JobButton(web.m['globex'], 'go', sync, path='a')
