@@ -158,6 +158,7 @@ def test_a_rule_for_a_name_that_nobody_knows_is_made_and_said(shop, command, mon
     assert command('pause', '--task', 'cli_sync')[1] == "task 'cli_sync': nothing is started\n"
     assert 'no living process' not in command('resume', '--queue', 'impots')[1]
     assert "concurrency=3; no living process serves queue 'other'" in command('rules', 'concurrency=3', '--queue', 'other')[1]
+    assert 'no living process' not in command('rules', 'concurrency=', '--queue', 'other')[1]
     assert 'no living' not in command('rules', 'concurrency=3', '--queue', 'imports')[1]
     fleet.leave(e.worker); e.stop(0); host.close()
 

@@ -131,7 +131,10 @@ def rules(
     "Limits, weights, quotas and pauses: shown, or changed while everything runs"
     scope = _scope(tenant=tenant, queue=queue, task=task)
     r = rules_of(h := the_host(host, scope['tenant']))
-    if values: r.set(**scope, **_numbers(values)); did(h, 'rules', said := f"{_where(**scope)}: {' '.join(values)}", (odd := _typed_wrong(h, queue, task)) and said + odd)
+    if new := _numbers(values):
+        r.set(**scope, **new)
+        odd = '' if {*new.values()} == {None} else _typed_wrong(h, queue, task)  # taking one away needs no name that is known
+        did(h, 'rules', said := f"{_where(**scope)}: {' '.join(values)}", odd and said + odd)
     only = {k: v for k, v in scope.items() if v and not values}
     found = [x for x in r.all() if only.items() <= vars(x).items()]
     table([{k: v if v not in ('', None) else None for k, v in vars(x).items()} for x in found], 'there are no such rules' if only else 'there are no rules')
