@@ -147,9 +147,9 @@ def test_moments(shop):
     assert said.startswith('it is tried again at 20') and said.endswith('Z, for 1 of 3 attempts have failed')
     id, bg = s.m.submit('t', s.registry.add(fails(Snooze(500)), 'snoozing').func)
     bg.func(*bg.args)
-    assert s.why(id)[0].startswith('it is to run at 20') and s.why(id)[0].endswith('Z, as its last attempt has asked')
+    assert s.why(id)[0].startswith('it is to run at 20') and s.why(id)[0].endswith('Z, for its last attempt has put it off')
     s.m.store.write(lambda cur, now: cur.execute(f"UPDATE tenant_jobs SET retry_count = 1 WHERE id = '{id}'") and None)
-    assert s.why(id)[0].endswith('Z, as its last attempt has asked')  # another one had failed before
+    assert s.why(id)[0].endswith('Z, for its last attempt has put it off')  # another one had failed before
     assert s.why(s.submit(run_at=timedelta(seconds=5)))[0].startswith('it is to run at 20')
     for far in ('0001-01-01', '9999-12-31T23:59:00'): assert all('to run at 9999' in w for w in s.why(s.submit(run_at=far, priority=4)))
 

@@ -100,7 +100,7 @@ def _early(job, now, handoff,
     last:str, # The outcome of its last attempt
 ) -> list:
     if not job.run_at or job.run_at <= now: return []
-    if last == 'snooze': return [f"it is to run at {shown(job.run_at)}, as its last attempt has asked"]
+    if last == 'snooze': return [f"it is to run at {shown(job.run_at)}, for its last attempt has put it off"]
     if job.retry_count: return [f"it is tried again at {shown(job.run_at)}, for {job.retry_count} of {job.max_retries} attempts have failed"]
     return [f"it waits for the response that brings it, until {shown(job.run_at)}" if waits_for_response(job, handoff) else f"it is to run at {shown(job.run_at)}"]
 
