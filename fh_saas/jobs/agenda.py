@@ -10,7 +10,6 @@ __all__ = ['Agenda', 'supervising']
 # %% ../../nbs/jobs/12_agenda.ipynb #0016359a
 import heapq, itertools, signal, threading, time
 from fastcore.basics import patch
-from ..db_connect import check_url
 from .store import Store
 
 # %% ../../nbs/jobs/12_agenda.ipynb #856c7916
@@ -103,11 +102,6 @@ def give_way(self:Agenda,
     return [d.tenancy.tenant_id for d in over]
 
 # %% ../../nbs/jobs/12_agenda.ipynb #2bb36a1c
-@patch
-def opened(self:Agenda, url, table:str='tenant_jobs') -> Store:
-    "The store of a database if it was opened already"
-    return self._stores.get((check_url(url), table))
-
 @patch
 def tidy(self:Agenda,
     keep:int, # So many databases may be known

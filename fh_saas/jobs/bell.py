@@ -88,7 +88,8 @@ class Ear:
 
     def wait(self, timeout:float) -> list: # Ids of tenants, each once; `!` before one is a call
         "Wait for a ring, and take all there are"
-        with db_errors(self.url): return list(dict.fromkeys(self._notified(timeout) if self.url.get_backend_name() == 'postgresql' else self._heard(timeout)))
+        if self.url.get_backend_name() != 'postgresql': return list(dict.fromkeys(self._heard(timeout)))
+        with db_errors(self.url): return list(dict.fromkeys(self._notified(timeout)))
 
 # %% ../../nbs/jobs/14_bell.ipynb #4b7308c7
 @patch

@@ -78,9 +78,20 @@ def _one(self:Notes, what) -> bool: # False: the host does not take it
     return True
 
 @patch
-def end(self:Notes):
+def end(self:Notes,
+    seconds:float=5.0, # That the host may take for it; 0: it does not answer
+):
     "Write at once what waits: the process ends"
+    if not self.at and not self._pen.locked(): return
+    if seconds > 0:
+        try: (t := threading.Thread(target=self._all, name='fh_saas-notes-end', daemon=True)).start()
+        except RuntimeError: self._pen.locked() or self._all()  # no thread can be started, and who holds the pen may wait for ever
+        else: t.join(seconds)
+    with self._lock: left = len(self.at); self.at.clear()
+    if left: log.warning('%s notes are not in the host, which does not answer: its hints will lead there', left)
+
+@patch
+def _all(self:Notes):
     for what in [*self.at]:
-        if self._one(what): continue
-        with self._lock: self.at.clear()
-    if self._pen.acquire(timeout=2): self._pen.release()  # the thread may be at one
+        if not self._one(what): return
+    with self._pen: return  # the thread may be at one

@@ -43,6 +43,7 @@ def stop(self:Stopping, grace:float=None):
     if first:
         for pool in (self.crew, self.house, self.writers): pool.close()
         self._say_farewell(list(self._desks.values()), max(until, time.monotonic() + 2))
+        self.house.close()  # those who have said it
 
 # %% ../../nbs/jobs/13_stopping.ipynb #fcedf010
 @patch
@@ -67,7 +68,7 @@ def _say_farewell(self:Stopping, desks, until):
     wait([self.house.submit(self._flush_last, d, until) for d in desks if d.tenancy and d.tenancy.untold], timeout=max(0.0, until - time.monotonic()))
     for said in (self.rings, self.retries): said.wait(until)
     for d in desks: d.store.close()
-    for wakes in hosts: wakes.notes.end()
+    for wakes in hosts: wakes.notes.end(0 if self.is_mute(wakes) else max(1.0, until - time.monotonic()))
 
 @patch
 def _tell_last(self:Stopping, wakes, desks, until):

@@ -34,8 +34,9 @@ glance, drowsy = 0.1, 5.0 # seconds between looks at a SQLite host for which nob
 
 class Lookout:
     "The part of a runner that sees where something is due"
+    def _meet_host(self): self.fleet, self.rules, self.wakes = Fleet(self.host), rules_of(self.host), wakes_of(self.host)
+
     def _begin(self):
-        self.fleet, self.rules, self.wakes = Fleet(self.host), rules_of(self.host), wakes_of(self.host)
         self._stores, self._visiting, self._passed, self._shut, self._known, self._beaten, self._adopted, self._swept, self._news, self._lively = {}, set(), {}, set(), None, -60.0, -1e9, 0.0, True, 0.0
         self._names, self._place = None, (0, 1)
         self._looking, self._todo, self._more, self._began, self._pool = threading.Lock(), deque(), False, {}, Pool(32, 'fh_saas-visit')
@@ -52,11 +53,11 @@ def _pause(self:Lookout) -> float: # Seconds to listen before the next look
 def _watch(self:Lookout):
     "Hear the bell, see to rules and registration every second, and look where something is due"
     ear, conn, seen, second, again = None, None, None, 0.0, 0.0
-    own, called, until, place, looked, stopped = None, None, 0.0, None, 0.0, self._stopped
-    while not stopped.is_set():
+    own, called, until, place, looked, stopped, e = None, None, 0.0, None, 0.0, self._stopped, self.engine
+    while not (stopped.is_set() or self._bereft(e)):
         try:
-            if own is None: self.engine.attend(own := self.engine.store(self.host.url, 'sys_jobs', 'host'))
-            if ear is None: ear = Ear(self.host.url, self.host.id, self.engine.worker)
+            if own is None: e.attend(own := e.store(self.host.url, 'sys_jobs', 'host'))
+            if ear is None: ear = Ear(self.host.url, self.host.id, e.worker)
             said, now = ear.wait(min(self._pause(), max(0.0, again - time.monotonic()))), time.monotonic()
             if said: self._lively = now
             for id in said:
@@ -73,12 +74,21 @@ def _watch(self:Lookout):
                 if version != seen: seen, again, self._news = version, min(again, max(now, until)), True
             if now >= second: second = now + 1; self._each_second()
             if time.monotonic() >= again: again = time.monotonic() + self._look()
-        except Exception as e:
-            log.warning('the host cannot be read, next try in a second: %s', e, exc_info=not isinstance(e, FhSaasError))
+        except Exception as err:
+            log.warning('the host cannot be read, next try in a second: %s', err, exc_info=not isinstance(err, FhSaasError))
             if ear: self._quietly(ear.close)
             ear = conn = seen = None
             stopped.wait(1)
     for c in filter(None, (ear, conn)): self._quietly(c.close)
+
+# %% ../../nbs/workers/00_lookout.ipynb #e8cea828
+@patch
+def _bereft(self:Lookout, e) -> bool:
+    "Has somebody else stopped its engine, or put another in its place? Then the runner ends as a whole"
+    if not e.stopping or self._stopped.is_set(): return False
+    log.warning('%s: the engine of this runner was stopped, or another has taken its place: the runner ends', e.worker)
+    self._beside(self.stop)
+    return True
 
 # %% ../../nbs/workers/00_lookout.ipynb #3e3a4469
 @patch
@@ -93,7 +103,7 @@ def _look(self:Lookout) -> float: # Seconds until the next look
 @patch
 def _find(self:Lookout) -> float:
     e = self.engine
-    if e.quiet: return glance
+    if e.quiet or e.stopping: return glance
     room, held = max(most_waiting, 2*e.line.size) - e.backlog - len(self._visiting), e.waiting()
     n = (room if room > 0 else 16) + len(held)
     for id in [id for id, (_, until) in list(self._passed.items()) if until < time.monotonic()]: self._passed.pop(id, None)
@@ -132,7 +142,7 @@ def _hurry(self:Lookout, id) -> bool:
     "Look there without asking the host, if nothing else is to be done"
     e, store = self.engine, self._stores.get(id)
     if e.quiet or e.backlog or e.line.free() <= 0: return False
-    if store is not None and e.opened(store.url) is store: e.attend(store)
+    if store is not None and e.knows(store): e.attend(store)
     else: self._pool.submit(self._quietly, self._meet, id)
     return True
 
@@ -144,7 +154,7 @@ def _at_home(self:Lookout, id) -> bool:
 
 @patch
 def _meet(self:Lookout, id):
-    if store := self._store_of(id): self.engine.attend(store)
+    if store := self._store_of(id, e := self.engine): e.attend(store)
 
 @patch
 def _quietly(self:Lookout, f, *args):
@@ -156,35 +166,34 @@ def _quietly(self:Lookout, f, *args):
 @patch
 def _visit(self:Lookout, id):
     "Lease the visit, have the engine look there, and write back when something is due next"
-    leased = None
+    leased, e, visiting = None, self.engine, self._visiting  # another run may begin meanwhile, with others
     try:
         # no longer than a job's lease: a visitor that was killed keeps a tenant from the others for no longer than its jobs
-        while leased := self.wakes.lease(id, self.engine.worker, max(2, min(30, self.engine.settings.lease))):
-            settle, store = partial(self.wakes.settle, id, self.engine.worker, *leased), self._store_of(id)
-            seen = store and self.engine.take_turn(store)
-            if store is None or self._stopped.is_set(): settle(0.0); return  # a tenant that is gone may have come again meanwhile
-            if not self.engine.knows(store): settle(0.0); continue  # it went with its tenant; there may be another of that name
-            after, queues, foreign = self._next_due(store, seen)
+        while not e.stopping and (leased := self.wakes.lease(id, e.worker, max(2, min(30, e.settings.lease)))):
+            settle, store = partial(self.wakes.settle, id, e.worker, *leased), self._store_of(id, e)
+            seen = store and e.take_turn(store)
+            if store is None or e.stopping: settle(0.0); return  # a tenant that is gone may have come again meanwhile
+            if not e.knows(store): settle(0.0); continue  # it went with its tenant; there may be another of that name
+            after, queues, foreign = self._next_due(e, store, seen)
             if foreign: self._passed[id] = leased[0], time.monotonic() + min(60.0, foreign)
             if settle(after, queues, bool(foreign)): return
-    except Exception as e:
-        wait = leased and self._quietly(self.wakes.trouble, id, self.engine.worker, leased[1], str(e)[:500])
-        log.warning('tenant=%s: cannot be visited now%s: %s', id, f', set aside for {wait:g} s' if wait else '', e, exc_info=not isinstance(e, FhSaasError))
-    finally: self._visiting.discard(id)
+    except Exception as err:
+        wait = leased and self._quietly(self.wakes.trouble, id, e.worker, leased[1], str(err)[:500])
+        log.warning('tenant=%s: cannot be visited now%s: %s', id, f', set aside for {wait:g} s' if wait else '', err, exc_info=not isinstance(err, FhSaasError))
+    finally: visiting.discard(id)
 
 # %% ../../nbs/workers/00_lookout.ipynb #09a4cbaa
 @patch
-def _store_of(self:Lookout, id): # None if the tenant is gone
-    if (store := self._stores.get(id)) is not None and self.engine.opened(store.url) is store: return store
+def _store_of(self:Lookout, id, e): # None if the tenant is gone
+    if (store := self._stores.get(id)) is not None and e.knows(store): return store
     if (facts := self.wakes.facts(id)) is None: return self.wakes.drop(id)
-    store = self.engine.store(self.host.url_of(facts['url']), 'tenant_jobs', id)
-    self.engine.tie(store, self.host, id, True, facts)
+    store = e.store(self.host.url_of(facts['url']), 'tenant_jobs', id)
+    e.tie(store, self.host, id, True, facts)
     self._stores[id] = store  # others take it from here: not before its tenant is known
     return store
 
 @patch
-def _next_due(self:Lookout, store, seen) -> tuple: # Seconds, in which queues, and, if something due is not for this process, when it looks again
-    e = self.engine
+def _next_due(self:Lookout, e, store, seen) -> tuple: # Seconds, in which queues, and, if something due is not for this process, when it looks again
     mine, lapse, waiting = seen if seen and not seen[2] else e.outlook(store)
     # what this engine can take it takes, or it is lost with it; but another that has nothing to do may help: at once, if jobs are long
     soon = [max(1.0, 0.05*(e.backlog + e.blocked)) if m <= 0 else m for m in (mine, lapse) if m is not None]

@@ -10,15 +10,15 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/workers/runner.html.md"""
 __all__ = ['log', 'farewell', 'Runner', 'keep_heap']
 
 # %% ../../nbs/workers/00_runner.ipynb #f5c47b81
-import asyncio, gc, logging, signal, threading, time
+import asyncio, gc, logging, os, signal, threading, time, weakref
 from contextlib import asynccontextmanager
 from functools import partial
 from fastcore.basics import patch
+from ..db_connect import FhSaasError, show_url
 from ..db_host import HostDatabase
 from ..jobs.engine import Engine
 from ..jobs.process import end_process, in_test, use_engine
 from ..jobs.settings import Settings, check_queues
-from ..jobs.tenancy import rules_of
 from .fleet import beat_every
 from .lookout import Lookout
 
@@ -41,6 +41,22 @@ class Runner(Lookout):
     def __enter__(self): return self.start()
     def __exit__(self, *args): self.stop()
 
+# %% ../../nbs/workers/00_runner.ipynb #e56f6a99
+_serving = weakref.WeakSet() # Runners of this process that have begun
+
+@patch
+def _lives(self:Runner) -> bool: return self.engine is not None and not self._aside and not self._stopped.is_set() and self.engine.pid == os.getpid()
+
+@patch
+def _runs(self:Runner) -> bool: return self._lives() and not self.engine.stopping
+
+@patch
+def _refuse_another_host(self:Runner):
+    "A process has one engine, which serves one host"
+    for r in list(_serving):
+        if r is not self and r._runs() and r.host.url != self.host.url:
+            raise FhSaasError(f"this process runs the jobs of {show_url(r.host.url)} already: stop that runner before it is to run those of {show_url(self.host.url)}, or serve them in another process; nothing was started")
+
 # %% ../../nbs/workers/00_runner.ipynb #16a7bbca
 log = logging.getLogger('fh_saas.jobs')
 
@@ -49,13 +65,18 @@ farewell = 5.0 # seconds that a host may take to let a process go
 @patch
 def start(self:Runner):
     "Make this the engine of the process, and begin; to be called in the process that serves, not at import"
+    if (tested := in_test()) is not None: self.engine, self._aside = tested, True; return self
+    if self._runs(): return self
+    e = Engine(self.settings, queues=self.queues)
+    if serves := bool(self.host and e.settings.concurrency):
+        self._refuse_another_host()
+        self._meet_host()  # it may not answer: nothing has begun yet
+        e.line.rules = self.rules  # before anybody can run a job
+    if self._lives(): self.stop()  # its engine was stopped by somebody else
     self._stopped = threading.Event()  # a thread of before that still waits for its host ends by its own
     self._leaving, self._left, self._gone = False, threading.Event(), threading.Event()
-    if (tested := in_test()) is not None: self.engine, self._aside = tested, True; return self
-    e = Engine(self.settings, queues=self.queues)
-    if serves := bool(self.host and e.settings.concurrency): e.line.rules = rules_of(self.host)  # before anybody can run a job
     self._aside, self.engine = False, use_engine(e)
-    if serves: self._begin()
+    if serves: _serving.add(self); self._begin()
     return self
 
 @patch
@@ -128,7 +149,7 @@ def _listen(self:Runner):
         end_process()
         threading.Thread(target=self.stop, daemon=True).start()
         if callable(old := self._old_signals.get(sig)): old(sig, frame)
-    for sig in (signal.SIGTERM, signal.SIGINT):
+    for sig in (signal.SIGTERM, signal.SIGINT) if not self._old_signals else ():
         if callable(signal.getsignal(sig)): self._old_signals[sig] = signal.signal(sig, begin)
 
 # %% ../../nbs/workers/00_runner.ipynb #0467cf40
