@@ -1,0 +1,154 @@
+"A runner begins whole or not at all, once, and ends as a whole, over both databases of a host."
+import asyncio, signal, threading, time, uuid
+import pytest
+from conftest import wait_until
+from fh_saas.db_connect import DatabaseBusy, FhSaasError
+from fh_saas.db_host import HostDatabase
+from fh_saas.db_tenant import get_or_create_tenant_db
+from fh_saas.jobs.engine import Engine
+from fh_saas.jobs.notes import Notes
+from fh_saas.jobs.process import default_engine, use_engine
+from fh_saas.jobs.settings import Settings
+from fh_saas.jobs.tasks import task
+from fh_saas.jobs.wake import wakes_of
+from fh_saas.utils_bgtsk import BackgroundTaskManager
+from fh_saas.workers.fleet import Fleet
+from fh_saas.workers.runner import Runner
+
+begun = []
+
+@task('runner_stamp')
+def runner_stamp(n): begun.append(n)
+
+@pytest.fixture
+def acme(host):
+    "What submits to a tenant, and runs nothing"
+    begun.clear()
+    with get_or_create_tenant_db(f'run-{uuid.uuid4().hex[:6]}', host=host) as db: yield BackgroundTaskManager(db, e := Engine(Settings(concurrency=0)))
+    e.stop(0)
+
+@pytest.fixture
+def new_runner(host):
+    made = []
+    def new(of=host, **kw):
+        made.append(r := Runner(of, Settings(concurrency=2, handoff=0, poll=3600, **kw)))
+        return r
+    yield new
+    for r in made: r.stop(0)
+
+def submit(m, n): m.submit('runner_stamp', runner_stamp, n=n)
+def ours(host): return [w for w in Fleet(host).workers() if w.state != 'lost']
+def watches(): return sum(t.name == 'fh_saas-watch' for t in threading.enumerate())
+
+def test_a_second_runner_of_a_host_takes_the_place_of_the_first(host, acme, new_runner):
+    "As of a cell that is run again; the first one leases no visits that it leaves undone"
+    first, before = new_runner().start(), watches()
+    second = new_runner().start()
+    wait_until(lambda: [w.id for w in ours(host)] == [second.engine.worker], 15)
+    wait_until(lambda: watches() == before, 10)
+    waits = []
+    for n in range(10):
+        at = time.monotonic()
+        submit(acme, n)
+        wait_until(lambda: n in begun, 10)
+        waits.append(time.monotonic() - at)
+    assert max(waits) < 2 and not first._watching.is_alive()  # each took up to seven seconds
+    first.stop(0)
+    assert not second.engine.stopping
+
+def test_a_process_serves_one_host(host, acme, new_runner, tmp_path):
+    other = HostDatabase(f'sqlite:///{tmp_path}/other.db')
+    first = new_runner().start()
+    with pytest.raises(FhSaasError, match='already: stop that runner before'): new_runner(other).start()
+    submit(acme, 1)
+    wait_until(lambda: begun, 10)  # it goes on
+    first.stop(0)
+    r = new_runner(other).start()
+    wait_until(lambda: ours(other), 10)
+    r.stop(0)
+    other.close()
+
+def test_a_runner_whose_engine_was_replaced_by_hand_ends(host, new_runner):
+    r = new_runner().start()
+    wait_until(lambda: ours(host), 10)
+    use_engine(e := Engine(Settings(concurrency=1)))
+    wait_until(lambda: not ours(host) and not r._watching.is_alive(), 15)
+    assert not e.stopping and r.start().engine is not e  # it may begin again
+    wait_until(lambda: [w.id for w in ours(host)] == [r.engine.worker], 10)
+
+def test_a_runner_that_runs_is_started_once(host, acme, new_runner):
+    before, r = watches(), new_runner()
+    e = r.start().engine
+    assert r.start().engine is e and not e.stopping and watches() == before + 1
+    wait_until(lambda: len(ours(host)) == 1, 10)
+    submit(acme, 1)
+    wait_until(lambda: begun, 10)
+    r.stop(0); r.stop(0)
+    assert watches() == before and ours(host) == []
+
+def test_attached_twice_it_leaves_the_signals_as_they_were(new_runner):
+    r, was = new_runner(), signal.getsignal(signal.SIGTERM)
+    def own(*args): pass
+    async def go():
+        signal.signal(signal.SIGTERM, own)
+        await r.astart(); await r.astart()
+        assert signal.getsignal(signal.SIGTERM) is not own
+        await r.astop(); await r.astop()
+        assert signal.getsignal(signal.SIGTERM) is own
+    try: asyncio.run(go())
+    finally: signal.signal(signal.SIGTERM, was)
+
+def test_a_runner_whose_host_does_not_answer_has_not_begun(host, acme, new_runner, monkeypatch):
+    r, engine = new_runner(), default_engine()
+    with monkeypatch.context() as mp:
+        mp.setattr('fh_saas.workers.lookout.Fleet', lambda host: (_ for _ in ()).throw(DatabaseBusy('locked')))
+        with pytest.raises(DatabaseBusy): r.start()
+        at = time.monotonic()
+        r.stop(0)
+        assert default_engine() is engine and not engine.stopping and time.monotonic() < at + 1
+    r.start()
+    submit(acme, 1)
+    wait_until(lambda: begun, 10)
+    r.stop(0)
+    with monkeypatch.context() as mp:  # nor the second time
+        mp.setattr('fh_saas.workers.lookout.Fleet', lambda host: (_ for _ in ()).throw(DatabaseBusy('locked')))
+        with pytest.raises(DatabaseBusy): r.start()
+        r.stop(0)
+
+def test_a_visit_of_the_run_before_does_not_mix_with_the_next(host, acme, new_runner, monkeypatch, caplog):
+    at_it, go_on, r, store_of = threading.Event(), threading.Event(), new_runner(), Runner._store_of
+    def slow(self, id, e):
+        if not at_it.is_set(): at_it.set(); go_on.wait(30)
+        return store_of(self, id, e)
+    monkeypatch.setattr(Runner, '_store_of', slow)
+    wakes_of(host).ring(acme.db.tenant_id)
+    r.start()
+    assert at_it.wait(10)
+    r.stop(0)
+    r.start()
+    go_on.set()
+    submit(acme, 1)
+    wait_until(lambda: begun, 40)  # the lease of that visit may have to run out
+    time.sleep(0.5)
+    assert not [r for r in caplog.records if r.name == 'fh_saas.jobs']
+
+def test_runners_that_have_ended_leave_no_threads(host, acme, new_runner):
+    before = {t for t in threading.enumerate()}
+    def left(): return [t.name for t in threading.enumerate() if t not in before and t.name.startswith('fh_saas-') and t.name != 'fh_saas-notes']
+    r = new_runner()
+    for n in range(4):
+        with r: submit(acme, n); wait_until(lambda: n in begun, 10)
+    wait_until(lambda: not left(), 10)
+
+def test_notes_that_a_host_does_not_take_keep_no_process_from_ending():
+    answer = threading.Event()
+    notes = Notes(lambda *what: answer.wait(60))
+    assert notes.waits('acme', 'q')
+    wait_until(notes._pen.locked, 5)  # the thread is at it
+    assert notes.waits('globex', 'q') and notes.at
+    at = time.monotonic()
+    notes.end(0.5)
+    assert not notes.at and time.monotonic() < at + 3
+    notes.end(0)
+    assert time.monotonic() < at + 3
+    answer.set()
