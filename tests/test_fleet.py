@@ -435,6 +435,32 @@ def test_what_cannot_be_put_back_changes_nothing(shop, tmp_path, monkeypatch):
     resume_tenant(acme, shop.host)
     assert [j.id for j in shop.manager('acme').list_jobs()] == [job] and shop.host.find(acme).held
 
+@pytest.mark.parametrize('sig', [signal.SIGTERM, signal.SIGKILL])
+def test_a_copy_of_whoever_was_killed_while_putting_it_back_is_not_put_back_later(new_pg, tmp_path, sig):
+    "`pg_restore` waits for a transaction that has read, and everybody else for `pg_restore`"
+    host, tenant = HostDatabase(new_pg()), f'orphan-{uuid.uuid4().hex[:6]}'
+    with get_or_create_tenant_db(tenant, host=host) as db:
+        m = BackgroundTaskManager(db, e := Engine(Settings(concurrency=0)))
+        m.submit('ping', ping)
+        copy = export_tenant(host, tenant, tmp_path/'copy')
+        late, _ = m.submit('ping', ping)
+    eng, there = open_engine(host.url_of(host.find(tenant))), sa.text("SELECT wait_event_type FROM pg_stat_activity WHERE application_name LIKE 'fh_saas restore %' AND datname = current_database()")
+    def restores():
+        with reading(eng) as conn: return [w for w, in conn.execute(there).fetchall()]
+    with eng.connect() as app, app.begin():
+        app.execute(sa.text('SELECT count(*) FROM tenant_jobs'))
+        p = subprocess.Popen([sys.executable, '-c', command, 'restore', tenant, str(copy), '--yes', '--host', host.url.render_as_string(hide_password=False)])
+        wait_until(lambda: 'Lock' in restores(), 30)
+        p.send_signal(sig)
+        assert p.wait(10) == -sig
+        wait_until(lambda: not restores(), 10)
+        assert m.get_job(late).status == 'pending'  # while the transaction is open, too
+    assert host.find(tenant).held and m.get_job(late).status == 'pending'
+    e.stop(0)
+    eng.dispose()
+    delete_tenant(tenant, host, force=True)
+    host.close()
+
 @pytest.mark.parametrize('meanwhile', ['released', 'released and held anew', 'made anew'])
 def test_a_tenant_that_changes_hands_while_a_copy_is_to_be_put_back(files, tmp_path, monkeypatch, meanwhile):
     files.submit('acme')

@@ -58,9 +58,19 @@ def _pg_tool(name, url, *args):
     if 'sslpassword' in url.query: raise DatabaseUnavailable(f"{name} takes the password of a key in its arguments only, where everybody on the machine can read it: use a key without one for this, or call {name} yourself")
     password = url.password or url.query.get('password')
     env = {'PGPASSWORD': password} if password else {}  # in the arguments everybody could read it, too
-    done = subprocess.run([tool, '--no-password', *args], env=os.environ | env, capture_output=True, text=True)
+    done = _held([tool, '--no-password', *args], os.environ | env)
     if done.returncode: raise DatabaseUnavailable(f"{name} of {url.database} failed: {done.stderr.strip()[-500:]}")
     return done.stdout
+
+# whatever ends this process, the other end of file 3 is closed then
+_watch = 'exec 3<&0 </dev/null; "$@" & p=$!; { read -r _ <&3; kill -9 $p; } >/dev/null 2>&1 & wait $p; s=$?; kill $! 2>/dev/null; exit $s'
+
+def _held(command, env):
+    "Run a command that does not outlive this process"
+    guard = [sh, '-c', _watch, 'sh'] if (sh := shutil.which('sh')) else []
+    end, held = os.pipe()
+    try: return subprocess.run([*guard, *command], env=env, stdin=end, capture_output=True, text=True)
+    finally: os.close(end); os.close(held)
 
 def _conninfo(url, **more) -> str:
     from psycopg.conninfo import make_conninfo
@@ -139,11 +149,20 @@ def _back_pg(url, path, busy):
     me, over, late = f'fh_saas restore {gen_id()}', threading.Event(), threading.Event()
     (watching := threading.Thread(target=_end_who_waits, args=(url, me, busy, over, late), daemon=True)).start()
     try:
-        try: _pg_tool('pg_restore', url, '--clean', '--if-exists', '--no-owner', '--single-transaction', f'--dbname={_conninfo(url, application_name=me)}', str(path))
+        try: _pg_tool('pg_restore', url, '--clean', '--if-exists', '--no-owner', '--single-transaction', f'--dbname={_conninfo(url, application_name=me, **_alert(url))}', str(path))
         finally: over.set(); watching.join()  # who has ended the connection may not have said so yet
     except DatabaseUnavailable as e:
         if late.is_set(): raise DatabaseBusy(f"{show_url(url)}: another connection held a lock for {busy:g} s; nothing was put back") from e
         raise
+
+def _alert(url) -> dict:
+    "Have the server notice, while it waits for a lock, that pg_restore is gone; one before PostgreSQL 14, or behind a pooler, cannot"
+    its = [o] if isinstance(o := url.query.get('options', ()), str) else [*o]
+    more = dict(options=' '.join([*its, '-c client_connection_check_interval=1000']))
+    try:
+        with db_errors(url): connect(url.update_query_dict(more)).close()
+    except FhSaasError: return {}
+    return more
 
 def _end_who_waits(url, name, busy, over, late):
     "pg_restore turns lock_timeout off, and would wait for ever, with everybody behind it"
