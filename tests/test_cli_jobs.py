@@ -162,6 +162,21 @@ def test_a_rule_for_a_name_that_nobody_knows_is_made_and_said(shop, command, mon
     assert 'no living' not in command('rules', 'concurrency=3', '--queue', 'imports')[1]
     fleet.leave(e.worker); e.stop(0); host.close()
 
+@pytest.mark.parametrize('odd', ['tenant=5', 'queue=q', 'task=t', 'self=3', 'cls=1', 'wieght=2'])
+def test_a_rule_that_there_is_none_of_is_named(shop, command, odd):
+    code, _, err = command('rules', odd)
+    assert code == 1 and f'{odd}: there is no such rule; use concurrency, ' in err and '--tenant' in err
+
+@pytest.mark.parametrize('odd', ['\udcff=3', f"{'q'*65}=3", '=3', 'q=0', 'q'])
+def test_a_queue_that_cannot_be_one_is_refused_before_anything_is_imported(command, odd):
+    code, _, err = command('worker', 'nowhere:host', '-q', odd, host=False)
+    assert code == 78 and '-q' in err and 'nowhere' not in err and 'Traceback' not in err
+
+def test_arguments_nested_too_deeply_are_refused(shop, run):
+    m, *_ = shop
+    id, _ = m.submit('cli_sync', cli_sync, account=1, run_at='2100-01-01')
+    assert 'use name=JSON' in run('rerun', id, f"account={'['*30_000}", code=1) and len(m.list_jobs()) == 1
+
 def test_who_is_suspended_is_told_what_takes_it_back(shop, run, command):
     tenant = shop[2]
     run('suspend')

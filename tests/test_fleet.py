@@ -242,6 +242,20 @@ def test_a_rate_is_kept(files):
     times = [float(l[0]) for l in files.said('ping')]
     assert all(times[i+3] - times[i] > 1.8 for i in range(4))
 
+@pytest.mark.parametrize('period', [1, 0.3])
+def test_once_waits_for_a_short_rate(shop, period):
+    rules_of(shop.host).set(shop.name('acme'), task='ping', starts=2, period=period)
+    jobs = [shop.submit('acme', n=n) for n in range(6)]
+    w = shop.worker('--once')
+    w.ends(30)
+    assert w.proc.returncode == 0 and {shop.row('acme', j).status for j in jobs} == {'completed'}, w.text
+
+def test_once_leaves_what_a_long_rate_keeps_and_says_so(files):
+    rules_of(files.host).set('*', task='ping', starts=2, period=3600)
+    jobs = [files.submit('acme', n=n) for n in range(3)]
+    (w := files.worker('--once')).ends(20)
+    assert sorted(files.row('acme', j).status for j in jobs) == ['completed', 'completed', 'pending'] and '1 databases have due jobs that a limit or a rate keeps' in w.text
+
 def test_each_worker_serves_its_queues(files):
     imports, rest = files.worker('-q', 'imports=2'), files.worker('-q', 'default=2')
     for w in (imports, rest): w.says('jobs at once')
@@ -1314,4 +1328,4 @@ def test_what_an_app_gave_setup_jobs_can_be_served(tmp_path):
 
 def test_a_signal_that_comes_while_processes_are_started_reaches_all_of_them():
     done = subprocess.run([sys.executable, '-c', watching], capture_output=True, text=True, timeout=20)
-    assert done.stdout == '2 15 [False, False]\n', done.stdout + done.stderr
+    assert done.stdout == '2 0 [False, False]\n', done.stdout + done.stderr

@@ -9,9 +9,12 @@ from conftest import wait_until
 from fh_saas.db_connect import DatabaseFull, DatabaseUnavailable, open_engine
 from fh_saas.db_host import HostDatabase, gen_id
 from fh_saas.db_tenant import delete_tenant, get_or_create_tenant_db, open_tenant_db
+from fh_saas.jobs.engine import Engine
+from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.store import Store
-from fh_saas.jobs.tasks import Registry
+from fh_saas.jobs.tasks import Registry, task
 from fh_saas.jobs.tenancy import Held, Tenancy, settle_held
+from fh_saas.ops.copies import export_tenant
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 
 swapping = '''
@@ -84,6 +87,50 @@ def test_an_untold_mark_does_not_hold_again_what_an_operator_has_released(host):
     settle_held(host, 'acme', discard=False)
     untold.refresh()
     untold.read_notes(lambda: notes(host))
+
+ran = []
+
+@task('replaced_ran')
+def replaced_ran(): ran.append(1)
+
+@pytest.mark.parametrize('action', ['cancel', 'delete', 'cancel_all'])
+def test_a_copy_in_which_a_job_is_open_that_was_cancelled_since_is_held(host, new_engine, action):
+    "Nobody has claimed anything: only a process that submits and runs nothing was there"
+    ran.clear()
+    web, path = Engine(Settings(concurrency=0)), Path(host.url_of(host.find('acme')).database)
+    with get_or_create_tenant_db('acme', host=host) as db:
+        m = BackgroundTaskManager(db, web)
+        id, _ = m.submit('replaced_ran', replaced_ran)
+        copy = export_tenant(host, 'acme', path.with_name('copy.db'))
+        getattr(m, action)(**dict(everything=True) if action == 'cancel_all' else dict(job_id=id))
+        assert action == 'delete' or m.get_job(id).status == 'cancelled'
+    web.stop(0)
+    host.open_dbs.close(host.url_of(host.find('acme')))
+    for x in ('-wal', '-shm'): Path(f'{path}{x}').unlink(missing_ok=True)
+    copy.replace(path)
+    with get_or_create_tenant_db('acme', host=host) as db:
+        BackgroundTaskManager(db, e := new_engine(handoff=0))
+        wait_until(lambda: host.find('acme').held, 10)
+    e.stop(0)
+    assert 'an earlier state of itself' in host.find('acme').held and not ran
+
+def test_a_file_that_was_put_back_is_not_brought_up_by_cancelling_in_it(host, new_engine):
+    path = Path(host.url_of(host.find('acme')).database)
+    with get_or_create_tenant_db('acme', host=host) as db:
+        m = BackgroundTaskManager(db, e := Engine(Settings(concurrency=0)))
+        ids = [m.submit('t', lambda: 1, run_at='2999-01-01')[0] for _ in range(4)]
+        copy = export_tenant(host, 'acme', path.with_name('copy.db'))
+        for id in ids[:2]: m.cancel(id)
+    e.stop(0)
+    host.open_dbs.close(host.url_of(host.find('acme')))
+    for x in ('-wal', '-shm'): Path(f'{path}{x}').unlink(missing_ok=True)
+    copy.replace(path)
+    with get_or_create_tenant_db('acme', host=host) as db:
+        m = BackgroundTaskManager(db, e := Engine(Settings(concurrency=0)))
+        for id in ids: m.cancel(id)  # it is done, whatever the file is
+        assert {m.get_job(id).status for id in ids} == {'cancelled'}
+    e.stop(0)
+    assert 'an earlier state of itself' in host.find('acme').held
 
 def test_facts_of_the_epoch_before_do_not_hold_what_an_operator_has_released(host):
     late = tenancy(host)

@@ -91,6 +91,19 @@ def _bar(self:Allotment, desk,
     desk.barred = min(max(5.0, 0.05*len(self._blocked)), max(0.2, 2*desk.barred))
     return desk.barred
 
+# %% ../../nbs/jobs/12_allotment.ipynb #96f8b9b5
+@patch
+def kept(self:Allotment, longest:float) -> bool:
+    "Does a rate, with a period of at most so many seconds, keep a due job that this process could run?"
+    return any(self._kept(d, longest) for d in list(self._blocked) if not d.shut)
+
+@patch
+def _kept(self:Allotment, desk, longest):
+    rates = {t: r for t, r in rates_of(self.registry, desk.limits).items() if r[1] <= longest}
+    if not rates: return False
+    named = {n: self.registry.named_as(n) for n in itertools.chain(*desk.names)}
+    return any(self.serves(q) and q not in desk.limits.closed for q in desk.store.kept_in(rates, named))
+
 # %% ../../nbs/jobs/12_allotment.ipynb #74aa8d46
 @patch
 def admit(self:Allotment, shares:dict,

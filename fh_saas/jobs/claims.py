@@ -209,3 +209,18 @@ def _start(self:Store, cur, now, task, n, per):
     self.statement(('forget starts', s.name), lambda: s.delete().where(s.c.task == bind('task'), sa.or_(s.c.at <= bind('since'), s.c.at > bind('until'))))(cur, task=task, since=timestamp(now-per), until=timestamp(now+1))
     add = self.statement(('start', s.name), lambda: self.kind.insert(s).values({c.name: bind(c.name) for c in s.c}).on_conflict_do_update(index_elements=[s.c.task, s.c.at], set_=dict(n=s.c.n + bind('more', type_=sa.Integer))))
     add(cur, task=task, at=timestamp(now), n=n, more=n)
+
+# %% ../../nbs/jobs/05_store_claims.ipynb #6f34bed7
+@patch
+def kept_in(self:Store, rates:dict,
+    named:dict, # Name that a row may have for its task -> the name for which its starts are counted
+    lately:float=10.0, # Seconds beyond its period in which a task must have begun, or it is not its rate that keeps it
+) -> list: # Queues
+    "Where jobs are due of tasks whose rate lets them begin now and then"
+    j = self.t.jobs
+    stmt = self.statement(('kept in', j.name), lambda: sa.select(j.c.queue).where(j.c.status == PENDING, j.c.run_at <= bind('now'), self._among(sa.func.coalesce(j.c.task, j.c.job_type))).distinct())
+    with self.cursor() as cur:
+        now = self.kind.now(cur)
+        flowing = {t for t, (_, per) in rates.items() if self._started(cur, now, t, per + lately)}
+        names = [n for n, t in named.items() if t in flowing]
+        return [q for q, in stmt(cur, now=timestamp(now), ids=dumps(names)).fetchall()] if names else []

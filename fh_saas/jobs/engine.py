@@ -190,8 +190,11 @@ def drop(self:Engine, store:Store, job_id:str):
 
 @patch
 def cancel(self:Engine, store:Store, changed:dict):
-    "These jobs were cancelled: what runs of them here learns it at once"
-    if desk := self._desks.get(store): desk.cancel(changed)
+    "These jobs were cancelled or deleted: what runs of them here learns it at once"
+    if desk := self._desks.get(store):
+        desk.cancel(changed)
+        changed and desk.decided()
+        if desk.tenancy and desk.tenancy.untold: self.house.submit(desk.tell)
     if events.subscribers and (over := [id for id, status in changed.items() if status == 'cancelled']):
         try: events.tell(*(event_of('finished', store.tenant, job, error=job['error_message']) for job in store.these(over)))
         except FhSaasError as e: log.warning('tenant=%s: nobody is told of %s cancelled jobs: %s', store.tenant, len(over), e)

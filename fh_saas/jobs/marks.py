@@ -71,6 +71,21 @@ def flush(self:Marks):
     self._checked(*self.store.write(op))
     self._flushed(before, False, True)
 
+# %% ../../nbs/jobs/10_marks.ipynb #2bc6c789
+@patch
+def decided(self:Marks):
+    "Somebody has ended or removed jobs: a copy of before, in which they are open, is not this database"
+    if not self.tenancy: return
+    try:
+        self.tenancy.refresh(1.0)
+        def op(cur, now):
+            notes, facts = self.tenancy.read_notes(lambda: self.store.noting(cur))
+            self.store.step(cur, notes)
+            return notes, facts, True
+        self._checked(*self.store.write(op))
+    except Held as e: self.tenancy.hold(e)
+    except Exception as e: self._in_vain(e, 'a copy of before would not be told from it')
+
 # %% ../../nbs/jobs/10_marks.ipynb #ad83ad8b
 @patch
 def tell(self:Marks, every:float=0.0) -> bool: # Does the host answer?

@@ -16,7 +16,8 @@ from fastcore.script import CliError, parse_cli
 from ..db_connect import FhSaasError
 from ..db_tenant import delete_tenant, resume_tenant, suspend_tenant
 from ..jobs.registered import alive
-from ..jobs.rules import kept_by
+from ..jobs.options import InvalidJob, checked
+from ..jobs.rules import kept_by, rule_names
 from ..jobs.settings import Settings
 from ..jobs.tenancy import rules_of, settle_held
 from ..jobs.wake import wakes_of
@@ -35,6 +36,8 @@ def queue_limits(pairs:list) -> dict: # None: all queues, without limits of thei
     for p in pairs or []:
         name, _, n = p.rpartition('=')
         if not name or not n.isdecimal() or not 1 <= int(n) <= 1000: raise Unusable(f"-q {p}: use name=number, for example -q imports=4, with a number from 1 to 1000")
+        try: checked(queue=name)
+        except InvalidJob as e: raise Unusable(f"-q: {e}") from None
         limits[name] = int(n)
     return limits or None
 
@@ -116,6 +119,7 @@ def _numbers(values:list) -> dict:
     for v in values:
         k, eq, n = v.partition('=')
         if not eq: raise CliError(f"{v}: use name=value, or name= to take the rule away")
+        if k not in rule_names: raise CliError(f"{v}: there is no such rule; use {', '.join(rule_names)}, and --tenant, --queue and --task for what it holds")
         try: said[k] = None if not n else n if k == 'mode' else float(n) if k in ('weight', 'period') else int(n)
         except ValueError: raise CliError(f"{v}: use a {'' if k in ('weight', 'period') else 'whole '}number") from None
     return said

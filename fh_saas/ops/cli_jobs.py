@@ -136,7 +136,7 @@ def rerun(
     for c in changes:
         name, eq, text = c.partition('=')
         try: new[name] = json.loads(text)
-        except ValueError: raise CliError(f"{plain(c)}: use name=JSON, for example path='\"b.csv\"'") from None
+        except (ValueError, RecursionError): raise CliError(f"{plain(c)[:200]}: use name=JSON, for example path='\"b.csv\"'") from None
     with _manager(host, tenant, True) as m:
         id = m.rerun(job_id, new)
         did(m.db.host, 'rerun', f'{job_id} as {id}', id, tenant)
