@@ -12,7 +12,7 @@ from fh_saas.db_tenant import delete_tenant, get_or_create_tenant_db, open_tenan
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.store import Store
-from fh_saas.jobs.tasks import Registry, task
+from fh_saas.jobs.tasks import Registry
 from fh_saas.jobs.tenancy import Held, Tenancy, settle_held
 from fh_saas.ops.copies import export_tenant
 from fh_saas.utils_bgtsk import BackgroundTaskManager
@@ -88,19 +88,16 @@ def test_an_untold_mark_does_not_hold_again_what_an_operator_has_released(host):
     untold.refresh()
     untold.read_notes(lambda: notes(host))
 
-ran = []
-
-@task('replaced_ran')
-def replaced_ran(): ran.append(1)
-
 @pytest.mark.parametrize('action', ['cancel', 'delete', 'cancel_all'])
 def test_a_copy_in_which_a_job_is_open_that_was_cancelled_since_is_held(host, new_engine, action):
     "Nobody has claimed anything: only a process that submits and runs nothing was there"
-    ran.clear()
-    web, path = Engine(Settings(concurrency=0)), Path(host.url_of(host.find('acme')).database)
+    def t(): ran.append(1)
+    ran, registry = [], Registry()
+    registry.add(t, 't')
+    web, path = Engine(Settings(concurrency=0), registry), Path(host.url_of(host.find('acme')).database)
     with get_or_create_tenant_db('acme', host=host) as db:
         m = BackgroundTaskManager(db, web)
-        id, _ = m.submit('replaced_ran', replaced_ran)
+        id, _ = m.submit('t', t)
         copy = export_tenant(host, 'acme', path.with_name('copy.db'))
         getattr(m, action)(**dict(everything=True) if action == 'cancel_all' else dict(job_id=id))
         assert action == 'delete' or m.get_job(id).status == 'cancelled'
@@ -109,7 +106,7 @@ def test_a_copy_in_which_a_job_is_open_that_was_cancelled_since_is_held(host, ne
     for x in ('-wal', '-shm'): Path(f'{path}{x}').unlink(missing_ok=True)
     copy.replace(path)
     with get_or_create_tenant_db('acme', host=host) as db:
-        BackgroundTaskManager(db, e := new_engine(handoff=0))
+        BackgroundTaskManager(db, e := new_engine(registry, handoff=0))
         wait_until(lambda: host.find('acme').held, 10)
     e.stop(0)
     assert 'an earlier state of itself' in host.find('acme').held and not ran
