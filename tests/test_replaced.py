@@ -88,16 +88,18 @@ def test_an_untold_mark_does_not_hold_again_what_an_operator_has_released(host):
     untold.refresh()
     untold.read_notes(lambda: notes(host))
 
+ran = []
+def replaced_ran(): ran.append(1)
+
 @pytest.mark.parametrize('action', ['cancel', 'delete', 'cancel_all'])
 def test_a_copy_in_which_a_job_is_open_that_was_cancelled_since_is_held(host, new_engine, action):
     "Nobody has claimed anything: only a process that submits and runs nothing was there"
-    def t(): ran.append(1)
-    ran, registry = [], Registry()
-    registry.add(t, 't')
+    ran.clear()
+    (registry := Registry()).add(replaced_ran)
     web, path = Engine(Settings(concurrency=0), registry), Path(host.url_of(host.find('acme')).database)
     with get_or_create_tenant_db('acme', host=host) as db:
         m = BackgroundTaskManager(db, web)
-        id, _ = m.submit('t', t)
+        id, _ = m.submit('replaced_ran', replaced_ran)
         copy = export_tenant(host, 'acme', path.with_name('copy.db'))
         getattr(m, action)(**dict(everything=True) if action == 'cancel_all' else dict(job_id=id))
         assert action == 'delete' or m.get_job(id).status == 'cancelled'
