@@ -68,6 +68,14 @@ def test_a_process_serves_one_host(host, acme, new_runner, tmp_path):
     r.stop(0)
     other.close()
 
+def test_a_host_has_one_name_however_it_is_written(tmp_path, monkeypatch, new_runner):
+    monkeypatch.chdir(tmp_path)
+    hosts = [HostDatabase(f'sqlite:///{tmp_path}/host.db'), HostDatabase('sqlite:///host.db')]
+    first, second = (new_runner(h).start() for h in hosts)
+    wait_until(lambda: [w.id for w in ours(hosts[0])] == [second.engine.worker], 15)
+    for r in (first, second): r.stop(0)
+    for h in hosts: h.close()
+
 def test_a_runner_whose_engine_was_replaced_by_hand_ends(host, new_runner):
     r = new_runner().start()
     wait_until(lambda: ours(host), 10)

@@ -54,7 +54,7 @@ def _runs(self:Runner) -> bool: return self._lives() and not self.engine.stoppin
 def _refuse_another_host(self:Runner):
     "A process has one engine, which serves one host"
     for r in list(_serving):
-        if r is not self and r._runs() and r.host.url != self.host.url:
+        if r is not self and r._runs() and r.host.id != self.host.id:
             raise FhSaasError(f"this process runs the jobs of {show_url(r.host.url)} already: stop that runner before it is to run those of {show_url(self.host.url)}, or serve them in another process; nothing was started")
 
 # %% ../../nbs/workers/00_runner.ipynb #16a7bbca
