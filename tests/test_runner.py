@@ -94,6 +94,32 @@ def test_a_runner_that_runs_is_started_once(host, acme, new_runner):
     r.stop(0); r.stop(0)
     assert watches() == before and ours(host) == []
 
+def test_a_runner_that_is_started_while_it_ends_begins_after_that(host, acme, new_runner):
+    over, r, before = threading.Event(), new_runner().start(), watches()
+    def holds(): begun.append('holds'); over.wait(30)
+    with get_or_create_tenant_db(acme.db.tenant_id, host=host) as db: BackgroundTaskManager(db).submit('holds', holds)
+    wait_until(lambda: begun, 10)
+    old = r.engine
+    (stop := threading.Thread(target=r.stop, args=[20])).start()
+    wait_until(lambda: old.stopping, 10)
+    (start := threading.Thread(target=r.start)).start()
+    time.sleep(0.5)
+    assert r.engine is old
+    over.set()
+    start.join(20); stop.join(20)
+    assert r.engine is not old and old.closed and not r.engine.stopping and watches() == before
+    submit(acme, 1)
+    wait_until(lambda: 1 in begun, 10)
+    assert [(w.id, w.state) for w in ours(host)] == [(r.engine.worker, 'running')]
+
+def test_many_who_start_a_runner_at_once_start_it_once(host, new_runner):
+    before, r = watches(), new_runner()
+    threads = [threading.Thread(target=r.start) for _ in range(8)]
+    for t in threads: t.start()
+    for t in threads: t.join(20)
+    assert watches() == before + 1
+    wait_until(lambda: len(ours(host)) == 1, 10)
+
 def test_attached_twice_it_leaves_the_signals_as_they_were(new_runner):
     r, was = new_runner(), signal.getsignal(signal.SIGTERM)
     def own(*args): pass

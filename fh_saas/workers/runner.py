@@ -37,12 +37,20 @@ class Runner(Lookout):
         check_queues(queues)
         self.host, self.settings, self.queues, self.sweep, self.engine = host, settings, queues, sweep, None
         self._stores, self._stopped, self._old_signals, self._aside, self._ending = {}, threading.Event(), {}, False, threading.Lock()
+        self._leaving, self._left, self._gone = False, threading.Event(), threading.Event()
 
     def __enter__(self): return self.start()
     def __exit__(self, *args): self.stop()
 
 # %% ../../nbs/workers/00_runner.ipynb #e56f6a99
 _serving = weakref.WeakSet() # Runners of this process that have begun
+_starting = threading.RLock()
+
+def _forked():
+    global _starting
+    _starting = threading.RLock()
+
+os.register_at_fork(after_in_child=_forked)
 
 @patch
 def _lives(self:Runner) -> bool: return self.engine is not None and not self._aside and not self._stopped.is_set() and self.engine.pid == os.getpid()
@@ -65,14 +73,18 @@ farewell = 5.0 # seconds that a host may take to let a process go
 @patch
 def start(self:Runner):
     "Make this the engine of the process, and begin; to be called in the process that serves, not at import"
+    with _starting: return self._start()
+
+@patch
+def _start(self:Runner):
     if (tested := in_test()) is not None: self.engine, self._aside = tested, True; return self
     if self._runs(): return self
+    self._wait_for_its_end()
     e = Engine(self.settings, queues=self.queues)
     if serves := bool(self.host and e.settings.concurrency):
         self._refuse_another_host()
         self._meet_host()  # it may not answer: nothing has begun yet
         e.line.rules = self.rules  # before anybody can run a job
-    if self._lives(): self.stop()  # its engine was stopped by somebody else
     self._stopped = threading.Event()  # a thread of before that still waits for its host ends by its own
     self._leaving, self._left, self._gone = False, threading.Event(), threading.Event()
     self._aside, self.engine = False, use_engine(e)
@@ -97,6 +109,14 @@ def stop(self:Runner, grace:float=None):
         self._leave()
         self._gone.set()
     elif serves: self._gone.wait(farewell)  # the process may end when this returns
+    else: self._gone.set()
+
+@patch
+def _wait_for_its_end(self:Runner):
+    "It may have been stopped, by somebody else, who waits for its jobs: what comes after that would be taken along"
+    if self._lives(): self._beside(self.stop)  # its engine was
+    if self.engine is None or self._aside or self.engine.pid != os.getpid(): return
+    if not self._gone.wait(most := self.engine.settings.grace + 30): raise FhSaasError(f"{self.engine.worker}: this runner was stopped and has not ended within {most:g} s: start it later, or another one")
 
 # %% ../../nbs/workers/00_runner.ipynb #a6d3caa4
 @patch
