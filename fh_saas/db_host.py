@@ -284,9 +284,14 @@ def count_held(self:HostDatabase) -> int:
     with reading(self.engine) as conn: return conn.execute(sa.select(sa.func.count()).where(_catalog.c.held.is_not(None))).scalar_one()
 
 @patch
-def let_go(self:HostDatabase, tenant_id:str, epoch:int):
+def let_go(self:HostDatabase, tenant_id:str, epoch:int,
+    mark:int, # At which its database is, whatever was heard of the epoch before
+):
     "A tenant that was held goes on, in a new epoch"
-    with writing(self.engine) as conn: conn.execute(_catalog.update().where(_catalog.c.id == tenant_id).values(held=None, held_at=None, epoch=epoch))
+    with writing(self.engine) as conn:
+        conn.execute(_catalog.update().where(_catalog.c.id == tenant_id).values(held=None, held_at=None, epoch=epoch))
+        w = sa.table('fh_saas_wakes', sa.column('tenant_id'), sa.column('mark'))
+        if sa.inspect(conn).has_table(w.name): conn.execute(w.update().where(w.c.tenant_id == tenant_id).values(mark=mark))
 
 @patch
 def unregister(self:HostDatabase, tenant_id:str,

@@ -7,11 +7,12 @@ from fastsql import Database
 from hypothesis import HealthCheck, given, settings, strategies as st
 from sqlalchemy.orm import Session
 from fh_saas.db_connect import DatabaseBusy
-from fh_saas.db_host import HostDatabase
-from fh_saas.db_tenant import get_or_create_tenant_db
+from fh_saas.db_host import HostDatabase, gen_id
+from fh_saas.db_tenant import delete_tenant, get_or_create_tenant_db
 from fh_saas.jobs import following
 from fh_saas.jobs.options import InvalidJob, Unique
-from fh_saas.jobs.store import JobNotFound
+from fh_saas.jobs.store import JobNotFound, QuotaExceeded
+from fh_saas.jobs.tenancy import rules_of
 from fh_saas.jobs.unique import NotUnique
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from conftest import wait_until
@@ -176,6 +177,24 @@ def test_unique_in_a_snapshot_is_refused(new_pg, new_manager):
     shop.submit('t', confirm, n=1, conn=conn)
     conn.commit(); conn.close()
     assert jobs(shop) == [1]
+
+def test_under_a_quota_a_snapshot_is_refused(new_pg, new_engine):
+    "It does not see how many have been submitted since"
+    host, tenant = HostDatabase(new_pg()), f'quota-{gen_id()[-6:]}'
+    rules_of(host).set(tenant, pending=2)
+    with get_or_create_tenant_db(tenant, host=host) as db:
+        m = BackgroundTaskManager(db, new_engine(concurrency=0))
+        eng = sa.create_engine(host.url_of(host.find(tenant)), isolation_level='REPEATABLE READ')
+        with eng.connect() as conn:
+            conn.execute(sa.text('SELECT 1'))
+            for n in range(2): m.submit('t', confirm, n=n)
+            with pytest.raises(InvalidJob, match='quota of pending jobs in a transaction that is repeatable read'): m.submit('t', confirm, n=2, conn=conn)
+        eng.dispose()
+        with m.transaction() as tx, pytest.raises(QuotaExceeded): m.submit('t', confirm, n=2, conn=tx)
+        assert len(m.list_jobs()) == 2
+    m.engine.stop(0)
+    delete_tenant(tenant, host, force=True)
+    host.close()
 
 def test_a_transaction_that_has_read_too_early_is_told_so(new_sqlite, new_manager):
     m = new_manager(url := new_sqlite())

@@ -1,12 +1,12 @@
 "Tenants that are made anew and files that are replaced while processes still remember the ones before"
-import sqlite3, subprocess, sys, time
+import sqlite3, subprocess, sys, threading, time
 from pathlib import Path
 from concurrent.futures import ThreadPoolExecutor
 import pytest
 import sqlalchemy as sa
 import fh_saas.db_tenant
 from conftest import wait_until
-from fh_saas.db_connect import DatabaseFull, DatabaseUnavailable, open_engine
+from fh_saas.db_connect import DatabaseBusy, DatabaseFull, DatabaseUnavailable, open_engine, writing
 from fh_saas.db_host import HostDatabase, gen_id
 from fh_saas.db_tenant import delete_tenant, get_or_create_tenant_db, open_tenant_db
 from fh_saas.jobs.engine import Engine
@@ -14,6 +14,7 @@ from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.store import Store
 from fh_saas.jobs.tasks import Registry
 from fh_saas.jobs.tenancy import Held, Tenancy, settle_held
+from fh_saas.jobs.wake import wakes_of
 from fh_saas.ops.copies import export_tenant
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 
@@ -88,6 +89,41 @@ def test_an_untold_mark_does_not_hold_again_what_an_operator_has_released(host):
     untold.refresh()
     untold.read_notes(lambda: notes(host))
 
+def test_a_mark_that_comes_while_an_operator_releases_a_tenant_does_not_hold_it_again(host, monkeypatch):
+    "A process tells the host its last marks of the epoch before, which the database that is there may never have had"
+    wakes, known, let_go = wakes_of(host), host.find('acme'), HostDatabase.let_go
+    s = Store(host.url_of(known), tenant='acme')
+    for _ in range(7): s.write(lambda cur, now: s.step(cur, s.noting(cur)))
+    s.close()
+    wakes.marked('acme', 2, known.created_at, known.epoch)
+    host.hold('acme', 'a copy', created_at=known.created_at, epoch=known.epoch)
+    def late(self, *args):
+        wakes.marked('acme', 12, known.created_at, known.epoch)
+        let_go(self, *args)
+    monkeypatch.setattr(HostDatabase, 'let_go', late)
+    settle_held(host, 'acme', discard=False)
+    assert int(notes(host)['mark']) == wakes.facts('acme')['mark'] == 8  # and not less than it was
+    wakes.marked('acme', 13, known.created_at, known.epoch)
+    assert wakes.facts('acme')['mark'] == 8
+
+def test_a_mark_that_comes_while_a_tenant_is_deleted_is_not_held_against_the_next_of_that_name(new_pg):
+    "What a server's transaction has read before it waits is old when it goes on"
+    host, tenant = HostDatabase(new_pg()), f'again-{gen_id()[-6:]}'
+    get_or_create_tenant_db(tenant, host=host).close()
+    wakes, known = wakes_of(host), host.find(tenant)
+    wakes.marked(tenant, 1, known.created_at, known.epoch)
+    with writing(host.engine) as conn:
+        host.unregister(tenant, conn)
+        (late := threading.Thread(target=wakes.marked, args=[tenant, 2000, known.created_at, known.epoch])).start()
+        late.join(1)
+        assert late.is_alive()
+    late.join(10)
+    with wakes.cursor() as cur: assert cur.execute('SELECT count(*) FROM fh_saas_wakes').fetchone() == (0,)
+    get_or_create_tenant_db(tenant, host=host).close()
+    assert host.find(tenant).held is None
+    delete_tenant(tenant, host, force=True)
+    host.close()
+
 ran = []
 def replaced_ran(): ran.append(1)
 
@@ -130,6 +166,18 @@ def test_a_file_that_was_put_back_is_not_brought_up_by_cancelling_in_it(host, ne
         assert {m.get_job(id).status for id in ids} == {'cancelled'}
     e.stop(0)
     assert 'an earlier state of itself' in host.find('acme').held
+
+def test_jobs_are_cancelled_though_the_host_cannot_be_told_that_their_tenant_is_to_be_held(host, monkeypatch):
+    with get_or_create_tenant_db('acme', host=host) as db:
+        m = BackgroundTaskManager(db, e := Engine(Settings(concurrency=0)))
+        ids = [m.submit('t', lambda: 1, run_at='2999-01-01')[0] for _ in range(3)]
+        def busy(self, why): raise DatabaseBusy('the host is locked')
+        def replaced(self, *args): raise Held('another', self.facts)
+        monkeypatch.setattr(Tenancy, 'hold', busy)
+        monkeypatch.setattr(Tenancy, 'read_notes', replaced)
+        m.cancel(ids[0])
+        assert m.cancel_all(everything=True) == 2 and {m.get_job(id).status for id in ids} == {'cancelled'}
+    e.stop(0)
 
 def test_facts_of_the_epoch_before_do_not_hold_what_an_operator_has_released(host):
     late = tenancy(host)

@@ -132,6 +132,20 @@ def test_attached_twice_it_leaves_the_signals_as_they_were(new_runner):
     try: asyncio.run(go())
     finally: signal.signal(signal.SIGTERM, was)
 
+def test_two_of_one_app_pass_a_signal_on_when_they_have_ended(new_runner):
+    a, b, was, heard = new_runner(), new_runner(), signal.getsignal(signal.SIGTERM), []
+    async def go():
+        def own(*args): heard.append(args)
+        signal.signal(signal.SIGTERM, own)
+        await a.astart(); await b.astart()
+        await a.astop()
+        assert signal.getsignal(signal.SIGTERM) is not own  # it is the other's still
+        await b.astop()
+        signal.raise_signal(signal.SIGTERM)
+    try: asyncio.run(go())
+    finally: signal.signal(signal.SIGTERM, was)
+    assert len(heard) == 1
+
 def test_a_runner_whose_host_does_not_answer_has_not_begun(host, acme, new_runner, monkeypatch):
     r, engine = new_runner(), default_engine()
     with monkeypatch.context() as mp:

@@ -109,8 +109,9 @@ def join(self:Store, conn,
 ):
     "Run `op` in the transaction of `conn`; what it writes is there when that is committed"
     with self.joined(conn) as (cur, now):
-        if isinstance(op, Once) and not isinstance(self.kind, SQLite) and (level := cur.execute('SHOW transaction_isolation').fetchone()[0]) != 'read committed':
-            raise InvalidJob(f"unique in a transaction that is {level}: it does not see what others have submitted since; use READ COMMITTED, or submit after the commit")
+        counts = 'unique' if isinstance(op, Once) else 'a quota of pending jobs' if getattr(op, 'quota', None) is not None else None
+        if counts and not isinstance(self.kind, SQLite) and (level := cur.execute('SHOW transaction_isolation').fetchone()[0]) != 'read committed':
+            raise InvalidJob(f"{counts} in a transaction that is {level}: it does not see what others have submitted since; use READ COMMITTED, or submit after the commit")
         return op(cur, now)
 
 # %% ../../nbs/jobs/05_store_joining.ipynb #73c39a6b

@@ -83,8 +83,13 @@ def decided(self:Marks):
             self.store.step(cur, notes)
             return notes, facts, True
         self._checked(*self.store.write(op))
-    except Held as e: self.tenancy.hold(e)
+    except Held as e: self._hold(e)
     except Exception as e: self._in_vain(e, 'a copy of before would not be told from it')
+
+@patch
+def _hold(self:Marks, why):
+    try: self.tenancy.hold(why)
+    except Exception as e: self._in_vain(e, f'the host is not told that it is to be held ({why})')
 
 # %% ../../nbs/jobs/10_marks.ipynb #ad83ad8b
 @patch

@@ -198,7 +198,7 @@ def settle_held(
     try: adopt or _check_owner(store, host, tenant_id)
     except FhSaasError: store.close(); raise
     epoch, j = t.epoch + 1, store.t.jobs
-    notes = dict(tenant_id=tenant_id, host_id=host.id, epoch=str(epoch), mark=str(wakes.facts(tenant_id)['mark'] + 1))
+    notes, known = dict(tenant_id=tenant_id, host_id=host.id, epoch=str(epoch)), wakes.facts(tenant_id)['mark']
     cancel = store.statement(('discard', j.name), lambda: j.update().where(sa.or_(j.c.status == PENDING, j.c.status == RUNNING), j.c.created_at < bind('held')).values(status='cancelled', completed_at=bind('now'),
         error_message=bind('why'), claim_token=sa.null(), lease_until=sa.null(), cancel_requested_at=sa.null()))
     def build():
@@ -207,11 +207,12 @@ def settle_held(
     say = store.statement(('note it',), build)
     def op(cur, now):
         n = cancel(cur, now=timestamp(now), held=t.held_at, why='discarded by the operator: the database was replaced').rowcount if discard else 0
-        for k, v in notes.items(): say(cur, key=k, value=v)
-        return n
+        mark = max(int(store.noting(cur).get('mark', 0)), known) + 1  # it never goes back
+        for k, v in (notes | dict(mark=str(mark))).items(): say(cur, key=k, value=v)
+        return n, mark
     # the database first: a crash in between leaves the tenant held, and the same command finishes the work
-    try: n = store.write(op)
+    try: n, mark = store.write(op)
     finally: store.close()
-    host.let_go(tenant_id, epoch)
+    host.let_go(tenant_id, epoch, mark)
     wakes.ring(tenant_id)
     return n

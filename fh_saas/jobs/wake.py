@@ -294,6 +294,7 @@ def marked(self:Wakes, tenant_id:str, mark:int,
     w, c = wakes_table, catalog_table.c
     def build():
         its = sa.select(c.id, sa.cast(bind('mark'), sa.Integer), sa.literal_column('1')).where(c.id == bind('tenant'), c.created_at.is_not_distinct_from(bind('created', type_=sa.String)), c.epoch == bind('epoch'))
+        its = its.with_for_update(read=True)  # on a server it may be deleted, or let go, at this moment
         new = self.kind.insert(w).from_select(['tenant_id', 'mark', 'seq'], its)
         return new.on_conflict_do_update(index_elements=[w.c.tenant_id], set_=dict(mark=new.excluded.mark), where=w.c.mark < new.excluded.mark)
     stmt = self.statement(('wake mark',), build)

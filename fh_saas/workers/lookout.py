@@ -85,7 +85,7 @@ def _watch(self:Lookout):
 @patch
 def _bereft(self:Lookout, e) -> bool:
     "Has somebody else stopped its engine, or put another in its place? Then the runner ends as a whole"
-    if not e.stopping or self._stopped.is_set(): return False
+    if not e.stopping or self._stopped.is_set() or self.engine is not e: return False
     log.warning('%s: the engine of this runner was stopped, or another has taken its place: the runner ends', e.worker)
     self._beside(self.stop)
     return True

@@ -158,19 +158,19 @@ async def astart(self:Runner):
 @patch
 async def astop(self:Runner):
     "Stop, without blocking the event loop"
-    for sig, old in self._old_signals.items(): signal.signal(sig, old)
+    for sig, (own, old) in self._old_signals.items():
+        if signal.getsignal(sig) is own: signal.signal(sig, old)  # else somebody came later, and calls this one
     self._old_signals.clear()
     await asyncio.to_thread(self.stop)
 
 @patch
 def _listen(self:Runner):
     # a server waits for the tasks of its responses before it ends the lifespan, so the lifespan's end is too late to begin
+    before = {sig: old for sig in (signal.SIGTERM, signal.SIGINT) if callable(old := signal.getsignal(sig))} if not self._old_signals else {}
     def begin(sig, frame):
-        end_process()
-        threading.Thread(target=self.stop, daemon=True).start()
-        if callable(old := self._old_signals.get(sig)): old(sig, frame)
-    for sig in (signal.SIGTERM, signal.SIGINT) if not self._old_signals else ():
-        if callable(signal.getsignal(sig)): self._old_signals[sig] = signal.signal(sig, begin)
+        if not self._stopped.is_set(): end_process(); threading.Thread(target=self.stop, daemon=True).start()
+        before[sig](sig, frame)
+    for sig, old in before.items(): signal.signal(sig, begin); self._old_signals[sig] = begin, old
 
 # %% ../../nbs/workers/00_runner.ipynb #0467cf40
 def keep_heap():
