@@ -283,6 +283,7 @@ def count_held(self:HostDatabase) -> int:
     "How many tenants wait for an operator's decision"
     with reading(self.engine) as conn: return conn.execute(sa.select(sa.func.count()).where(_catalog.c.held.is_not(None))).scalar_one()
 
+# %% ../nbs/00_db_host.ipynb #7f26595f
 @patch
 def let_go(self:HostDatabase, tenant_id:str, epoch:int,
     mark:int, # At which its database is, whatever was heard of the epoch before

@@ -77,6 +77,7 @@ def _one(self:Notes, what) -> bool: # False: the host does not take it
         except Exception as e: return log.warning('tenant=%s: not noted in the host, its hint will lead there: %s', what[0], e, exc_info=not isinstance(e, FhSaasError))
     return True
 
+# %% ../../nbs/jobs/14_notes.ipynb #9a607c12
 @patch
 def end(self:Notes,
     seconds:float=5.0, # That the host may take for it; 0: it does not answer

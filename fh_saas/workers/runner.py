@@ -92,6 +92,14 @@ def _start(self:Runner):
     return self
 
 @patch
+def _wait_for_its_end(self:Runner):
+    "It may have been stopped, by somebody else, who waits for its jobs: what comes after that would be taken along"
+    if self._lives(): self._beside(self.stop)  # its engine was
+    if self.engine is None or self._aside or self.engine.pid != os.getpid(): return
+    if not self._gone.wait(most := self.engine.settings.grace + 30): raise FhSaasError(f"{self.engine.worker}: this runner was stopped and has not ended within {most:g} s: start it later, or another one")
+
+# %% ../../nbs/workers/00_runner.ipynb #043fc142
+@patch
 def stop(self:Runner, grace:float=None):
     "Claim nothing more, give running jobs `grace` seconds, release the rest"
     self._stopped.set()
@@ -110,13 +118,6 @@ def stop(self:Runner, grace:float=None):
         self._gone.set()
     elif serves: self._gone.wait(farewell)  # the process may end when this returns
     else: self._gone.set()
-
-@patch
-def _wait_for_its_end(self:Runner):
-    "It may have been stopped, by somebody else, who waits for its jobs: what comes after that would be taken along"
-    if self._lives(): self._beside(self.stop)  # its engine was
-    if self.engine is None or self._aside or self.engine.pid != os.getpid(): return
-    if not self._gone.wait(most := self.engine.settings.grace + 30): raise FhSaasError(f"{self.engine.worker}: this runner was stopped and has not ended within {most:g} s: start it later, or another one")
 
 # %% ../../nbs/workers/00_runner.ipynb #a6d3caa4
 @patch
