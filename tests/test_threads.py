@@ -3,11 +3,13 @@ import os, queue, re, threading, time, uuid
 from collections import Counter
 from functools import partial
 from concurrent.futures import ThreadPoolExecutor
+import pytest
 from fastsql import Database
 from children.launch import Child
 from conftest import wait_until
 from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import delete_tenant, open_tenant_db
+from fh_saas.jobs.claims import Room
 from fh_saas.jobs.commit import _Write
 from fh_saas.jobs.desk import Desk
 from fh_saas.jobs.pool import Crew, Pool
@@ -255,3 +257,25 @@ def test_an_engine_keeps_nothing_by_the_name_of_a_database_that_was_forgotten(ne
     e = new_engine()
     for _ in range(5): e.forget(e.store(new_sqlite()))
     assert not e._stores and not e._desks and not e._gates
+
+@pytest.mark.parametrize('how', ['by rate', 'by id'])
+def test_who_has_waited_to_count_counts_what_began_meanwhile(new_pg, how):
+    "A transaction's moment is older than its lock, if others had that before"
+    url = new_pg()
+    a, b = Store(url), Store(url)
+    a.add_many([dict(id=f'{n:032}', job_type='t', task='t') for n in range(2)])
+    rates, found = {'t': (1, 60)}, []
+    def claims():
+        if how == 'by rate': found.append(b.claim(('t',), (), 'b', 'w', 60, 1, rates=rates))
+        else: found.append(b.write(b.claiming_these([f'{1:032}'], 'b', 'w', 60, Room(1, rates=rates))))
+    with ThreadPoolExecutor(1) as pool:
+        claim = a.claiming(('t',), (), 'a', 'w', 60, Room(1, rates=rates))
+        def first(cur, now):
+            a.kind.alone(cur)
+            waiting = pool.submit(claims)
+            time.sleep(2.5)  # more than a clock may be ahead
+            return claim(cur, a.kind.now(cur)), waiting
+        [got], waiting = a.write(first)
+        waiting.result(20)
+    assert got['id'] == f'{0:032}' and found == [[]]
+    a.close(); b.close()

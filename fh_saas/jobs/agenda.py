@@ -121,7 +121,7 @@ def _tell_mark(self:Agenda, desk):
     if self.is_mute(desk.tenancy.wakes): return
     desk.tenancy.refresh(1.0)
     if desk.tenancy.facts['state'] == 'gone' and not desk.busy: self.forget(desk.store)
-    else: desk.tell(5)
+    elif not desk.tell(5): self._unheard(desk.tenancy.wakes)  # the end waits for it once, and not once for each
 
 @patch
 def forget(self:Agenda, store:Store):

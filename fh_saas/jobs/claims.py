@@ -70,6 +70,7 @@ def claiming_these(self:Store, job_ids:list, token:str, worker:str, lease:float,
         rows = stmt(cur, ids=dumps(job_ids))
         if any(r['concurrency_key'] is not None for r in rows) or room and not room.free:
             found, take = rows, room or Room(len(rows))
+            now = self._alone(cur, now, take)
             rows = self._chosen(cur, found, take, *self._limits(cur, now, take), picked := Picked())
             self._begun(cur, now, take, picked)
             for r in found:
@@ -95,7 +96,7 @@ def claiming(self:Store,
 ):
     "An operation for `write`: move due jobs to running, the most urgent first; the rows"
     def op(cur, now):
-        n, most, left = self._limits(cur, now, room)
+        n, most, left = self._limits(cur, now := self._alone(cur, now, room), room)
         able = names if not left else tuple(t for t in names if left.get(room.named(t), 1) > 0)
         got, picked, new = [], Picked(), n > 0
         while new and len(got) < n:
@@ -131,10 +132,16 @@ def _rank(age):
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #c40f7554
 @patch
+def _alone(self:Store, cur, now, room) -> float: # The moment, which is a later one for who has waited
+    "Two who count at once would both find room"
+    if room.most is None and not (room.most_by_queue or room.rates): return now
+    self.kind.alone(cur)
+    return self.kind.now(cur)
+
+@patch
 def _limits(self:Store, cur, now, room) -> tuple:
     "How many may be taken, of each queue and of each task, with what runs already"
     n, most, left = room.n, {}, {}
-    if room.most is not None or room.most_by_queue or room.rates: self.kind.alone(cur)  # two who count at once would both find room
     if room.most is not None or room.most_by_queue:
         running = self._running(cur)
         if room.most is not None: n = min(n, room.most - sum(running.values()))
