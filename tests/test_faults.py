@@ -320,6 +320,18 @@ def test_a_host_that_answers_again_is_told_of_retries_while_jobs_drain(fleet):
     with wakes.cursor() as cur: [[wake]] = cur.execute("SELECT wake_at FROM fh_saas_wakes WHERE tenant_id = 't1'").fetchall()
     assert abs(seconds(wake) - seconds(ms[1].get_job(ids[1]).run_at)) < 0.5  # and not the end of the attempt's lease
 
+def test_an_end_waits_once_for_a_host_that_takes_no_mark(fleet, monkeypatch):
+    "And not once for each tenant; a thread that has it end can wait for nobody else"
+    ms, _ = fleet(3)
+    e, asked = ms[0].engine, []
+    for m in ms: (t := e.tenancy(m.store)).told, t.told_at = 0, 0.0; end(m, m.submit('t', lambda: 1)[0])
+    def busy(self): asked.append(self.tenant_id); raise DatabaseBusy('the host is locked')
+    monkeypatch.setattr(type(e.tenancy(ms[0].store)), 'tell', busy)
+    e.stopping = True
+    e._stoppers.add(threading.get_ident())
+    for m in ms: (t := e.tenancy(m.store)).told, t.told_at = 0, 0.0; assert t.untold; e._tell_mark(e._desks[m.store])
+    assert len(asked) == 1
+
 def test_an_engine_that_cannot_say_farewell_closes_its_stores(fleet, monkeypatch):
     ms, _ = fleet(2)
     for m in ms: end(m, m.submit('t', lambda: 1)[0])

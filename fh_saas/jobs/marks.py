@@ -34,12 +34,14 @@ def _flushed(self:Marks, before, lazy, durable):
 
 # %% ../../nbs/jobs/10_marks.ipynb #dad6bd00
 @patch
-def _checking(self:Marks, judge:bool=True):
+def _checking(self:Marks, judge:bool=True,
+    sparing:bool=True, # Not each time, where that would be in the way of others?
+):
     "Called with a cursor: is this the database that the host knows?"
     if self.tenancy is None: return None
     # on PostgreSQL each step of the mark would keep other claimers waiting for its row: once a second there
     server = not isinstance(self.store.kind, SQLite)
-    if server and time.monotonic() < self.checked + 1: return None
+    if sparing and server and time.monotonic() < self.checked + 1: return None
     self.tenancy.refresh(1.0)
     def check(cur):
         if self.store.place != self.checked_place: self.tenancy.refresh()  # what the host said a moment before may be older than the file
@@ -62,7 +64,10 @@ def verify(self:Marks):
 @patch
 def flush(self:Marks):
     "Have the disk take along what was committed: an outcome that came with a task's own rows did so without a word here"
-    if self.tenancy.own <= self.tenancy.sure or not (check := self._checking()): return
+    if self.tenancy.own > self.tenancy.sure and (check := self._checking()): self._make_step(check)
+
+@patch
+def _make_step(self:Marks, check):
     before = self.claims_so_far
     def op(cur, now):
         notes, facts = check(cur)  # a copy that was put back is not to be brought up to what is known
@@ -76,13 +81,7 @@ def flush(self:Marks):
 def decided(self:Marks):
     "Somebody has ended or removed jobs: a copy of before, in which they are open, is not this database"
     if not self.tenancy: return
-    try:
-        self.tenancy.refresh(1.0)
-        def op(cur, now):
-            notes, facts = self.tenancy.read_notes(lambda: self.store.noting(cur))
-            self.store.step(cur, notes)
-            return notes, facts, True
-        self._checked(*self.store.write(op))
+    try: self._make_step(self._checking(sparing=False))
     except Held as e: self._hold(e)
     except Exception as e: self._in_vain(e, 'a copy of before would not be told from it')
 

@@ -112,12 +112,12 @@ def _undo(self:Stopping, attempts):
     for mine in _by_desk(attempts):
         for a in mine: self._tell_nobody(a)
         try: (desk := mine[0].desk).give_back(mine); self.rings.put(desk)
-        except FhSaasError as e: log.error('tenant=%s: %s jobs could not be given back, their leases will run out: %s', desk.store.tenant, len(mine), e)
+        except Exception as e: log.error('tenant=%s: %s jobs could not be given back, their leases will run out: %s', desk.store.tenant, len(mine), e)
 
 @patch
 def _undoubt(self:Stopping, desk):
     try: desk.undoubt()
-    except FhSaasError as e: log.error('tenant=%s: nobody knows whether the last claim was committed; the leases of its jobs will run out: %s', desk.store.tenant, e)
+    except Exception as e: log.error('tenant=%s: nobody knows whether the last claim was committed; the leases of its jobs will run out: %s', desk.store.tenant, e)
 
 @patch
 def _pass_on(self:Stopping, desk):

@@ -58,19 +58,19 @@ def _pg_tool(name, url, *args):
     if 'sslpassword' in url.query: raise DatabaseUnavailable(f"{name} takes the password of a key in its arguments only, where everybody on the machine can read it: use a key without one for this, or call {name} yourself")
     password = url.password or url.query.get('password')
     env = {'PGPASSWORD': password} if password else {}  # in the arguments everybody could read it, too
-    done = _held([tool, '--no-password', *args], os.environ | env)
+    done = _leashed([tool, '--no-password', *args], os.environ | env)
     if done.returncode: raise DatabaseUnavailable(f"{name} of {url.database} failed: {done.stderr.strip()[-500:]}")
     return done.stdout
 
 # whatever ends this process, the other end of file 3 is closed then
-_watch = 'exec 3<&0 </dev/null; "$@" & p=$!; { read -r _ <&3; kill -9 $p; } >/dev/null 2>&1 & wait $p; s=$?; kill $! 2>/dev/null; exit $s'
+_leash = 'exec 3<&0 </dev/null; "$@" & p=$!; { read -r _ <&3; kill -9 $p; } >/dev/null 2>&1 & wait $p; s=$?; kill $! 2>/dev/null; exit $s'
 
-def _held(command, env):
+def _leashed(command, env):
     "Run a command that does not outlive this process"
-    guard = [sh, '-c', _watch, 'sh'] if (sh := shutil.which('sh')) else []
-    end, held = os.pipe()
+    guard = [sh, '-c', _leash, 'sh'] if (sh := shutil.which('sh')) else []
+    end, ours = os.pipe()
     try: return subprocess.run([*guard, *command], env=env, stdin=end, capture_output=True, text=True)
-    finally: os.close(end); os.close(held)
+    finally: os.close(end); os.close(ours)
 
 def _conninfo(url, **more) -> str:
     from psycopg.conninfo import make_conninfo

@@ -80,15 +80,15 @@ def _watch(self:Lookout):
             ear = conn = seen = None
             stopped.wait(1)
     for c in filter(None, (ear, conn)): self._quietly(c.close)
+    if stopped.is_set(): return
+    log.warning('%s: the engine of this runner was stopped, or another has taken its place: the runner ends', e.worker)
+    self._beside(self.stop)
 
 # %% ../../nbs/workers/00_lookout.ipynb #e8cea828
 @patch
 def _bereft(self:Lookout, e) -> bool:
-    "Has somebody else stopped its engine, or put another in its place? Then the runner ends as a whole"
-    if not e.stopping or self._stopped.is_set() or self.engine is not e: return False
-    log.warning('%s: the engine of this runner was stopped, or another has taken its place: the runner ends', e.worker)
-    self._beside(self.stop)
-    return True
+    "Has somebody else stopped its engine, or put another in its place?"
+    return e.stopping and self.engine is e and not self._stopped.is_set()
 
 # %% ../../nbs/workers/00_lookout.ipynb #3e3a4469
 @patch
