@@ -935,7 +935,7 @@ def test_a_visit_that_finds_the_tenant_before_gives_way_to_the_one_that_is_there
     with Runner(host, Settings(concurrency=2)) as r, get_or_create_tenant_db('acme', host=host) as db:
         m = BackgroundTaskManager(db, web)
         assert m.wait(m.submit('job', job)[0], 20).status == 'completed'
-        monkeypatch.setattr(r, '_hurry', lambda id: False)  # it is visited, and not called
+        monkeypatch.setattr(r, '_hurry', lambda id, p: False)  # it is visited, and not called
         for _ in range(3):
             desk = next(d for d in list(r.engine._desks.values()) if d.store.tenant == 'acme')
             wait_until(lambda: not desk.busy, 10)
@@ -955,7 +955,7 @@ def test_a_visit_to_a_tenant_that_comes_again_while_it_is_dropped_is_given_back(
         return drop(self, id)
     monkeypatch.setattr(Wakes, 'drop', meanwhile)
     with Runner(host, Settings(concurrency=2)) as r:
-        for other in ('_hurry', '_peek'): monkeypatch.setattr(r, other, lambda id: False)
+        for other in ('_hurry', '_peek'): monkeypatch.setattr(r, other, lambda *args: False)
         time.sleep(1)  # the first sweep is over
         wakes_of(host).ring('acme')
         wait_until(lambda: made, 20)
@@ -988,7 +988,7 @@ def test_once_waits_for_its_own_visit_that_failed_with_the_host(tmp_path, monkey
             return got
         return g
     for name in ('lease', 'facts', 'trouble'): monkeypatch.setattr(Wakes, name, failing(getattr(Wakes, name), name == 'lease'))
-    monkeypatch.setattr(Worker, '_hurry', lambda self, id: False)
+    monkeypatch.setattr(Worker, '_hurry', lambda self, id, p: False)
     w = Worker(host, Settings(concurrency=2, lease=3))
     w.run(once=True)
     assert down and m.get_job(id).status == 'completed'
@@ -1208,13 +1208,12 @@ def test_a_watch_that_waits_for_its_host_past_the_stop_ends_though_its_runner_ru
     monkeypatch.setattr(Runner, '_each_second', lambda self: at_it.set() or go_on.wait(30))
     r = Runner(host, Settings(concurrency=1)).start()
     at_it.wait(10)
-    before = r._watching
+    before = r._post
     r.stop(0)
     with r:
-        assert before.is_alive() and r._watching is not before
+        assert not before.over.is_set() and r._post is not before
         go_on.set()
-        before.join(10)
-        assert not before.is_alive() and r._watching.is_alive()
+        assert before.over.wait(10) and not r._post.over.is_set()
     host.close()
 
 # --- The end of a process
@@ -1228,7 +1227,7 @@ def test_a_runner_stops_though_the_system_gives_it_no_thread(tmp_path, monkeypat
         wait_until(lambda: crowd.running and len(Fleet(host).workers()) == 1, 15)
         mp.setattr(threading.Thread, 'start', lambda self: exec("raise RuntimeError(\"can't start new thread\")"))
         r.stop(0)
-        assert r.engine.closed and not r._watching.is_alive() and [m.get_job(id).status for id in ids] == ['pending']*2
+        assert r.engine.closed and r._post.over.is_set() and [m.get_job(id).status for id in ids] == ['pending']*2
         crowd.go_on.set()
     host.close()
 

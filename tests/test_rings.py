@@ -15,7 +15,7 @@ from fh_saas.utils_bgtsk import BackgroundTaskManager
 from fh_saas.jobs.tenancy import rules_of
 from fh_saas.jobs import notes
 from fh_saas.jobs.wake import Wakes, wakes_of
-from fh_saas.workers import lookout
+from fh_saas.workers import lookout, watch
 from fh_saas.workers.fleet import Fleet
 from fh_saas.workers.runner import Runner
 
@@ -385,10 +385,10 @@ def test_the_sweep_finds_what_nobody_rang_for_and_visits_nobody_else(tmp_path):
 
 def test_an_idle_process_looks_less_often_until_somebody_comes(host):
     with Runner(host, Settings(poll=3600)) as r: pass  # what it listens with is there, and nobody listens any more
-    often, seldom = (lookout.glance, 3*lookout.glance) if r.wakes.bell else (0.5, 0.5)
+    often, seldom = (watch.glance, 3*watch.glance) if r.wakes.bell else (0.5, 0.5)
     r._lively = time.monotonic()
     assert r._pause() == often
-    r._lively -= lookout.drowsy
+    r._lively -= watch.drowsy
     assert r._pause() == seldom
     r._visiting.add('acme')
     assert r._pause() == often
@@ -401,8 +401,8 @@ def test_a_call_keeps_a_process_awake(tmp_path, monkeypatch):
         def __init__(self, *args): pass
         def wait(self, seconds): time.sleep(0.01); return calls.pop() if calls else []
         def close(self): pass
-    monkeypatch.setattr(lookout, 'Ear', CalledEar)
-    monkeypatch.setattr(Runner, '_hurry', lambda self, id: True)  # it looks there without a visit
+    monkeypatch.setattr(watch, 'Ear', CalledEar)
+    monkeypatch.setattr(Runner, '_hurry', lambda self, id, p: True)  # it looks there without a visit
     h = HostDatabase(f'sqlite:///{tmp_path}/host.db')
     with Runner(h, Settings(poll=3600)) as r:
         time.sleep(0.1)

@@ -112,7 +112,8 @@ def stop(self:Runner, grace:float=None):
     if first:
         self._left.set()
         until = time.monotonic() + 2
-        for t in filter(None, (saying, self._watching)): t.join(max(0.0, until - time.monotonic()))
+        saying and saying.join(2)
+        self._post.over.wait(max(0.0, until - time.monotonic()))  # who stands by may run a job that does not end
         self._pool.close()
         self._leave()
         self._gone.set()
