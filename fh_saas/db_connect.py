@@ -72,7 +72,7 @@ def check_url(
     raise InvalidDatabaseURL(f"{show_url(u)}: fh_saas runs on SQLite and PostgreSQL, not on {name!r}")
 
 # %% ../nbs/00_db_connect.ipynb #71421063
-_sqlite_kinds = {sqlite3.SQLITE_BUSY: DatabaseBusy, sqlite3.SQLITE_LOCKED: DatabaseBusy, sqlite3.SQLITE_PROTOCOL: DatabaseBusy, sqlite3.SQLITE_FULL: DatabaseFull,
+_sqlite_kinds = {sqlite3.SQLITE_BUSY: DatabaseBusy, sqlite3.SQLITE_LOCKED: DatabaseBusy, sqlite3.SQLITE_PROTOCOL: DatabaseBusy, sqlite3.SQLITE_FULL: DatabaseFull, sqlite3.SQLITE_IOERR_SHMSIZE: DatabaseFull,
     sqlite3.SQLITE_READONLY: DatabaseReadOnly, sqlite3.SQLITE_CANTOPEN: DatabaseUnavailable, sqlite3.SQLITE_IOERR: DatabaseUnavailable,
     sqlite3.SQLITE_PERM: DatabaseUnavailable, sqlite3.SQLITE_CORRUPT: DatabaseCorrupt, sqlite3.SQLITE_NOTADB: DatabaseCorrupt}
 # https://www.postgresql.org/docs/current/errcodes-appendix.html; the longest prefix that fits wins
@@ -88,7 +88,7 @@ _ways_out = {
 
 # %% ../nbs/00_db_connect.ipynb #7760c4f3
 def _kind(e):
-    if isinstance(e, sqlite3.Error): return _sqlite_kinds.get((getattr(e, 'sqlite_errorcode', None) or 0) & 0xff)
+    if isinstance(e, sqlite3.Error): return _sqlite_kinds.get(code := getattr(e, 'sqlite_errorcode', None) or 0) or _sqlite_kinds.get(code & 0xff)
     if type(e).__module__.partition('.')[0] != 'psycopg': return None
     state = getattr(e, 'sqlstate', None)
     if state is None: return DatabaseUnavailable if type(e).__name__ == 'OperationalError' else None
@@ -102,7 +102,7 @@ def typed(
     cause = e.orig if isinstance(e, DBAPIError) else e
     kind = _kind(cause)
     way_out = _at_odds if (getattr(cause, 'sqlstate', None) or '').startswith('40') else kind and _ways_out[kind]
-    return kind and kind(f"{show_url(url)}: {way_out} ({cause})")
+    return kind and kind(f"{show_url(url)}: {way_out} ({' '.join(str(cause).split())})")
 
 @contextmanager
 def db_errors(url):

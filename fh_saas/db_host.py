@@ -11,15 +11,16 @@ __all__ = ['tenant_states', 'catalog_table', 'timestamp', 'shown', 'seconds', 'g
            'TenantCatalog', 'env_url', 'HostDatabase', 'NotAHost', 'TenantNotFound']
 
 # %% ../nbs/00_db_host.ipynb #6698e33c
-import os, secrets, struct, threading, time
-from contextlib import nullcontext
+import os, secrets, sqlite3, struct, threading, time
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
+from urllib.parse import quote
 import sqlalchemy as sa
 from fastcore.basics import patch
 from fastsql import Database
-from .db_connect import (DatabaseUnavailable, FhSaasError, InvalidDatabaseURL, add_columns, check_url, inherited, lock_schema, of_this_process,
+from .db_connect import (DatabaseUnavailable, FhSaasError, InvalidDatabaseURL, add_columns, check_url, inherited, lock_schema, meta_table, of_this_process,
     open_engine, read_meta, reading, show_url, write_meta, writing)
 
 # %% ../nbs/00_db_host.ipynb #a307a935
@@ -161,6 +162,7 @@ class HostDatabase:
     ):
         self.url, self.synchronous, self._db, self._db_of = check_url(env_url() if db_url is None else db_url), synchronous, None, None
         if create and self.url.get_backend_name() == 'sqlite' and not self.url.database.startswith('file:'): _make_folder(self.url)
+        if not create: _refuse_strange_file(self.url)
         self.engine = open_engine(self.url, synchronous, create=create)
         try:
             with writing(self.engine) as conn: self.id = _catalog_in(conn, create)
@@ -202,12 +204,25 @@ def _make_folder(url):
     try: Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise DatabaseUnavailable(f"{show_url(url)}: its folder cannot be made ({e})") from e
 
+def _refuse(notes, shown):
+    if 'tenant_id' in notes: raise NotAHost(f"{shown} is the database of tenant {notes['tenant_id']!r}, not a host: name the host's; nothing was changed")
+    raise NotAHost(f"{shown} is no host database: name the one that your app uses; nothing was changed")
+
+def _refuse_strange_file(url):
+    "Look before it is opened as one of ours, which changes its journal for good"
+    if url.get_backend_name() != 'sqlite' or url.database.startswith('file:'): return
+    try:
+        with closing(sqlite3.connect(f'file:{quote(url.database)}?mode=ro', uri=True)) as conn:
+            tables = {name for name, in conn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            notes = dict(conn.execute('SELECT key, value FROM fh_saas_meta')) if meta_table.name in tables else {}
+    except sqlite3.Error: return  # what is wrong with it is said when it is opened
+    if _catalog.name not in tables: _refuse(notes, show_url(url))
+
 def _catalog_in(conn, create) -> str: # The host's id
     "The catalog is there and up to date, or made"
     lock_schema(conn)
     notes, there, shown_url = read_meta(conn), sa.inspect(conn).has_table(_catalog.name), show_url(conn.engine.url)
-    if 'tenant_id' in notes and not there: raise NotAHost(f"{shown_url} is the database of tenant {notes['tenant_id']!r}, not a host: name the host's; nothing was changed")
-    if not (there or create): raise NotAHost(f"{shown_url} is no host database: name the one that your app uses; nothing was changed")
+    if not there and ('tenant_id' in notes or not create): _refuse(notes, shown_url)
     add_columns(conn, _catalog)
     if there and not notes.get('host_schema'): _pause_inactive(conn)
     if notes.get('host_schema') != '1': write_meta(conn, host_schema=1, host_id=gen_id())
@@ -285,14 +300,17 @@ def count_held(self:HostDatabase) -> int:
 
 # %% ../nbs/00_db_host.ipynb #7f26595f
 @patch
-def let_go(self:HostDatabase, tenant_id:str, epoch:int,
+def let_go(self:HostDatabase,
+    t:TenantCatalog, # As it was found
     mark:int, # At which its database is, whatever was heard of the epoch before
-):
-    "A tenant that was held goes on, in a new epoch"
+) -> bool: # False: it is not as it was found
+    "A tenant that was held goes on, in its next epoch"
     with writing(self.engine) as conn:
-        conn.execute(_catalog.update().where(_catalog.c.id == tenant_id).values(held=None, held_at=None, epoch=epoch))
+        as_found = [_catalog.c[k].is_not_distinct_from(getattr(t, k)) for k in ('id', 'created_at', 'epoch', 'held', 'held_at')]
+        if not conn.execute(_catalog.update().where(*as_found).values(held=None, held_at=None, epoch=t.epoch + 1)).rowcount: return False
         w = sa.table('fh_saas_wakes', sa.column('tenant_id'), sa.column('mark'))
-        if sa.inspect(conn).has_table(w.name): conn.execute(w.update().where(w.c.tenant_id == tenant_id).values(mark=mark))
+        if sa.inspect(conn).has_table(w.name): conn.execute(w.update().where(w.c.tenant_id == t.id).values(mark=mark))
+    return True
 
 @patch
 def unregister(self:HostDatabase, tenant_id:str,

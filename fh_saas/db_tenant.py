@@ -176,6 +176,11 @@ def _check_identity(host, tenant):
             raise TenantMismatch(f"{show_url(eng.url)} belongs to tenant {tenant.id!r} of another host: give each host a folder, or a server, of its own")
     return check
 
+def _blank(conn, notes, tables) -> bool:
+    "Is nothing there, or only the empty tables of a process that had the tenant open when it was deleted, and came to the new file first?"
+    if any(not k.startswith('schema:') for k in notes) or tables and not notes: return False
+    return not any(conn.execute(sa.select(sa.literal(1)).select_from(sa.table(t)).limit(1)).first() for t in tables if t != 'fh_saas_meta')
+
 def _create(host, tenant) -> bool: # Was it there, with jobs that are open?
     "Make the database of `tenant` if there is none, and write into it whose it is"
     url = host.url_of(tenant)
@@ -187,10 +192,10 @@ def _create(host, tenant) -> bool: # Was it there, with jobs that are open?
         with writing(eng) as conn:
             lock_schema(conn)
             notes, tables = read_meta(conn), sa.inspect(conn).get_table_names()
-            if notes.get('tenant_id', tenant.id if not tables else None) != tenant.id:
+            if notes.get('tenant_id', tenant.id if _blank(conn, notes, tables) else None) != tenant.id:
                 raise TenantMismatch(f"{show_url(url)} exists and is not known to be of tenant {tenant.id!r}: move it away, "
                     "or register it with HostDatabase.register if it is theirs")
-            if not notes: write_meta(conn, tenant_id=tenant.id, host_id=host.id, epoch=tenant.epoch)
+            if 'tenant_id' not in notes: write_meta(conn, tenant_id=tenant.id, host_id=host.id, epoch=tenant.epoch)
     finally: eng.dispose()
     return bool(notes) and _open_jobs(host, url)[1]
 

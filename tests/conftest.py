@@ -1,5 +1,6 @@
 "Real databases for the tests: a SQLite file each, and a database each on a real PostgreSQL server."
 import glob, os, pwd, shutil, socket, subprocess, tempfile, time, uuid
+from contextlib import contextmanager
 from pathlib import Path
 import pytest
 import sqlalchemy as sa
@@ -167,6 +168,15 @@ def new_manager(new_engine):
 
 @pytest.fixture
 def lite(new_sqlite, new_manager): return new_manager(new_sqlite())
+
+
+@contextmanager
+def mounted(folder, *how):
+    "Something mounted at `folder`, if this machine lets us"
+    r = subprocess.run(['mount', *how, str(folder)], capture_output=True, text=True)
+    if r.returncode: absent('MOUNT', r.stderr.strip())
+    try: yield folder
+    finally: subprocess.run(['umount', '-l', str(folder)], check=True)
 
 
 def wait_until(true, seconds=20, what='the awaited did not happen'):

@@ -1,14 +1,14 @@
 "Faults that are really injected: each ends in a typed error or a recorded outcome, and harms nobody else."
 import asyncio, os, signal, sqlite3, statistics, subprocess, threading, time, uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 import httpx2, psycopg, pytest
 import sqlalchemy as sa
 from fastsql import Database
 from children import tasks
 from children.launch import Child, here
-from conftest import absent, free_port, wait_until
+from conftest import free_port, mounted, wait_until
 from fh_saas.db_connect import (DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, NewerDatabase, UnsupportedDatabase, writing)
 from fh_saas.db_host import HostDatabase, seconds
 from fh_saas.db_tenant import close_tenant_db, delete_tenant, get_or_create_tenant_db, open_tenant_db
@@ -368,14 +368,6 @@ def test_locked_tenants_do_not_hold_up_the_end(new_sqlite, child, open_manager, 
 
 
 # --- Full, read-only, gone, damaged
-
-@contextmanager
-def mounted(folder, *how):
-    "Something mounted at `folder`, if this machine lets us"
-    r = subprocess.run(['mount', *how, str(folder)], capture_output=True, text=True)
-    if r.returncode: absent('MOUNT', r.stderr.strip())
-    try: yield folder
-    finally: subprocess.run(['umount', '-l', str(folder)], check=True)
 
 def test_a_full_disk(tmp_path, new_sqlite, open_manager, new_engine):
     (folder := tmp_path/'small').mkdir()

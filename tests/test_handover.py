@@ -4,6 +4,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from types import SimpleNamespace
 import psycopg, pytest
+from starlette.background import BackgroundTask, BackgroundTasks
 from fh_saas.db_connect import DatabaseBusy, DatabaseUnavailable, NewerDatabase, writing
 from fh_saas.jobs import heartbeats
 from fh_saas.jobs.ends import Stale
@@ -466,3 +467,18 @@ def test_of_two_rates_for_one_task_the_slower_holds(make, rates):
     desk = m.engine._desks[m.store]
     desk._free = Limits(rates=rates)
     assert m.engine._room(desk, 1).rates == dict(send=min(rates.values(), key=lambda r: r[0]/r[1]))
+
+def test_a_response_goes_on_though_its_async_job_is_released_at_the_end(new_url, new_manager):
+    "The job is begun again elsewhere; what else the response brought is run, and its server sees no error"
+    m, ran = new_manager(new_url(), grace=0.2), []
+    async def long(): ran.append('begun'); await asyncio.sleep(60)
+    async def go():
+        m.engine.use_loop(asyncio.get_running_loop())
+        id, bg = m.submit('long', long)
+        response = asyncio.create_task(BackgroundTasks([bg, BackgroundTask(ran.append, 'next')])())
+        while not ran: await asyncio.sleep(0.01)
+        await asyncio.to_thread(m.engine.stop)
+        await asyncio.wait_for(response, 10)
+        return id
+    id = asyncio.run(go())
+    assert ran == ['begun', 'next'] and [a['outcome'] for a in m.attempts(id)] == ['release']

@@ -1,19 +1,19 @@
 "Tenants that are made anew and files that are replaced while processes still remember the ones before"
-import sqlite3, subprocess, sys, threading, time
+import asyncio, sqlite3, subprocess, sys, time
 from pathlib import Path
 from concurrent.futures import ThreadPoolExecutor
 import pytest
 import sqlalchemy as sa
 import fh_saas.db_tenant
 from conftest import wait_until
-from fh_saas.db_connect import DatabaseBusy, DatabaseFull, DatabaseUnavailable, open_engine, writing
+from fh_saas.db_connect import DatabaseBusy, DatabaseFull, DatabaseUnavailable, FhSaasError, open_engine, writing
 from fh_saas.db_host import HostDatabase, gen_id
 from fh_saas.db_tenant import delete_tenant, get_or_create_tenant_db, open_tenant_db
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.store import Store
 from fh_saas.jobs.tasks import Registry
-from fh_saas.jobs.tenancy import Held, Tenancy, settle_held
+from fh_saas.jobs.tenancy import Held, Tenancy, rules_of, settle_held
 from fh_saas.jobs.wake import wakes_of
 from fh_saas.ops.copies import export_tenant
 from fh_saas.utils_bgtsk import BackgroundTaskManager
@@ -99,7 +99,7 @@ def test_a_mark_that_comes_while_an_operator_releases_a_tenant_does_not_hold_it_
     host.hold('acme', 'a copy', created_at=known.created_at, epoch=known.epoch)
     def late(self, *args):
         wakes.marked('acme', 12, known.created_at, known.epoch)
-        let_go(self, *args)
+        return let_go(self, *args)
     monkeypatch.setattr(HostDatabase, 'let_go', late)
     settle_held(host, 'acme', discard=False)
     assert int(notes(host)['mark']) == wakes.facts('acme')['mark'] == 8  # and not less than it was
@@ -107,20 +107,61 @@ def test_a_mark_that_comes_while_an_operator_releases_a_tenant_does_not_hold_it_
     assert wakes.facts('acme')['mark'] == 8
 
 def test_a_mark_that_comes_while_a_tenant_is_deleted_is_not_held_against_the_next_of_that_name(new_pg):
-    "What a server's transaction has read before it waits is old when it goes on"
     host, tenant = HostDatabase(new_pg()), f'again-{gen_id()[-6:]}'
     get_or_create_tenant_db(tenant, host=host).close()
     wakes, known = wakes_of(host), host.find(tenant)
     wakes.marked(tenant, 1, known.created_at, known.epoch)
     with writing(host.engine) as conn:
         host.unregister(tenant, conn)
-        (late := threading.Thread(target=wakes.marked, args=[tenant, 2000, known.created_at, known.epoch])).start()
-        late.join(1)
-        assert late.is_alive()
-    late.join(10)
+        assert not wakes.marked(tenant, 2000, known.created_at, known.epoch)  # and it waits for nobody
     with wakes.cursor() as cur: assert cur.execute('SELECT count(*) FROM fh_saas_wakes').fetchone() == (0,)
     get_or_create_tenant_db(tenant, host=host).close()
     assert host.find(tenant).held is None
+    delete_tenant(tenant, host, force=True)
+    host.close()
+
+@pytest.mark.parametrize('what', ['made anew', 'gone', 'held again'])
+def test_a_release_is_for_the_tenant_that_was_found(host, monkeypatch, what):
+    "Somebody deletes it at this moment, and perhaps makes it anew"
+    host.hold('acme', 'a copy')
+    let_go, known = HostDatabase.let_go, host.find('acme')
+    def late(self, *args):
+        if what == 'held again': host.take_back('acme', 'a copy'); host.hold('acme', 'another copy')
+        else: delete_tenant('acme', host, force=True)
+        if what == 'made anew': get_or_create_tenant_db('acme', host=host).close()
+        return let_go(self, *args)
+    monkeypatch.setattr(HostDatabase, 'let_go', late)
+    with pytest.raises(FhSaasError, match='was changed by somebody else'): settle_held(host, 'acme', discard=False)
+    now = host.find('acme')
+    assert now is None if what == 'gone' else (now.epoch, now.held) == (known.epoch, None if what == 'made anew' else 'another copy')
+
+def test_a_mark_that_the_host_did_not_take_is_told_by_a_process_that_runs_no_jobs(host, new_engine):
+    "It has no heartbeat that says it again"
+    def never(): raise AssertionError
+    wakes, lock = wakes_of(host), sqlite3.connect(host.url.database, isolation_level=None)
+    with open_tenant_db('acme', host) as db:
+        m = BackgroundTaskManager(db, new_engine(Registry(), concurrency=0, busy=0.3))
+        id, _ = m.submit('never', never)
+        lock.execute('BEGIN IMMEDIATE')
+        m.cancel(id)
+        wait_until(lambda: m.engine.tenancy(m.store).told_at > time.monotonic(), 20)  # tried in vain
+        lock.execute('ROLLBACK'); lock.close()
+        wait_until(lambda: wakes.facts('acme')['mark'] == 1, 15)
+
+def test_who_counts_what_begins_does_so_before_it_holds_a_row(new_pg, new_engine, statements):
+    "Two that take them in another order wait for each other"
+    host, tenant = HostDatabase(new_pg()), f'order-{gen_id()[-6:]}'
+    def order(): return 1
+    with get_or_create_tenant_db(tenant, host=host) as db:
+        rules_of(host).set(tenant=tenant, concurrency=5)
+        m = BackgroundTaskManager(db, new_engine(concurrency=2))
+        id, bg = m.submit('order', order)
+        statements.clear()
+        asyncio.run(bg())
+        mine = [s for s in statements if 'fh_saas_wakes' not in s and 'fh_saas_rules' not in s]
+        first = next(n for n, s in enumerate(mine) if '7307' in s)
+        assert not [s for s in mine[:first] if s.startswith(('UPDATE', 'INSERT')) or 'FOR UPDATE' in s] and m.get_job(id).status == 'completed'
+    m.engine.stop(0)
     delete_tenant(tenant, host, force=True)
     host.close()
 

@@ -1,6 +1,7 @@
 "A runner begins whole or not at all, once, and ends as a whole, over both databases of a host."
-import asyncio, signal, threading, time, uuid
-import pytest
+import asyncio, multiprocessing, os, signal, threading, time, uuid
+from pathlib import Path
+import psycopg, pytest
 from conftest import wait_until
 from fh_saas.db_connect import DatabaseBusy, FhSaasError
 from fh_saas.db_host import HostDatabase
@@ -10,10 +11,12 @@ from fh_saas.jobs.notes import Notes
 from fh_saas.jobs.process import default_engine, use_engine
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.tasks import task
+from fh_saas.jobs.tenancy import rules_of
 from fh_saas.jobs.wake import wakes_of
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from fh_saas.workers.fleet import Fleet
 from fh_saas.workers.runner import Runner
+from fh_saas.workers.worker import Worker, ending_signals
 
 begun = []
 
@@ -202,3 +205,146 @@ def test_notes_that_a_host_does_not_take_keep_no_process_from_ending():
     notes.end(0)
     assert time.monotonic() < at + 20
     answer.set()
+
+def test_a_child_of_a_fork_ends_nothing_of_its_parents(host, acme, new_runner):
+    "A `with`, a `finally` or a signal's handler that it has inherited: its parent's job would be given back while it runs"
+    over, r = threading.Event(), new_runner().start()
+    def holds(): begun.append('holds'); over.wait(30)
+    with get_or_create_tenant_db(acme.db.tenant_id, host=host) as db: id, _ = BackgroundTaskManager(db).submit('holds', holds)
+    wait_until(lambda: begun and ours(host), 10)
+    if not (pid := os.fork()):
+        try: r.stop(0); r.engine.stop(0)
+        finally: os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert (acme.get_job(id).status, [w.state for w in ours(host)], r.engine.stopping) == ('running', ['running'], False)
+    over.set()
+    assert acme.wait(id, 10).status == 'completed' and [a['outcome'] for a in acme.attempts(id)] == ['completed']
+
+def test_a_child_of_a_task_can_be_ended(acme):
+    "The worker's handlers of signals are not for it"
+    over = []
+    @task('runner_parent')
+    def parent():
+        p = multiprocessing.get_context('fork').Process(target=time.sleep, args=[60])
+        p.start()
+        time.sleep(0.3)  # Python forgets what comes while it begins
+        p.terminate()
+        p.join(10)
+        over.append(p.exitcode)
+        w.told_to_stop()
+    w = Worker(acme.db.host, Settings(concurrency=1, handoff=0, grace=2))
+    acme.submit('runner_parent', parent)
+    before = {s: signal.getsignal(s) for s in ending_signals()}
+    try: w.run()
+    finally:
+        for s, f in before.items(): signal.signal(s, f)
+    assert over == [-signal.SIGTERM]
+
+def test_a_worker_whose_engine_was_taken_away_ends_with_an_error(acme):
+    "Its supervisor starts another one"
+    @task('runner_takes')
+    def takes(): use_engine(Engine(Settings(concurrency=1)))
+    acme.submit('runner_takes', takes)
+    with pytest.raises(FhSaasError, match='start it again'): Worker(acme.db.host, Settings(concurrency=1, handoff=0, grace=1)).run()
+    default_engine().stop(0)
+
+@pytest.mark.parametrize('new_url', ['sqlite'], indirect=True)
+@pytest.mark.parametrize('of', ['another host', 'no host'])
+def test_a_runner_that_runs_no_jobs_leaves_another_hosts_alone(host, acme, new_runner, tmp_path, of):
+    other = HostDatabase(f'sqlite:///{tmp_path}/other.db')
+    r, aside = new_runner().start(), Runner(other if of == 'another host' else None, Settings(concurrency=0))
+    assert aside.start().engine is r.engine
+    aside.stop()
+    submit(acme, 1)
+    wait_until(lambda: begun, 10)
+    assert r._runs() and not r.engine.stopping
+    other.close()
+
+def test_a_runner_is_started_in_a_loop_in_which_its_last_jobs_end(acme, new_runner):
+    r = new_runner(grace=20)
+    async def slow():
+        begun.append('begin')
+        await asyncio.sleep(1)
+        begun.append('end')
+    async def go():
+        await r.astart()
+        with get_or_create_tenant_db(acme.db.tenant_id, host=acme.db.host) as db: BackgroundTaskManager(db).submit('slow', slow)
+        while not begun: await asyncio.sleep(0.02)
+        (stop := threading.Thread(target=r.stop)).start()
+        while not r._stopped.is_set(): await asyncio.sleep(0.02)
+        await r.astart()
+        stop.join(10)
+        assert begun == ['begin', 'end'] and not r.engine.stopping
+        await r.astop()
+    asyncio.run(go())
+
+def test_what_is_said_to_a_run_that_is_over_is_not_for_the_next(new_runner):
+    r = new_runner().start()
+    before = r._stopped
+    r.stop(0)
+    r.start()
+    r._stop_run(before)
+    assert not r.engine.stopping
+
+def test_a_runner_that_is_stopped_while_it_begins_has_ended(host, new_runner, monkeypatch):
+    r, at_it, go_on = new_runner(), threading.Event(), threading.Event()
+    monkeypatch.setattr('fh_saas.workers.runner.use_engine', lambda e: at_it.set() or go_on.wait(10) and use_engine(e))
+    (t := threading.Thread(target=r.start)).start()
+    at_it.wait(10)
+    r.stop(0)
+    go_on.set()
+    t.join(20)
+    assert r.engine.closed and not ours(host)
+
+@task('runner_rated')
+def rated(n): begun.append(n)
+
+@pytest.fixture
+def once(host, new_engine):
+    "A worker that is to leave when nothing is due, beside two tenants whose rate keeps some jobs waiting for three seconds"
+    begun.clear()
+    away, ms, ended = new_engine(concurrency=0), {}, []
+    for name in ('a', 'b'):
+        ms[name] = BackgroundTaskManager(get_or_create_tenant_db(f'{name}-{uuid.uuid4().hex[:6]}', host=host), away)
+        rules_of(host).set(tenant=ms[name].db.tenant_id, task='runner_rated', starts=1, period=3.0)
+        for n in range(3): ms[name].submit('runner_rated', rated, n=f'{name}{n}')
+    w = Worker(host, Settings(concurrency=2, handoff=0, grace=1))
+    def run():
+        try: w.run(once=True)
+        except BaseException as e: ended.append(repr(e))
+        else: ended.append('well')
+    (t := threading.Thread(target=run, daemon=True)).start()
+    wait_until(lambda: w.engine and w.engine.blocked == 2, 30)
+    yield ms, ended, w.engine
+    w.told_to_stop()
+    t.join(20)
+    for m in ms.values(): m.db.close()
+
+@pytest.mark.parametrize('new_url', ['sqlite'], indirect=True)
+def test_once_ends_well_beside_a_tenant_that_breaks_meanwhile(once):
+    ms, ended, e = once
+    [broken] = [d for d in e._blocked if d.store.tenant == ms['a'].db.tenant_id]
+    (path := Path(broken.store.url.database)).rename(path.with_suffix('.away'))
+    assert e._kept(broken, 60) is False and broken not in e._blocked
+    wait_until(lambda: ended, 60)
+    assert ended == ['well'] and {'b0', 'b1', 'b2'} <= set(begun)
+
+@pytest.mark.parametrize('new_url', ['postgresql'], indirect=True)
+def test_once_ends_though_a_tenant_does_not_answer_any_more(once):
+    ms, ended, e = once
+    name = ms['a'].store.url.database
+    with psycopg.connect(ms['a'].db.host.url.set(drivername='postgresql', database='postgres').render_as_string(hide_password=False), autocommit=True) as conn:
+        def allow(whether): conn.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS {whether}')
+        allow('false')
+        try:
+            conn.execute('SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s', [name])
+            wakes_of(ms['a'].db.host).ring(ms['a'].db.tenant_id)
+            wait_until(lambda: ended, 60)
+        finally: allow('true')
+    assert ended == ['well'] and {'b0', 'b1', 'b2'} <= set(begun)
+
+def test_once_says_nothing_of_what_is_cancelled_meanwhile(once, caplog):
+    ms, ended, _ = once
+    for m in ms.values(): m.cancel_all(status='pending')
+    wait_until(lambda: ended, 30)
+    assert ended == ['well'] and 'a limit or a rate keeps' not in caplog.text

@@ -1,5 +1,5 @@
 "One database per tenant, on a SQLite and on a PostgreSQL host: names, the cache, states, identity, secrets."
-import gc, logging, multiprocessing, os, shutil, sqlite3, subprocess, sys, threading, time
+import errno, gc, logging, multiprocessing, os, shutil, sqlite3, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -21,7 +21,7 @@ from fh_saas.ops.tenants import tenant_report
 from fh_saas.ops.upgrades import migrate_tenants
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from children.launch import here
-from conftest import free_port, wait_until
+from conftest import free_port, mounted, wait_until
 
 @pytest.fixture(scope='module')
 def pg_host(pg_server):
@@ -1064,3 +1064,65 @@ def test_a_claim_that_waited_for_the_lock_asks_again_whether_the_tenant_is_activ
         assert ran == [] and m.get_job(id).status == 'pending'
         resume_tenant('acme', lite)
         assert m.wait(id, 20).status == 'completed'
+
+# --- Copies and names that two want at once
+
+def test_a_copy_takes_no_place_of_another(lite, prefix, tmp_path, monkeypatch):
+    "Two commands name the same file, and a file of the user's own looks like one that is on its way"
+    for n in 'ab': get_or_create_tenant_db(prefix + n, host=lite).close()
+    (own := tmp_path/'copy.part').write_text('own')
+    copied, go_on, check = threading.Event(), threading.Event(), fh_saas.ops.copies._check_sound
+    monkeypatch.setattr(fh_saas.ops.copies, '_check_sound', lambda *args: check(*args) or copied.set() or go_on.wait(20))
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(export_tenant, lite, f'{prefix}a', tmp_path/'copy')
+        assert copied.wait(10)
+        monkeypatch.setattr(fh_saas.ops.copies, '_check_sound', check)
+        export_tenant(lite, f'{prefix}b', tmp_path/'copy')
+        go_on.set()
+        with pytest.raises(FileExistsError, match='exists by now'): late.result(20)
+    with closing(sqlite3.connect(tmp_path/'copy')) as conn: assert conn.execute("SELECT value FROM fh_saas_meta WHERE key = 'tenant_id'").fetchone() == (f'{prefix}b',)
+    assert own.read_text() == 'own' and sorted(p.name for p in tmp_path.glob('copy*')) == ['copy', 'copy.part']
+
+def test_a_copy_is_published_without_hard_links_too(lite, prefix, tmp_path, monkeypatch):
+    get_or_create_tenant_db(prefix, host=lite).close()
+    def none(*args): raise OSError(errno.EPERM, 'Operation not permitted')
+    monkeypatch.setattr(os, 'link', none)
+    assert export_tenant(lite, prefix, tmp_path/'copy').stat().st_size > 0
+    with pytest.raises(FileExistsError): export_tenant(lite, prefix, tmp_path/'copy')
+
+def test_what_is_full_is_named(lite, prefix, tmp_path):
+    with get_or_create_tenant_db(prefix, host=lite) as db:
+        for sql in ('CREATE TABLE big (x)', 'INSERT INTO big VALUES (randomblob(300000))'): db.conn.execute(sa.text(sql))
+        db.conn.commit()
+    (folder := tmp_path/'small').mkdir()
+    with mounted(folder, '-t', 'tmpfs', '-o', 'size=64k', 'tmpfs'):
+        with pytest.raises(FhSaasError, match='/small/copy.*no space left'): export_tenant(lite, prefix, folder/'copy')
+        assert not list(folder.iterdir())
+
+def test_a_name_whose_new_file_was_met_before_it_said_whose_it_is(host, prefix):
+    "By a process that had the tenant open when it was deleted: the name could never be used again"
+    with get_or_create_tenant_db(prefix, host=host) as db: url = db.engine.url
+    delete_tenant(prefix, host)
+    if url.get_backend_name() == 'sqlite': Path(url.database).touch()
+    else: fh_saas.db_tenant._create_pg(host, url.database)
+    (s := Store(url, tenant=prefix)).close()
+    assert 'tenant_id' not in s.notes
+    get_or_create_tenant_db(prefix, host=host).close()
+    delete_tenant(prefix, host)
+    if url.get_backend_name() == 'sqlite': Path(url.database).touch()
+    else: fh_saas.db_tenant._create_pg(host, url.database)
+    s = Store(url, tenant=prefix)
+    s.add(dict(id='1', job_type='t', task='t', max_retries=3))
+    s.close()
+    with pytest.raises(TenantMismatch, match='move it away'): get_or_create_tenant_db(prefix, host=host)  # that is somebody's
+    if url.get_backend_name() == 'postgresql':
+        with writing(open_engine(host.url, isolation_level='AUTOCOMMIT')) as conn: conn.exec_driver_sql(f'DROP DATABASE "{url.database}" WITH (FORCE)')
+
+def test_a_file_that_is_no_hosts_is_not_changed(tmp_path):
+    own = tmp_path/'own.db'
+    with closing(sqlite3.connect(own)) as conn: conn.execute('CREATE TABLE own (x)')
+    (empty := tmp_path/'empty.db').touch()
+    before = own.read_bytes()
+    for f in (own, empty):
+        with pytest.raises(ValueError, match='is no host database.*nothing was changed'): HostDatabase(f'sqlite:///{f}', create=False)
+    assert own.read_bytes() == before and empty.read_bytes() == b'' and sorted(p.name for p in tmp_path.iterdir()) == ['empty.db', 'own.db']

@@ -8,7 +8,9 @@ from fh_saas.jobs.process import default_engine
 from fh_saas.jobs.retries import Cancel, Permanent, Snooze
 from fh_saas.jobs.tasks import BadPayload, Registry, task
 from fh_saas.testing import JobTester
+from fh_saas.jobs.settings import Settings
 from fh_saas.utils_bgtsk import BackgroundTaskManager
+from fh_saas.workers.runner import Runner
 
 pytest_plugins = ()
 
@@ -182,3 +184,15 @@ def test_an_outcome_that_cannot_be_written_is_said(fh_jobs, fh_tenant_db):
     m.submit('t', f)
     with pytest.raises(Exception, match='cannot be written'): fh_jobs.drain()
     kept[0].close()
+
+def test_a_runner_that_runs_already_leaves_the_jobs_of_a_test_alone(fh_host, fh_tenant_db):
+    with Runner(fh_host, Settings(concurrency=2, handoff=0)) as r:
+        m = BackgroundTaskManager(fh_tenant_db)
+        before, _ = later.submit(m, n=1)
+        assert m.wait(before, 15).status == 'completed'
+        with JobTester() as t:
+            mine, _ = later.submit(m, n=2)
+            time.sleep(1.5)
+            assert m.get_job(mine).status == 'pending' and [id for id, _ in t.drain()] == [mine] and r.engine.quiet
+        after, _ = later.submit(m, n=3)
+        assert m.wait(after, 15).status == 'completed' and not r.engine.quiet

@@ -118,7 +118,7 @@ def test_the_tenant(shop):
     resume_tenant(s.tenant, s.host)
     assert s.host.hold(s.tenant, 'it is a copy')
     assert why() == ['its tenant is held, and `fh-saas release` or `fh-saas discard` decides about its open jobs: it is a copy']
-    s.host.let_go(s.tenant, 2, s.wakes.facts(s.tenant)['mark'])
+    assert s.host.let_go(s.host.find(s.tenant), s.wakes.facts(s.tenant)['mark'])
     s.wakes.ring(s.tenant)
     [seq, begun] = s.wakes.lease(s.tenant, 'me', 5)
     s.wakes.trouble(s.tenant, 'me', begun, 'locked by a backup')

@@ -81,10 +81,10 @@ def test_a_job_that_does_not_end_keeps_no_runner_from_its_end(shop):
     go_on.set()
     wait_until(lambda: not any(t.is_alive() for t in shop.runner._watching), 10)
 
+@pytest.mark.parametrize('new_url', ['sqlite'], indirect=True)  # nobody waits for a lock on a server
 def test_who_waits_for_a_locked_tenant_keeps_no_other_waiting(shop, monkeypatch):
     monkeypatch.setattr(watch, 'headstart', 0.01)
     calm(shop)
-    if shop.host.url.get_backend_name() != 'sqlite': return  # nobody waits for a lock there
     bell, locks = Bell(shop.host.id), []
     for name in ('acme', 'globex'):
         locks.append(own := sqlite3.connect(shop.ms[name].store.url.database.removeprefix('file:').partition('?')[0], isolation_level=None))

@@ -28,7 +28,7 @@ def attend(self:Agenda,
     if delay <= self.settings.poll: desk.quiet = 0.0
     self._start()
     if delay > 0: return self._at(desk, time.monotonic() + delay)
-    desk.hungry = True
+    desk.hungry, desk.failing = True, False
     self._errand(desk)
 
 @patch
@@ -38,7 +38,7 @@ def take_turn(self:Agenda, store:Store,
     "As `attend`, in this thread: what can be claimed now is claimed when it returns"
     desk, view = self._desks.get(store), []
     if self.stopping or desk is None or not self.settings.concurrency: return
-    desk.quiet, desk.hungry = 0.0, True
+    desk.quiet, desk.hungry, desk.failing = 0.0, True, False
     self._start()
     self._turn(desk, crew, view)
     return view[0] if view else None
@@ -130,6 +130,14 @@ def _tell_mark(self:Agenda, desk):
     desk.tenancy.refresh(1.0)
     if desk.tenancy.facts['state'] == 'gone' and not desk.busy: self.forget(desk.store)
     elif not desk.tell(5): self._unheard(desk.tenancy.wakes)  # the end waits for it once, and not once for each
+
+@patch
+def _tell_until(self:Agenda, desk):
+    "The same where nobody may come by who says it again: a process that runs no jobs has no heartbeat"
+    self._tell_mark(desk)
+    if not (desk.tenancy.untold and self.knows(desk.store)) or self.stopping: return
+    time.sleep(0.2)
+    self.tellings.put(desk)
 
 @patch
 def forget(self:Agenda, store:Store):

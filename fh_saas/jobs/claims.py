@@ -41,6 +41,9 @@ class Room:
     def free(self) -> bool: # Is there no limit but `n`?
         return self.by_queue is None and self.most is None and not (self.closed or self.most_by_queue or self.rates or self.off or self.by_task)
 
+    @property
+    def counts(self) -> bool: return self.most is not None or bool(self.most_by_queue or self.rates) # Must a claim know what others claim at this moment?
+
     def of(self, queue) -> int:
         "At most so many of `queue`"
         if queue in self.closed: return 0
@@ -134,7 +137,7 @@ def _rank(age):
 @patch
 def _alone(self:Store, cur, now, room) -> float: # The moment, which is a later one for who has waited
     "Two who count at once would both find room"
-    if room.most is None and not (room.most_by_queue or room.rates): return now
+    if not room.counts: return now
     self.kind.alone(cur)
     return self.kind.now(cur)
 

@@ -46,6 +46,8 @@ class Desk(Marks, Renewal):
         self.ended, self.seen = 0, ({}, 0)  # a mark of its last end; as of the begin of its turn, with that of each queue
         self.freed = []  # desks that wait for a slot which turned out not to be needed
         self.quiet, self.hungry, self._beat, self._asked, self.barred = 0.0, False, 0.0, 0.0, 0.0
+        self.offered, self.credit = None, 0.0  # a place in a queue that it may have: the queue, and how many others may be asked; places that its weight is still worth
+        self.failing = False  # has its last turn come to nothing because of its database?
         self._lock = threading.Lock()
 
     def __repr__(self): return f'Desk({self.store!r}, {len(self.live)} running)'
@@ -160,7 +162,7 @@ def _claimed(self:Desk, claim, token):
     def op(cur, now):
         tried.append(token)
         return claim(cur, now)
-    op.single, op.lazy = getattr(claim, 'single', False), getattr(claim, 'lazy', None)
+    op.single, op.lazy, op.alone = (getattr(claim, k, None) for k in ('single', 'lazy', 'alone'))
     try:
         said = self.store.write(op)
         claim.unsynced = getattr(op, 'unsynced', False)
@@ -217,6 +219,7 @@ def turn(self:Desk,
     claim = self.store.claiming(*names, *me, room) if room else None
     check, doubts, before = self._checking(bool(these or claim)), list(self.doubtful), self.claims_so_far
     def op(cur, now):
+        if op.alone: self.store.kind.alone(cur)  # before any row: another may hold it, and wait for that
         for t in doubts: self.store.unclaim(cur, now, t)
         if done: done(cur, now)
         (notes, facts), may = check(cur) if check else (None, None), bool(these or claim) and self._still_open(by_hand)
@@ -225,6 +228,7 @@ def turn(self:Desk,
         if stepped := bool(notes is not None and (got or rows or ends)): self.store.step(cur, notes)  # who has nothing to say writes nothing
         return got, rows, due, (notes, facts, stepped)
     op.single = done is not None and done.single and not (these or claim or check or doubts)
+    op.alone = bool(these or claim) and (room or spare).counts
     op.lazy = None if done or doubts or (room or spare).rates or not self.proven else _may_be_lost
     got, rows, due, said = self._claimed(op, token) if these or claim else self.store.write(op)
     attempts = self._take(rows)  # from here on they are known
@@ -246,7 +250,9 @@ def suspect(self:Desk, slot, room:Room) -> list: # Attempts; None if another one
     "Claim one job that was lost with its process before, if no other of them runs here"
     if not slot.take(self): return None
     rows, claim = [], self.store.claiming(*self.names, token := gen_id(), self.worker, self.settings.lease, room)
-    try: rows = self._claimed(lambda cur, now: claim(cur, now) if self._still_open() else [], token)
+    def op(cur, now): return claim(cur, now) if self._still_open() else []
+    op.alone = room.counts
+    try: rows = self._claimed(op, token)
     finally: self.freed = [] if rows else slot.give()
     attempts = self._take(rows)
     for a in attempts: a.since, a.suspect = time.monotonic(), True

@@ -62,6 +62,7 @@ class Engine(Recorder, Rounds, Handles, Stopping):
         self._mute, self._stoppers = {}, set()  # hosts that did not answer while it ends, and until when nobody waits for them; threads that have it end
         # what the host is told: it may not answer, and each of these waits for it in one thread
         self.rings, self.retries, self.marks = InTurn(self.house, self._pass_on), InTurn(self.house, self._tell_due), InTurn(self.house, self._tell_mark)
+        self.tellings = InTurn(self.house, self._tell_until)
         self._followed, self._following, self._commit_seen = [], False, threading.Event()  # jobs in transactions of others
         self._lock, self._wake = threading.RLock(), threading.Condition()
 
@@ -104,8 +105,8 @@ def blocked(self:Engine) -> int:
 
 @patch(as_prop=True)
 def idle(self:Engine) -> bool:
-    "Is there nothing in hand, and nothing it was asked to look at?"
-    return not (self.load or self.backlog or self._errands or self._live() or any(d.turning or d.hungry for d in list(self._desks.values()) if not d.shut))
+    "Is there nothing in hand, and nothing it was asked to look at and can?"
+    return not (self.load or self.backlog or self._errands or self._live() or any(d.turning or d.hungry for d in list(self._desks.values()) if not (d.shut or d.failing)))
 
 # %% ../../nbs/jobs/14_engine.ipynb #6d3fca55
 @patch
@@ -194,7 +195,7 @@ def cancel(self:Engine, store:Store, changed:dict):
     if desk := self._desks.get(store):
         desk.cancel(changed)
         changed and desk.decided()
-        if desk.tenancy and desk.tenancy.untold: self.house.submit(desk.tell)
+        if desk.tenancy and desk.tenancy.untold: self.tellings.put(desk)
     if events.subscribers and (over := [id for id, status in changed.items() if status == 'cancelled']):
         try: events.tell(*(event_of('finished', store.tenant, job, error=job['error_message']) for job in store.these(over)))
         except FhSaasError as e: log.warning('tenant=%s: nobody is told of %s cancelled jobs: %s', store.tenant, len(over), e)

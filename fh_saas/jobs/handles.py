@@ -122,7 +122,7 @@ async def _until_stop(self:Handles, task):
     self._waiting.add(over := asyncio.get_running_loop().create_future())
     try:
         await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
+        return task.result() if task.done() and not task.cancelled() else None  # cancelled when its job was released at shutdown: none of the response's business
     finally: self._waiting.discard(over); over.cancel()
 
 # %% ../../nbs/jobs/13_handles.ipynb #e13df353

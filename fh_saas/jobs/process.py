@@ -65,12 +65,14 @@ def use_engine(engine:Engine) -> Engine:
 # %% ../../nbs/jobs/14_process.ipynb #948aaf79
 @contextmanager
 def engine_for_now(engine:Engine):
-    "Make `engine` the engine of this process, for a time; the one before goes on with what it has"
+    "Make `engine` the engine of this process, for a time; the one before goes on with what it has, and starts nothing if `engine` runs jobs by hand"
     global _default
     with _default_lock: old, _default = _default, engine
+    if hushed := engine.manual and _usable(old) and not (old.manual or old.quiet): old.be_quiet()  # else a runner would be there first
     try: yield engine
     finally:
         with _default_lock: _default = old
+        if hushed: old.be_quiet(False)
 
 def in_test() -> Engine: # None outside of tests
     "The engine of a test that runs its jobs by hand, if it has taken the place of this process's"

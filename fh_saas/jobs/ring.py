@@ -54,11 +54,11 @@ def grant(self:Ring,
     who, # The first
     unit:int, # What a weight of 1 is worth
     most:int, # What there is
-) -> int:
+) -> int: # 0: its weight comes to less than one, and the others are first
     "How much it may take now"
     part = self._new if who in self._new else self._old
-    if (part.get(who) or 0) < 1: part[who] = max(1, round(unit*who.weight))
-    return min(most, part[who])
+    if (part.get(who) or 0) < 1: part[who] = max(1.0, unit*who.weight) if part is self._new else part[who] + unit*who.weight
+    return min(most, int(part[who] + 1e-9))
 
 @patch
 def took(self:Ring, who, n:int):
@@ -68,9 +68,8 @@ def took(self:Ring, who, n:int):
     part = self._new if who in self._new else self._old
     part[who] -= n
     if part[who] >= 1: return
-    self._new.pop(who, None)
-    self._old[who] = 0
-    self._old.move_to_end(who)
+    left = part.pop(who)
+    self._old[who] = max(0.0, left)  # what is less than one is for the next time
     self._pass()
 
 @patch

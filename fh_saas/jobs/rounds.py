@@ -140,6 +140,7 @@ def _turn(self:Rounds,
     except Exception as e:
         log.exception('tenant=%s: cannot be looked after', desk.store.tenant)
         again = self._troubled(desk, ends, wanted, e)
+    else: desk.failing = False
     finally: self._turned(desk, crew, attempts, again)
 
 # %% ../../nbs/jobs/13_rounds.ipynb #e13aaa33
@@ -169,7 +170,8 @@ def _turned(self:Rounds, desk, crew, attempts, again):
 def _troubled(self:Rounds, desk, ends, wanted, e) -> float:
     for a in ends: self._unwritten(a, e)
     for _, _, future, _ in wanted: settle(future) if isinstance(e, Held) else settle(future, error=e)
-    with self._lock: self._ring.leave(desk)
+    with self._lock: self._ring.leave(desk); self._blocked.pop(desk, None)
+    desk.failing, desk.offered = True, None
     if desk.tenancy and self._given_up(desk, e): return None
     desk.quiet = again = min(60.0, max(1.0, desk.quiet*2))
     log.warning('tenant=%s: cannot be looked after, next try in %g s: %s', desk.store.tenant, again, e)
@@ -191,6 +193,7 @@ def _given_up(self:Rounds, desk, e) -> bool:
 def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
     claims = self._may_claim(desk)
     if not claims:
+        desk.offered = None
         with self._lock: self._ring.leave(desk)
         self._settle_wanted(desk)
     elif ends or desk.wanted:
@@ -199,7 +202,7 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
         desk.asked = False
         due, lapse = desk.look()
         if lapse is not None and lapse <= 0: desk.rescue(); due = 0
-        if due is None or due > 0: return desk.rest(due, lapse)
+        if due is None or due > 0: return self._rest(desk, due, lapse)
         desk.hungry = True
     else: desk.hungry = True  # what became of a claim is settled in the transaction of the next
     desk.seen = self._ended.copy(), desk.ended
@@ -250,6 +253,7 @@ def _settle_wanted(self:Rounds, desk):
 @patch
 def _after(self:Rounds, desk, room, found, due, attempts):
     "The claim found as many as there was room for, or fewer: when is the next one?"
+    if desk.offered or found: self._answered(desk, len(found))
     if found: desk.barred, desk.sparing = 0.0, len(found) >= room.sure and all(last_attempt(a.row) for a in found)
     if due is None and found and all(a.row['task'] in room.by_task for a in found): return self._bar(desk)  # its lanes have something to do
     if due is None: desk.hungry = True; return None  # there may be more: it stays in the ring
@@ -257,8 +261,14 @@ def _after(self:Rounds, desk, room, found, due, attempts):
     if lapse is not None and lapse <= 0:
         desk.rescue()
         return 0.0
-    if due is None or due > 0: return desk.rest(due, lapse, bool(found))
+    if due is None or due > 0: return self._rest(desk, due, lapse, bool(found))
     return 0.0 if self._suspects(desk, attempts) else self._bar(desk, queues)
+
+@patch
+def _rest(self:Rounds, desk, *seen):
+    if desk in self._blocked:
+        with self._lock: self._blocked.pop(desk, None)  # what a limit kept waiting was cancelled, or run elsewhere
+    return desk.rest(*seen)
 
 @patch
 def _suspects(self:Rounds, desk, attempts) -> bool:

@@ -8,7 +8,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/stopping.html.md"""
 __all__ = ['log', 'Stopping']
 
 # %% ../../nbs/jobs/13_stopping.ipynb #71a8c738
-import asyncio, logging, threading, time
+import asyncio, logging, os, threading, time
 from concurrent.futures import wait
 from fastcore.basics import patch
 from ..db_connect import FhSaasError
@@ -23,6 +23,7 @@ class Stopping: "The part of an engine that ends"
 @patch
 def stop(self:Stopping, grace:float=None):
     "Claim nothing more, let running jobs end, release the rest; can be called from any thread, more than once"
+    if self.pid != os.getpid(): return  # what runs is the parent's
     with self._wake: first, self.stopping = not self.stopping, True; self._wake.notify_all()
     self._stoppers.add(threading.get_ident())
     until = time.monotonic() + (self.settings.grace if grace is None else grace)

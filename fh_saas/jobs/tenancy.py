@@ -145,7 +145,7 @@ def tell(self:Tenancy):
     "Let the host know how far the database has come"
     if self.sure <= self.told: return
     with self._lock: mark, facts = self.sure, self.facts  # of one and the same epoch
-    self.wakes.marked(self.tenant_id, mark, facts['created'], facts['epoch'])
+    if not self.wakes.marked(self.tenant_id, mark, facts['created'], facts['epoch']): return  # again in a while, if it is still the same
     with self._lock:
         if _which(self.facts) == _which(facts): self.told = mark
 
@@ -195,10 +195,11 @@ def settle_held(
     t, m = host.find(tenant_id), meta_table
     if t is None or not t.held: raise FhSaasError(f"tenant {tenant_id!r} is {'not held' if t else 'unknown'}: there is nothing to decide")
     store, wakes = Store(host.url_of(t), synchronous=host.synchronous, tenant=tenant_id), wakes_of(host)
+    changed = f"tenant {tenant_id!r} was changed by somebody else at this moment: see what holds for it now, then say so again"
     try: adopt or _check_owner(store, host, tenant_id)
     except FhSaasError: store.close(); raise
-    epoch, j = t.epoch + 1, store.t.jobs
-    notes, known = dict(tenant_id=tenant_id, host_id=host.id, epoch=str(epoch)), wakes.facts(tenant_id)['mark']
+    j, notes, facts = store.t.jobs, dict(tenant_id=tenant_id, host_id=host.id, epoch=str(t.epoch + 1)), wakes.facts(tenant_id)
+    if facts is None: store.close(); raise FhSaasError(changed)
     cancel = store.statement(('discard', j.name), lambda: j.update().where(sa.or_(j.c.status == PENDING, j.c.status == RUNNING), j.c.created_at < bind('held')).values(status='cancelled', completed_at=bind('now'),
         error_message=bind('why'), claim_token=sa.null(), lease_until=sa.null(), cancel_requested_at=sa.null()))
     def build():
@@ -207,12 +208,12 @@ def settle_held(
     say = store.statement(('note it',), build)
     def op(cur, now):
         n = cancel(cur, now=timestamp(now), held=t.held_at, why='discarded by the operator: the database was replaced').rowcount if discard else 0
-        mark = max(int(store.noting(cur).get('mark', 0)), known) + 1  # it never goes back
+        mark = max(int(store.noting(cur).get('mark', 0)), facts['mark']) + 1  # it never goes back
         for k, v in (notes | dict(mark=str(mark))).items(): say(cur, key=k, value=v)
         return n, mark
     # the database first: a crash in between leaves the tenant held, and the same command finishes the work
     try: n, mark = store.write(op)
     finally: store.close()
-    host.let_go(tenant_id, epoch, mark)
+    if not host.let_go(t, mark): raise FhSaasError(changed)
     wakes.ring(tenant_id)
     return n

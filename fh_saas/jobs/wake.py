@@ -289,16 +289,18 @@ def facts(self:Wakes, tenant_id:str) -> dict: # None if there is no such tenant
 @patch
 def marked(self:Wakes, tenant_id:str, mark:int,
     created:str, epoch:int, # Of the tenant that is meant: there may be another of that name by now, or another epoch
-):
+) -> bool: # False: somebody decides about the tenant at this moment, or it is another one by now
     "A tenant's database has come so far"
     w, c = wakes_table, catalog_table.c
     def build():
         its = sa.select(c.id, sa.cast(bind('mark'), sa.Integer), sa.literal_column('1')).where(c.id == bind('tenant'), c.created_at.is_not_distinct_from(bind('created', type_=sa.String)), c.epoch == bind('epoch'))
-        its = its.with_for_update(read=True)  # on a server it may be deleted, or let go, at this moment
+        its = its.with_for_update(read=True, skip_locked=True)  # on a server it may be deleted, or let go, at this moment; nobody waits for that
         new = self.kind.insert(w).from_select(['tenant_id', 'mark', 'seq'], its)
         return new.on_conflict_do_update(index_elements=[w.c.tenant_id], set_=dict(mark=new.excluded.mark), where=w.c.mark < new.excluded.mark)
     stmt = self.statement(('wake mark',), build)
-    self.write(lambda cur, now: stmt(cur, tenant=tenant_id, mark=mark, created=created, epoch=epoch) and None)
+    if self.write(lambda cur, now: stmt(cur, tenant=tenant_id, mark=mark, created=created, epoch=epoch).rowcount > 0): return True
+    facts = self.facts(tenant_id)
+    return bool(facts) and (facts['created'], facts['epoch']) == (created, epoch) and facts['mark'] >= mark
 
 @patch
 def shut(self:Wakes) -> set:

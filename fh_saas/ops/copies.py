@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import quote
 import sqlalchemy as sa
-from ..db_connect import DatabaseBusy, DatabaseUnavailable, FhSaasError, NewerDatabase, connect, db_errors, open_engine, read_meta, reading, set_timeout, show_url
+from ..db_connect import DatabaseBusy, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, NewerDatabase, connect, db_errors, open_engine, read_meta, reading, set_timeout, show_url, typed
 from ..db_host import HostDatabase, TenantNotFound, gen_id, timestamp
 from ..db_tenant import TenantMismatch, heeded, restoring, turn_lasts  # with this module a host has `url_of`
 from ..jobs.model import schema_version
@@ -34,17 +34,29 @@ def export_tenant(
     url, path = host.url_of(t), Path(path)
     if not path.absolute().parent.is_dir(): raise FileNotFoundError(f"there is no folder {path.absolute().parent}: make it first")
     if path.exists(): raise FileExistsError(f"{path} exists: give the copy another name")
-    tmp = path.with_name(f'{path.name}.part')
+    tmp = path.with_name(f'{path.name}.{gen_id()[-8:]}.part')
     try:
         _copy_sqlite(url, tmp) if url.get_backend_name() == 'sqlite' else _copy_pg(url, tmp)
-        os.replace(tmp, path)
+        _publish(tmp, path)
     finally: tmp.unlink(missing_ok=True)
     return path
 
+def _publish(tmp, path):
+    "Give a whole copy its name, unless somebody else has a file of that name by now"
+    try: os.link(tmp, path)
+    except FileExistsError: raise FileExistsError(f"{path} exists by now: give the copy another name") from None
+    except OSError:  # a file system without hard links
+        if path.exists(): raise FileExistsError(f"{path} exists by now: give the copy another name") from None
+        os.replace(tmp, path)
+
 def _copy_sqlite(url, tmp):
     with db_errors(url), closing(connect(url)) as src, closing(sqlite3.connect(tmp)) as copy:
-        src.backup(copy)  # all pages in one read transaction, which in WAL mode keeps no writer waiting
-        copy.execute('PRAGMA journal_mode=DELETE')
+        try:
+            src.backup(copy)  # all pages in one read transaction, which in WAL mode keeps no writer waiting
+            copy.execute('PRAGMA journal_mode=DELETE')
+        except sqlite3.Error as e:
+            if isinstance(known := typed(f'sqlite:///{tmp}', e), (DatabaseFull, DatabaseReadOnly)): raise known from e  # it is the copy that is written
+            raise
         _check_sound(copy, f'the copy of {url.database}')
 
 def _check_sound(conn, name):

@@ -59,11 +59,14 @@ def _lives(self:Runner) -> bool: return self.engine is not None and not self._as
 def _runs(self:Runner) -> bool: return self._lives() and not self.engine.stopping
 
 @patch
-def _refuse_another_host(self:Runner):
-    "A process has one engine, which serves one host"
-    for r in list(_serving):
-        if r is not self and r._runs() and r.host.id != self.host.id:
-            raise FhSaasError(f"this process runs the jobs of {show_url(r.host.url)} already: stop that runner before it is to run those of {show_url(self.host.url)}, or serve them in another process; nothing was started")
+def _beside_another(self:Runner) -> Engine: # None: there is none
+    "That of a runner of this process that serves another host: a process has one engine, which serves one host"
+    others = [r for r in list(_serving) if r is not self and r._runs() and (self.host is None or r.host.id != self.host.id)]
+    if not others: return None
+    r = others[0]
+    if self.host and (self.settings or Settings.from_env()).concurrency: raise FhSaasError(f"this process runs the jobs of {show_url(r.host.url)} already: stop that runner before it is to run those of {show_url(self.host.url)}, or serve them in another process; nothing was started")
+    log.info('this process runs the jobs of %s: its engine serves the managers of this runner, too', r.host)
+    return r.engine
 
 # %% ../../nbs/workers/00_runner.ipynb #16a7bbca
 log = logging.getLogger('fh_saas.jobs')
@@ -77,24 +80,24 @@ def start(self:Runner):
 
 @patch
 def _start(self:Runner):
-    if (tested := in_test()) is not None: self.engine, self._aside = tested, True; return self
     if self._runs(): return self
+    if (there := in_test() or self._beside_another()) is not None: self.engine, self._aside = there, True; return self
     self._wait_for_its_end()
     e = Engine(self.settings, queues=self.queues)
     if serves := bool(self.host and e.settings.concurrency):
-        self._refuse_another_host()
         self._meet_host()  # it may not answer: nothing has begun yet
         e.line.rules = self.rules  # before anybody can run a job
     self._stopped = threading.Event()  # a thread of before that still waits for its host ends by its own
     self._leaving, self._left, self._gone = False, threading.Event(), threading.Event()
     self._aside, self.engine = False, use_engine(e)
     if serves: _serving.add(self); self._begin()
+    if self._stopped.is_set(): e.stop(0); serves and self._quietly(self.fleet.leave, e.worker)  # somebody has said stop meanwhile
     return self
 
 @patch
 def _wait_for_its_end(self:Runner):
     "It may have been stopped, by somebody else, who waits for its jobs: what comes after that would be taken along"
-    if self._lives(): self._beside(self.stop)  # its engine was
+    if self._lives(): self._beside(partial(self._stop_run, self._stopped))  # its engine was
     if self.engine is None or self._aside or self.engine.pid != os.getpid(): return
     if not self._gone.wait(most := self.engine.settings.grace + 30): raise FhSaasError(f"{self.engine.worker}: this runner was stopped and has not ended within {most:g} s: start it later, or another one")
 
@@ -102,8 +105,8 @@ def _wait_for_its_end(self:Runner):
 @patch
 def stop(self:Runner, grace:float=None):
     "Claim nothing more, give running jobs `grace` seconds, release the rest"
+    if self._aside or self.engine and self.engine.pid != os.getpid(): return  # what runs is a test's, another runner's or the parent's
     self._stopped.set()
-    if self._aside: return
     serves = self.engine and self.host and self.engine.settings.concurrency
     with self._ending: first, self._leaving = serves and not self._leaving, True
     if first:
@@ -121,6 +124,11 @@ def stop(self:Runner, grace:float=None):
     else: self._gone.set()
 
 # %% ../../nbs/workers/00_runner.ipynb #a6d3caa4
+@patch
+def _stop_run(self:Runner, stopped):
+    "What comes late is not for the run that has begun since"
+    if self._stopped is stopped: self.stop()
+
 @patch
 def _leave(self:Runner):
     # one that did not answer a moment ago may answer again by now
@@ -153,7 +161,7 @@ def say_alive(self:Runner): "Called every second, until all has ended"
 @patch
 async def astart(self:Runner):
     "Start in the running event loop: async tasks run in it, and SIGTERM begins the drain at once"
-    self.start()
+    await asyncio.to_thread(self.start)  # it may wait for jobs of a run before, which end in this loop
     self.engine.use_loop(asyncio.get_running_loop())
     if threading.current_thread() is threading.main_thread(): self._listen(); keep_heap()
 
@@ -170,7 +178,7 @@ def _listen(self:Runner):
     # a server waits for the tasks of its responses before it ends the lifespan, so the lifespan's end is too late to begin
     before = {sig: old for sig in (signal.SIGTERM, signal.SIGINT) if callable(old := signal.getsignal(sig))} if not self._old_signals else {}
     def begin(sig, frame):
-        if not self._stopped.is_set(): end_process(); threading.Thread(target=self.stop, daemon=True).start()
+        if not self._stopped.is_set() and self.engine.pid == os.getpid(): end_process(); threading.Thread(target=self.stop, daemon=True).start()
         before[sig](sig, frame)
     for sig, old in before.items(): signal.signal(sig, begin); self._old_signals[sig] = begin, old
 

@@ -9,6 +9,7 @@ __all__ = ['log', 'headstart', 'glance', 'drowsy', 'Post', 'Watch']
 
 # %% ../../nbs/workers/00_watch.ipynb #d2dc4f6d
 import logging, threading, time, zlib
+from functools import partial
 from fastcore.basics import patch
 from ..db_connect import FhSaasError, connect, db_errors
 from ..jobs.bell import Ear
@@ -27,6 +28,7 @@ class Post:
         self.lock, self.relief, self.errand = threading.Lock(), set(), None  # held by who stands there; who is ready to; the database that who leaves is to see to
         self.ear = self.conn = self.place = self.seen = self.own = self.called = None
         self.second = self.again = self.until = self.looked = 0.0
+        self.bereft = False  # is it over because its engine was taken away?
 
 class Watch:
     "The part of a runner that hears of its host"
@@ -100,7 +102,8 @@ def _leave_post(self:Watch, p):
     p.over.set()
     if p.stopped.is_set(): return
     log.warning('%s: the engine of this runner was stopped, or another has taken its place: the runner ends', p.engine.worker)
-    self._beside(self.stop)
+    p.bereft = True
+    self._beside(partial(self._stop_run, p.stopped))
 
 # %% ../../nbs/workers/00_watch.ipynb #d0f35f9b
 @patch

@@ -92,6 +92,7 @@ def ending_signals() -> list:
 @patch
 def run(self:Worker, once:bool=False):
     "Run jobs until a signal or an operator says stop; `once`: until nothing is due"
+    self._pid = os.getpid()
     if threading.current_thread() is threading.main_thread():
         for sig in ending_signals(): signal.signal(sig, self._signalled)
         keep_heap()
@@ -117,13 +118,16 @@ def _go_on(self:Worker, once):
     while not self._told(0.1 if once else 1) and self._parent in (None, str(os.getppid())):  # who is to tell it when to stop may be gone
         calm = calm + 1 if once and self._idle() else 0
         if calm >= 5: break
-    if once and (n := self.engine.blocked): log.warning('%s databases have due jobs that a limit or a rate keeps: they are left to others, and to the next run', n)
+        if self._post.over.is_set(): break
+    if once and (n := self.engine.kept_out()): log.warning('%s databases have due jobs that a limit or a rate keeps: they are left to others, and to the next run', n)
     log.info('worker %s stops', self.engine.worker)
+    if self._post.bereft: raise FhSaasError(f"{self.engine.worker}: the engine of this worker was stopped, or another has taken its place, by something that it has run: start it again")
 
 # %% ../../nbs/workers/01_worker.ipynb #6bd25e10
 @patch
 def _signalled(self:Worker, sig, frame):
     "First: end what runs, in bounded time. Second: release it at once. Third: be gone"
+    if self._pid != os.getpid(): signal.signal(sig, signal.SIG_DFL); return os.kill(os.getpid(), sig)  # a child of a task, which is to end as any process
     self._signals += 1
     if self._signals > 2: os._exit(128 + sig)
     if self._signals > 1 and self.engine: self.engine.hurry = True

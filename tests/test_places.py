@@ -1,0 +1,115 @@
+"Places in a queue whose limit is reached, and parts of a turn: who gets them."
+import time
+from collections import Counter
+from dataclasses import replace
+import pytest
+from hypothesis import given, settings, strategies as st
+from conftest import wait_until
+from fh_saas.jobs.engine import Engine
+from fh_saas.jobs.ring import Ring
+from fh_saas.jobs.settings import Settings
+from fh_saas.jobs.tasks import Registry
+
+ran = []
+
+def place(name):
+    ran.append(name)
+    time.sleep(0.01)
+
+@pytest.fixture
+def narrow(new_url, new_manager):
+    "Four databases of an engine that runs one job of `default` at a time, and what has run, in this order"
+    (registry := Registry()).add(place)
+    e = Engine(Settings(concurrency=6, handoff=0), registry, queues=dict(default=1, other=4))
+    ms = {name: new_manager(new_url(), e) for name in 'abcd'}
+    ran.clear()
+    def fill(n, names='abc', **weights):
+        for name in names:
+            desk = e._desks[ms[name].store]
+            desk._free = replace(desk._free, weight=weights.get(name, 1))
+            e.pause(ms[name].store)
+            ms[name].submit_many('place', place, [dict(name=name)]*n)
+        for name in names: e.pause(ms[name].store, False)
+    fill.ran, fill.ms, fill.engine = ran, ms, e
+    yield fill
+    e.stop(0)
+
+def test_a_place_goes_round(narrow):
+    "It stayed with the database that had it, for as long as that had jobs"
+    narrow(30)
+    wait_until(lambda: len(narrow.ran) >= 60, 60)
+    assert all(15 <= n <= 25 for n in Counter(narrow.ran[:60]).values()) and len(set(narrow.ran[:60])) == 3
+
+def test_a_place_goes_round_by_weight(narrow):
+    narrow(60, a=3)
+    wait_until(lambda: len(narrow.ran) >= 80, 60)
+    got = Counter(narrow.ran[:80])
+    assert 36 <= got['a'] <= 60 and abs(got['b'] - got['c']) <= 8
+
+def test_who_comes_with_a_single_job_waits_for_one_of_each(narrow):
+    narrow(60)
+    for n in range(3):
+        wait_until(lambda: len(narrow.ran) >= 10*(n + 1), 60)
+        before = len(narrow.ran)
+        narrow(1, 'd')
+        wait_until(lambda: narrow.ran.count('d') == n + 1, 30)
+        assert narrow.ran.index('d', before) - before <= 12
+
+@pytest.fixture
+def offers(new_sqlite, new_manager):
+    "An engine of which two databases wait for a place in `q`"
+    e = new_manager(new_sqlite(), handoff=0, concurrency=8).engine
+    a, b, c = (e._desks[e.store(new_sqlite())] for _ in range(3))
+    e.line.shares = dict(q=1)
+    for d in (a, b): d.seen = e._ended.copy(), d.ended; e._bar(d, ['q'])
+    return e, a, b, c
+
+def test_who_cannot_use_a_place_passes_it_on(offers):
+    e, a, b, c = offers
+    e._unblock(c, 'q')
+    assert (a.offered, b.offered, [*e._blocked]) == (('q', 8), None, [a, b])
+    e._answered(a, 0)
+    assert (a.offered, b.offered, [*e._blocked]) == (None, ('q', 7), [b, a])
+    b.offered = 'q', 0
+    e._answered(b, 0)  # they were asked
+    assert (a.offered, b.offered) == (None, None)
+
+def test_a_place_that_somebody_else_has_taken_is_offered_to_nobody(offers):
+    e, a, b, c = offers
+    e._unblock(c, 'q')
+    e.line._by_queue['q'] = 1
+    e._answered(a, 0)
+    assert (a.offered, b.offered, [*e._blocked]) == (None, None, [a, b])  # and nobody has lost its place in this line
+    e.line._by_queue.clear()
+
+def test_who_has_had_the_place_is_behind_those_who_wait(offers):
+    e, a, b, c = offers
+    e._unblock(a, 'q')  # a job of its own has ended: it is first, and may go on
+    assert a.hungry and a not in e._blocked and b.offered is None
+    e._answered(a, 1)
+    a.seen, a.hungry = (e._ended.copy(), a.ended), False
+    e._bar(a, ['q'])
+    e._unblock(a, 'q')
+    assert (a.hungry, b.offered, [*e._blocked]) == (False, ('q', 8), [b, a]) and a.due is not None  # it is its own again, if nobody takes it
+    e._answered(b, 1)
+    assert [*e._blocked] == [a]
+
+def test_who_is_shut_is_offered_nothing(offers):
+    e, a, b, c = offers
+    a.paused = True
+    e._unblock(c, 'q')
+    assert (a.offered, b.offered) == (None, ('q', 8))
+
+class Tenant:
+    def __init__(self, weight): self.weight = weight
+
+@given(st.lists(st.sampled_from([0.1, 0.25, 0.5, 0.9, 1, 1.4, 2, 3.7]), min_size=2, max_size=5), st.integers(1, 7))
+@settings(max_examples=150, deadline=None)
+def test_turns_are_shared_by_weight_also_where_a_weight_is_less_than_one(weights, unit):
+    ring, tenants, got = Ring(), [Tenant(w) for w in weights], Counter()
+    for t in tenants: ring.join(t)
+    for _ in range(3000):
+        ring.took(who := ring.first, n := ring.grant(who, unit, 1000))
+        got[who] += n
+    total, weight = sum(got.values()), sum(weights)
+    assert all(abs(got[t] - total*t.weight/weight) <= 2 + unit*t.weight + 0.01*total for t in tenants)
