@@ -935,7 +935,7 @@ def test_a_visit_that_finds_the_tenant_before_gives_way_to_the_one_that_is_there
     with Runner(host, Settings(concurrency=2)) as r, get_or_create_tenant_db('acme', host=host) as db:
         m = BackgroundTaskManager(db, web)
         assert m.wait(m.submit('job', job)[0], 20).status == 'completed'
-        monkeypatch.setattr(r, '_hurry', lambda id, p: False)  # it is visited, and not called
+        monkeypatch.setattr(r, '_hurry', lambda id: False)  # it is visited, and not called
         for _ in range(3):
             desk = next(d for d in list(r.engine._desks.values()) if d.store.tenant == 'acme')
             wait_until(lambda: not desk.busy, 10)
@@ -988,7 +988,7 @@ def test_once_waits_for_its_own_visit_that_failed_with_the_host(tmp_path, monkey
             return got
         return g
     for name in ('lease', 'facts', 'trouble'): monkeypatch.setattr(Wakes, name, failing(getattr(Wakes, name), name == 'lease'))
-    monkeypatch.setattr(Worker, '_hurry', lambda self, id, p: False)
+    monkeypatch.setattr(Worker, '_hurry', lambda self, id: False)
     w = Worker(host, Settings(concurrency=2, lease=3))
     w.run(once=True)
     assert down and m.get_job(id).status == 'completed'

@@ -402,7 +402,7 @@ def test_a_call_keeps_a_process_awake(tmp_path, monkeypatch):
         def wait(self, seconds): time.sleep(0.01); return calls.pop() if calls else []
         def close(self): pass
     monkeypatch.setattr(watch, 'Ear', CalledEar)
-    monkeypatch.setattr(Runner, '_hurry', lambda self, id, p: True)  # it looks there without a visit
+    monkeypatch.setattr(Runner, '_hurry', lambda self, id: True)  # it looks there without a visit
     h = HostDatabase(f'sqlite:///{tmp_path}/host.db')
     with Runner(h, Settings(poll=3600)) as r:
         time.sleep(0.1)

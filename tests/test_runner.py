@@ -90,7 +90,7 @@ def test_a_runner_whose_engine_was_replaced_by_hand_ends(host, new_runner):
 def test_a_runner_that_runs_is_started_once(host, acme, new_runner):
     before, r = watches(), new_runner()
     e = r.start().engine
-    assert r.start().engine is e and not e.stopping and watches() == before + 2  # one that listens, and one that stands by
+    assert r.start().engine is e and not e.stopping and watches() == before + 1
     wait_until(lambda: len(ours(host)) == 1, 10)
     submit(acme, 1)
     wait_until(lambda: begun, 10)
@@ -122,7 +122,7 @@ def test_many_who_start_a_runner_at_once_start_it_once(host, new_runner):
     threads = [threading.Thread(target=r.start) for _ in range(8)]
     for t in threads: t.start()
     for t in threads: t.join(20)
-    assert watches() == before + 2
+    assert watches() == before + 1
     wait_until(lambda: len(ours(host)) == 1, 10)
 
 def test_attached_twice_it_leaves_the_signals_as_they_were(new_runner):

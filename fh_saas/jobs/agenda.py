@@ -32,22 +32,14 @@ def attend(self:Agenda,
     self._errand(desk)
 
 @patch
-def take_turn(self:Agenda, store:Store,
-    crew:bool=False, # As for `_turn`
-) -> tuple: # As `Store.due_in`, if all that is due was claimed
+def take_turn(self:Agenda, store:Store) -> tuple: # As `Store.due_in`, if all that is due was claimed
     "As `attend`, in this thread: what can be claimed now is claimed when it returns"
     desk, view = self._desks.get(store), []
     if self.stopping or desk is None or not self.settings.concurrency: return
     desk.quiet, desk.hungry, desk.failing = 0.0, True, False
     self._start()
-    self._turn(desk, crew, view)
+    self._turn(desk, view=view)
     return view[0] if view else None
-
-@patch
-def serve(self:Agenda, store:Store):
-    "As `take_turn`, and run here what was claimed, as one of the crew"
-    self.take_turn(store, crew=True)
-    self.crew.lend_a_hand()
 
 # %% ../../nbs/jobs/12_agenda.ipynb #a606716e
 @patch

@@ -174,7 +174,7 @@ def _work(self:Crew):
     (bed := threading.Lock()).acquire()
     while not self._closed:
         with self._lock: self._waking = False
-        self.lend_a_hand()
+        while (f := self._look()) is not None and self._do(f): pass
         with self._lock:
             if self._closed: return
             self._idle.append(bed)
@@ -184,11 +184,6 @@ def _work(self:Crew):
         # a call on its way to this thread is taken before the work begins, and passed on: it may have been for something else
         if not self._back(bed): bed.acquire(); self._waking = False; self.call()
         if callable(f): self._do(f)
-
-@patch
-def lend_a_hand(self:Crew):
-    "Do what there is to do, in this thread"
-    while (f := self._look()) is not None and self._do(f): pass
 
 @patch
 def _look(self:Crew):

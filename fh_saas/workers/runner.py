@@ -116,7 +116,7 @@ def stop(self:Runner, grace:float=None):
         self._left.set()
         until = time.monotonic() + 2
         saying and saying.join(2)
-        self._post.over.wait(max(0.0, until - time.monotonic()))  # who stands by may run a job that does not end
+        self._post.over.wait(max(0.0, until - time.monotonic()))
         self._pool.close()
         self._leave()
         self._gone.set()

@@ -1,4 +1,4 @@
-"""A process hears within a millisecond that somebody has submitted a job, and begins it.
+"""A process hears within a millisecond that somebody has submitted a job.
 
 Docs: https://abhisheksreesaila.github.io/fh-saas/workers/watch.html.md"""
 
@@ -19,13 +19,12 @@ log = logging.getLogger('fh_saas.jobs')
 
 # %% ../../nbs/workers/00_watch.ipynb #b3297b42
 class Post:
-    "Where a thread listens for a host as long as an engine runs, and what it knows there"
+    "Where a thread listens for a host as long as an engine runs, and what it has heard there"
     def __init__(self,
         engine:Engine, # What runs the jobs
         stopped:threading.Event, # Set when the runner is stopped
     ):
         self.engine, self.stopped, self.over = engine, stopped, threading.Event()
-        self.lock, self.relief, self.errand = threading.Lock(), set(), None  # held by who stands there; who is ready to; the database that who leaves is to see to
         self.ear = self.conn = self.place = self.seen = self.own = self.called = None
         self.second = self.again = self.until = self.looked = 0.0
         self.bereft = False  # is it over because its engine was taken away?
@@ -38,11 +37,9 @@ class Watch:
 
 @patch
 def _man(self:Watch, engine, stopped):
-    "Have a post watched by two threads, one after the other"
+    "Begin to watch"
     self._post, self._lively = Post(engine, stopped), 0.0
-    self._watching = [threading.Thread(target=self._watch, args=(self._post,), name='fh_saas-watch', daemon=True) for _ in range(2)]
-    self._watching[0].start()
-    self._quietly(self._watching[1].start)  # where the system gives none, jobs are left to the crew
+    threading.Thread(target=self._watch, args=(self._post,), name='fh_saas-watch', daemon=True).start()
 
 @patch
 def _quietly(self:Watch, f, *args):
@@ -50,29 +47,16 @@ def _quietly(self:Watch, f, *args):
     try: return f(*args)
     except Exception as e: log.warning('%s: %s', getattr(f, '__name__', f), e)
 
-# %% ../../nbs/workers/00_watch.ipynb #4259b501
-@patch
-def _watch(self:Watch, p:Post):
-    me = object()
-    while True:
-        p.relief.add(me)
-        with p.lock:
-            p.relief.discard(me)
-            store = self._stand(p)
-        if store is None: return
-        self._quietly(p.engine.serve, store)
-
 # %% ../../nbs/workers/00_watch.ipynb #23ab14ee
 headstart = 0.01 # seconds before the host is asked about a tenant that was called for: the job begins sooner if nothing else is done meanwhile
 glance, drowsy = 0.1, 5.0 # seconds between looks at a SQLite host for which nobody rang (one that finds nothing new is one PRAGMA); seconds after which a process that had nobody to visit looks a third as often
 
 @patch
-def _stand(self:Watch, p): # The store that this thread is to see to; None: the run is over
+def _watch(self:Watch, p:Post):
     "Hear the bell, see to rules and registration every second, and look where something is due"
-    while not (p.over.is_set() or p.stopped.is_set() or self._bereft(p.engine)):
+    while not (p.stopped.is_set() or self._bereft(p.engine)):
         try:
             now = self._hear(p)
-            if p.errand is not None: store, p.errand = p.errand, None; return store
             if now < p.until and now < min(p.again, p.second, p.looked + glance): continue  # what was called for has begun, and has the interpreter for itself
             p.looked = now
             if self.wakes.bell: self._compare(p, now)
@@ -97,7 +81,6 @@ def _shut_ears(self:Watch, p):
 
 @patch
 def _leave_post(self:Watch, p):
-    if p.over.is_set(): return  # the other one saw it first
     self._shut_ears(p)
     p.over.set()
     if p.stopped.is_set(): return
@@ -116,7 +99,7 @@ def _hear(self:Watch, p) -> float: # When, on the monotonic clock
     if said: self._lively = now
     for id in said:
         call, id = id[:1] == '!', id.lstrip('!')
-        if (call or self._at_home(id)) and self._hurry(id, p): p.called, p.until = id, now + (headstart if self.wakes.bell else headstart/4)  # a server says nothing of the next job until then
+        if (call or self._at_home(id)) and self._hurry(id): p.called, p.until = id, now + (headstart if self.wakes.bell else headstart/4)  # a server says nothing of the next job until then
         if not call: p.again = min(p.again, p.until if id == p.called else now)
     return now
 
@@ -136,13 +119,12 @@ def _pause(self:Watch) -> float: # Seconds to listen before the next look
 
 # %% ../../nbs/workers/00_watch.ipynb #71ba645d
 @patch
-def _hurry(self:Watch, id, p) -> bool:
+def _hurry(self:Watch, id) -> bool:
     "Look there without asking the host, if nothing else is to be done"
-    e, store = p.engine, self._stores.get(id)
+    e, store = self.engine, self._stores.get(id)
     if e.quiet or e.backlog or e.line.free() <= 0: return False
-    if store is None or not e.knows(store): self._pool.submit(self._quietly, self._meet, id)
-    elif p.relief and p.errand is None and not e.load: p.errand = store
-    else: e.attend(store)
+    if store is not None and e.knows(store): e.attend(store)
+    else: self._pool.submit(self._quietly, self._meet, id)
     return True
 
 @patch
