@@ -113,3 +113,9 @@ def test_turns_are_shared_by_weight_also_where_a_weight_is_less_than_one(weights
         got[who] += n
     total, weight = sum(got.values()), sum(weights)
     assert all(abs(got[t] - total*t.weight/weight) <= 2 + unit*t.weight + 0.01*total for t in tenants)
+
+def test_who_only_looks_in_between_has_no_turn():
+    ring, (a, half) = Ring(), [Tenant(1), Tenant(0.5)]
+    for t in (a, half): ring.join(t); ring.took(t, ring.grant(t, 1, 1))
+    assert [ring.grant(half, 1, 1) for _ in range(5)] == [0]*5  # it is a's turn
+    assert ring.grant(a, 1, 1) == 1

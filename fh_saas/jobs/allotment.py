@@ -32,7 +32,7 @@ def _allot(self:Allotment, desk) -> int:
         n = room
         if len(self._ring) > 1:
             n = self._ring.grant(desk, unit, room)
-            self._ring.took(desk, n)
+            if n or desk is self._ring.first: self._ring.took(desk, n)
             if not n: return 0
         self._reserved[desk] = n, min(n, self._sure(desk)), time.monotonic() + reserve
         return n
