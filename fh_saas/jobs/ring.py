@@ -56,9 +56,9 @@ def grant(self:Ring,
     most:int, # What there is
 ) -> int: # 0: its weight comes to less than one, and others are first
     "How much it may take now"
-    part, worth = self._new if who in self._new else self._old, unit*who.weight
+    part = self._new if who in self._new else self._old
     if (part.get(who) or 0) < 1:
-        if worth < 1: worth /= min(1.0, unit*max(w.weight for w in self))  # where all are less than one, the greatest is one
+        if (worth := unit*who.weight) < 1: worth /= min(1.0, unit*max(w.weight for w in self))  # where all are less than one, the greatest is one
         if part is self._new: part[who] = max(1.0, worth)
         elif worth >= 1 or who is self.first: part[who] += worth  # who only looks in between has had no turn
     return min(most, int(part[who] + 1e-9))
