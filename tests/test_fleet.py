@@ -1187,7 +1187,7 @@ def test_a_larger_share_calls_whom_the_limit_has_kept_waiting(new_manager, new_s
     e.admit(dict(imports=0))
     assert desk in e._blocked
     e.admit(dict(imports=1))
-    assert desk not in e._blocked and e.line.shares == dict(imports=1)
+    assert desk.offered and desk.hungry and e.line.shares == dict(imports=1)
     assert e._bar(desk, ['imports']) == 0.0 and desk not in e._blocked  # its turn had looked before
     e._blocked[desk], e.line.shares_end = frozenset({'imports'}), time.monotonic() - 1  # the host was not heard of for long
     e.admit(dict(imports=1))
