@@ -1189,9 +1189,9 @@ def test_a_larger_share_calls_whom_the_limit_has_kept_waiting(new_manager, new_s
     e.admit(dict(imports=1))
     assert desk.offered and desk.hungry and e.line.shares == dict(imports=1)
     assert e._bar(desk, ['imports']) == 0.0 and desk not in e._blocked  # its turn had looked before
-    e._blocked[desk], e.line.shares_end = frozenset({'imports'}), time.monotonic() - 1  # the host was not heard of for long
+    e._blocked[desk], desk.offered, e.line.shares_end = frozenset({'imports'}), None, time.monotonic() - 1  # the host was not heard of for long
     e.admit(dict(imports=1))
-    assert desk not in e._blocked
+    assert desk.offered
 
 def test_a_job_of_a_limited_queue_waits_for_no_process_that_does_not_know_it(files, tmp_path):
     "One of two processes does not know the task, and it is its turn or not"
