@@ -39,16 +39,16 @@ class Store(Committer):
         table:str='tenant_jobs', # Or `sys_jobs` in a host
         synchronous:str='FULL', # SQLite's level: see `fh_saas.db_connect`
         busy:float=5.0, # Seconds to wait for another's write lock
-        tenant:str=None, # For log lines; the database's name if left out
+        tenant:str=None, # Of a host; log lines have the database's name if left out
     ):
         super().__init__(url, synchronous, busy)
-        self.t, self.tenant, self.notes = tables(table), tenant or Path(self.url.database).stem, {}
+        self.t, self.tenant, self.hosted, self.notes = tables(table), tenant or Path(self.url.database).stem, tenant is not None, {}
         try: self.opened()
         except BaseException: self.close(); raise
 
     def opened(self):
         with db_errors(self.url):
-            notes = self._noted()
+            notes = self._noted() or (self._said_soon() if self.hosted and not self.notes else {})
             if 'tenant_id' in self.notes and 'tenant_id' not in notes:  # whoever makes the tenant anew has not said yet whose it is
                 if not isinstance(self.kind, SQLite): return
                 if not notes and self._young(): raise DatabaseUnavailable(f"{show_url(self.url)}: it is empty: is it being made anew? Try again in a moment")
@@ -71,6 +71,15 @@ def _noted(self:Store) -> dict:
     except Exception: conn.close(); return {}  # no such table, or something that the upgrade will name
     self._spare.append(conn)
     return notes
+
+@patch
+def _said_soon(self:Store) -> dict:
+    "What a tenant's database says that has no tables yet: whoever makes it is about to write whose it is"
+    until = time.monotonic() + 2
+    try:
+        while not sa.inspect(self.engine).get_table_names() and time.monotonic() < until: time.sleep(0.02)
+    finally: self.engine.dispose()
+    return self._noted()
 
 @patch
 def _young(self:Store) -> bool:
