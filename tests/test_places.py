@@ -2,15 +2,17 @@
 import time
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings, strategies as st
 from conftest import wait_until
+from fh_saas.db_connect import FhSaasError
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.ring import Ring
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.tasks import Registry
 
-ran = []
+ran, job = [], SimpleNamespace(row=dict(queue='q'))
 
 def place(name):
     ran.append(name)
@@ -60,7 +62,7 @@ def offers(new_sqlite, new_manager):
     "An engine of which two databases wait for a place in `q`"
     e = new_manager(new_sqlite(), handoff=0, concurrency=8).engine
     a, b, c = (e._desks[e.store(new_sqlite())] for _ in range(3))
-    e.line.shares = dict(q=1)
+    e.line.shares, e.crew.call = dict(q=1), lambda *args: None  # nobody goes on by itself
     for d in (a, b): d.seen = e._ended.copy(), d.ended; e._bar(d, ['q'])
     return e, a, b, c
 
@@ -68,17 +70,17 @@ def test_who_cannot_use_a_place_passes_it_on(offers):
     e, a, b, c = offers
     e._unblock(c, 'q')
     assert (a.offered, b.offered, [*e._blocked]) == (('q', 8), None, [a, b])
-    e._answered(a, 0)
+    e._answered(a, (), a.offered)
     assert (a.offered, b.offered, [*e._blocked]) == (None, ('q', 7), [b, a])
     b.offered = 'q', 0
-    e._answered(b, 0)  # they were asked
+    e._answered(b, (), b.offered)  # they were asked
     assert (a.offered, b.offered) == (None, None)
 
 def test_a_place_that_somebody_else_has_taken_is_offered_to_nobody(offers):
     e, a, b, c = offers
     e._unblock(c, 'q')
     e.line._by_queue['q'] = 1
-    e._answered(a, 0)
+    e._answered(a, (), a.offered)
     assert (a.offered, b.offered, [*e._blocked]) == (None, None, [a, b])  # and nobody has lost its place in this line
     e.line._by_queue.clear()
 
@@ -86,13 +88,59 @@ def test_who_has_had_the_place_is_behind_those_who_wait(offers):
     e, a, b, c = offers
     e._unblock(a, 'q')  # a job of its own has ended: it is first, and may go on
     assert a.hungry and a not in e._blocked and b.offered is None
-    e._answered(a, 1)
+    e._answered(a, [job], a.offered)
     a.seen, a.hungry = (e._ended.copy(), a.ended), False
     e._bar(a, ['q'])
     e._unblock(a, 'q')
     assert (a.hungry, b.offered, [*e._blocked]) == (False, ('q', 8), [b, a]) and a.due is not None  # it is its own again, if nobody takes it
-    e._answered(b, 1)
+    e._answered(b, [job], b.offered)
     assert [*e._blocked] == [a]
+
+def test_two_who_cannot_use_a_place_do_not_pass_it_to_and_fro(offers, new_sqlite):
+    e, a, b, c = offers
+    d = e._desks[e.store(new_sqlite())]
+    d.seen = e._ended.copy(), d.ended
+    e._bar(d, ['q'])
+    e._unblock(c, 'q')
+    asked = []
+    for _ in range(3):
+        asked.append(who := next(x for x in (a, b, d) if x.offered))
+        e._answered(who, (), who.offered)
+        who.seen = e._ended.copy(), who.ended
+        e._bar(who, ['q'])  # as it does in the same turn
+    assert asked == [a, b, d]
+
+def test_a_job_of_another_queue_costs_no_place_in_this_one(offers):
+    e, a, b, c = offers
+    other = SimpleNamespace(row=dict(queue='other'))
+    e._answered(a, [other], a.offered)
+    assert [*e._blocked] == [a, b]
+    e._unblock(a, 'other')
+    assert [*e._blocked] == [a, b] and a.hungry
+    e._unblock(c, 'q')
+    e._answered(a, [other], a.offered)  # nor is that an answer
+    assert b.offered and [*e._blocked] == [b, a]
+
+@pytest.mark.parametrize('how', ['shut', 'in trouble', 'gave way'])
+def test_an_offer_that_is_not_heard_is_passed_on(offers, how):
+    e, a, b, c = offers
+    e._unblock(c, 'q')
+    assert a.offered and b.due is not None  # and if it is stuck, the next looks by itself
+    if how == 'shut': a.paused = True; e._have_turn(a, [], [], [], [])
+    elif how == 'in trouble': e._troubled(a, [], [], FhSaasError('locked'))
+    else:
+        e._ring.join(a); e._ring.took(a, 1)
+        a.rung, a.tenancy = True, SimpleNamespace(tenant_id='a', untold=False, serving=True, limits=a.limits)
+        e._errands.pop(a)
+        assert e.give_way(1, -1) == ['a']
+        a.tenancy = None
+    assert not a.offered and b.offered
+
+def test_an_offer_is_answered_by_the_next_turn_if_one_is_on_its_way(offers):
+    e, a, b, c = offers
+    e._unblock(c, 'q')
+    e._answered(a, [SimpleNamespace(row=dict(queue='other'))], None)  # the turn began before
+    assert a.offered and not b.offered
 
 def test_who_is_shut_is_offered_nothing(offers):
     e, a, b, c = offers
@@ -114,8 +162,10 @@ def test_turns_are_shared_by_weight_also_where_a_weight_is_less_than_one(weights
     total, weight = sum(got.values()), sum(weights)
     assert all(abs(got[t] - total*t.weight/weight) <= 2 + unit*t.weight + 0.01*total for t in tenants)
 
-def test_who_only_looks_in_between_has_no_turn():
+def test_what_one_takes_while_those_before_it_cannot_is_a_loan():
     ring, (a, half) = Ring(), [Tenant(1), Tenant(0.5)]
     for t in (a, half): ring.join(t); ring.took(t, ring.grant(t, 1, 1))
-    assert [ring.grant(half, 1, 1) for _ in range(5)] == [0]*5  # it is a's turn
-    assert ring.grant(a, 1, 1) == 1
+    for _ in range(5): ring.took(half, ring.grant(half, 1, 1))  # a is stuck
+    got = []
+    for _ in range(30): ring.took(who := ring.first, ring.grant(who, 1, 1)); got.append(who)
+    assert got[:4] == [a]*4 and 5 <= got.count(half) <= 8

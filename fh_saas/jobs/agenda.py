@@ -99,6 +99,7 @@ def give_way(self:Agenda,
     with self._lock:
         over = [d for d in self._ring.served(after) if d.rung and d.tenancy and not (d.turning or d.wanted or d in self._errands)][:n]
         for d in over: d.hungry, d.due = False, None; self._ring.leave(d)
+    for d in over: self._answered(d, (), d.offered)
     return [d.tenancy.tenant_id for d in over]
 
 # %% ../../nbs/jobs/12_agenda.ipynb #2bb36a1c

@@ -32,8 +32,7 @@ def _allot(self:Allotment, desk) -> int:
         n = room
         if len(self._ring) > 1:
             n = self._ring.grant(desk, unit, room)
-            if n or desk is self._ring.first: self._ring.took(desk, n)
-            if not n: return 0
+            self._ring.took(desk, n)
         self._reserved[desk] = n, min(n, self._sure(desk)), time.monotonic() + reserve
         return n
 
@@ -91,7 +90,6 @@ def _bar(self:Allotment, desk,
         self._blocked[desk] = limited  # who has claimed nothing keeps its place in this line
         if desk.credit >= 1: self._blocked.move_to_end(desk, last=False)
     if desk.ended != own or any(self._ended.get(q) != ended.get(q) for q in limited):  # while this turn thought that there was no room
-        with self._lock: self._blocked.pop(desk, None)
         desk.hungry = True
         return 0.0
     desk.barred = min(max(5.0, 0.05*len(self._blocked)), max(0.2, 2*desk.barred))
@@ -140,14 +138,19 @@ def _next_for(self:Allotment, queue):
 def _offer(self:Allotment, desk, queue, others): desk.hungry, desk.offered, self._errands[desk] = True, (queue, others), None
 
 @patch
-def _answered(self:Allotment, desk, claimed:int):
+def _answered(self:Allotment, desk,
+    claimed, # Attempts
+    offer, # That was there when they were claimed
+):
     "What became of an offer; a place that the desk could not use is the next one's"
-    (queue, others), desk.offered = desk.offered or (None, 0), None
-    if claimed:
-        desk.credit = max(0.0, desk.credit - claimed)
-        if desk in self._blocked:
-            with self._lock: self._blocked.pop(desk, None)
+    queue, others = offer or (None, 0)
+    if desk.offered is offer: desk.offered = None
+    waits = self._blocked.get(desk, frozenset())
+    if n := sum((q := a.row['queue']) == queue or q in waits for a in claimed):
+        desk.credit = max(0.0, desk.credit - n)
+        with self._lock: self._blocked.pop(desk, None)
     elif others and not self.line.full([queue]):
+        desk.credit = 0.0  # else it would be the first again, and the place go to and fro
         with self._lock:
             if desk in self._blocked: self._blocked.move_to_end(desk)
             if (d := self._next_for(queue)) is not None: self._offer(d, queue, others - 1)
@@ -182,5 +185,9 @@ def _unblock(self:Allotment, desk, queue):
         first, waits = self._next_for(queue), queue in self._blocked.get(desk, ())
         other = first is not None and first is not desk
         if other: self._offer(first, queue, most_offers)
-        if not (other and waits) and self._blocked.pop(desk, None) is not None: desk.hungry = True
-    if other and waits: self._at(desk, time.monotonic() + untaken)
+        if desk in self._blocked and not (other and waits):
+            desk.hungry = True
+            if waits: desk.offered = queue, most_offers  # its turn is next anyway
+            if waits or not self._blocked[desk]: del self._blocked[desk]  # else it keeps its place for another queue
+        spare = other and (desk if waits else next((d for d, queues in self._blocked.items() if queue in queues and d is not first), None))
+    if spare: self._at(spare, time.monotonic() + untaken)  # if `first` is stuck

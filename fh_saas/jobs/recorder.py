@@ -165,7 +165,7 @@ def _see_to_timeouts(self:Recorder):
 def _abandon(self:Recorder, a):
     if not a.gate.acquire(blocking=False): return  # it has ended meanwhile
     if self._record(a, a.failed(TimedOut(f"took longer than its timeout of {a.row['timeout']} s, and did not stop")), a.done): self._errand(a.desk)
-    if a.is_async: self._off(a); self._fed(); return log.error('%s: given up; its coroutine does not end', a)
+    if a.is_async: self._off(a); self._unblock(a.desk, a.row['queue']); self._errand(a.desk); self._fed(); return log.error('%s: given up; its coroutine does not end', a)
     with self._lock:
         self._stuck += 1
         if free := self._stuck <= most_stuck: self.crew.size += 1

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 class Ring:
     "Who wants a turn, in the order in which they get it"
     # who comes new is served once before the others: https://www.rfc-editor.org/rfc/rfc8290#section-4.2
-    def __init__(self): self._new, self._old, self._served, self._size = OrderedDict(), OrderedDict(), {}, 0
+    def __init__(self): self._new, self._old, self._served, self._size = OrderedDict(), OrderedDict(), {}, 0; self._unit, self._light = 1, False
 
     def __len__(self): return self._size
     def __contains__(self, who): return who in self._new or self._old.get(who) is not None
@@ -51,17 +51,17 @@ class Ring:
 # %% ../../nbs/jobs/09_ring.ipynb #3bad17bc
 @patch
 def grant(self:Ring,
-    who, # The first
+    who, # The first, or one that comes while those before it cannot
     unit:int, # What a weight of 1 is worth
     most:int, # What there is
-) -> int: # 0: its weight comes to less than one, and others are first
+) -> int:
     "How much it may take now"
-    part = self._new if who in self._new else self._old
-    if (part.get(who) or 0) < 1:
-        if (worth := unit*who.weight) < 1: worth /= min(1.0, unit*max(w.weight for w in self))  # where all are less than one, the greatest is one
-        if part is self._new: part[who] = max(1.0, worth)
-        elif worth >= 1 or who is self.first: part[who] += worth  # who only looks in between has had no turn
-    return min(most, int(part[who] + 1e-9))
+    part, self._unit = self._new if who in self._new else self._old, unit
+    if (credit := part.get(who) or 0) < 1:
+        worth = unit*who.weight
+        if worth < 1: self._light = True
+        part[who] = max(1.0, worth) if part is self._new else credit + worth if worth >= 1 else credit
+    return min(most, max(1, int(part[who] + 1e-9)))  # less than one is a loan
 
 @patch
 def took(self:Ring, who, n:int):
@@ -72,8 +72,22 @@ def took(self:Ring, who, n:int):
     part[who] -= n
     if part[who] >= 1: return
     left = part.pop(who)
-    self._old[who] = max(0.0, left)  # what is less than one is for the next time
+    self._old[who] = max(-8.0, left)  # what is less than one is for the next time, and a loan is paid back
     self._pass()
+    if self._light and not self._new: self._ripen()
+
+@patch
+def _ripen(self:Ring):
+    "To the front comes who may take one: a weight that is worth less adds up, a round at a time"
+    heaviest = None
+    for _ in range(8*len(self._old)):
+        who, credit = next(iter(self._old.items()))
+        if credit is None: self._pass(); continue
+        if credit >= 1 or (worth := self._unit*who.weight) >= 1: return
+        if heaviest is None: heaviest = min(1.0, self._unit*max(w.weight for w in self))  # where all are less than one, the greatest is one
+        self._old[who] = credit + worth/heaviest + 1e-9
+        if self._old[who] >= 1: return
+        self._old.move_to_end(who)
 
 @patch
 def served(self:Ring, seconds:float) -> list:

@@ -170,8 +170,9 @@ def _turned(self:Rounds, desk, crew, attempts, again):
 def _troubled(self:Rounds, desk, ends, wanted, e) -> float:
     for a in ends: self._unwritten(a, e)
     for _, _, future, _ in wanted: settle(future) if isinstance(e, Held) else settle(future, error=e)
+    desk.failing = True
+    self._answered(desk, (), desk.offered)
     with self._lock: self._ring.leave(desk); self._blocked.pop(desk, None)
-    desk.failing, desk.offered = True, None
     if desk.tenancy and self._given_up(desk, e): return None
     desk.quiet = again = min(60.0, max(1.0, desk.quiet*2))
     log.warning('tenant=%s: cannot be looked after, next try in %g s: %s', desk.store.tenant, again, e)
@@ -193,7 +194,7 @@ def _given_up(self:Rounds, desk, e) -> bool:
 def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
     claims = self._may_claim(desk)
     if not claims:
-        desk.offered = None
+        self._answered(desk, (), desk.offered)
         with self._lock: self._ring.leave(desk)
         self._settle_wanted(desk)
     elif ends or desk.wanted:
@@ -212,7 +213,8 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
     if not desk.hungry and wanted:
         with self._lock: self._reserved[desk] = (n := len(wanted)), n, time.monotonic() + reserve
     if not (ends or wanted or room): return self.settings.poll if claims or desk.tenancy and not desk.rung and not self.stopping else None
-    if room: desk.hungry = False  # who calls from here on may mean a job that this claim does not see
+    offer = desk.offered
+    if room: desk.hungry = False  # who calls from here on may mean a job, or a place, that this claim does not see
     if (said := self._write_and_claim(desk, ends, wanted, room)) is None: return None
     got, found, due = said
     self._all_written(desk, ends)
@@ -221,7 +223,7 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
     attempts += [a for w in wanted if (a := self._given(desk, got, *w))] + found
     wanted.clear()
     if due: view.append(due)
-    return self._after(desk, room, found, due, attempts) if room else self._bar(desk) if refused else None
+    return self._after(desk, room, found, due, attempts, offer) if room else self._bar(desk) if refused else None
 
 # %% ../../nbs/jobs/13_rounds.ipynb #efff5c1f
 @patch
@@ -251,9 +253,9 @@ def _settle_wanted(self:Rounds, desk):
 
 # %% ../../nbs/jobs/13_rounds.ipynb #122eb61e
 @patch
-def _after(self:Rounds, desk, room, found, due, attempts):
+def _after(self:Rounds, desk, room, found, due, attempts, offer=None):
     "The claim found as many as there was room for, or fewer: when is the next one?"
-    if desk.offered or found: self._answered(desk, len(found))
+    if offer or found: self._answered(desk, found, offer)
     if found: desk.barred, desk.sparing = 0.0, len(found) >= room.sure and all(last_attempt(a.row) for a in found)
     if due is None and found and all(a.row['task'] in room.by_task for a in found): return self._bar(desk)  # its lanes have something to do
     if due is None: desk.hungry = True; return None  # there may be more: it stays in the ring

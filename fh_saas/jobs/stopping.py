@@ -81,9 +81,11 @@ def _tell_last(self:Stopping, wakes, desks, until):
 
 @patch
 def _flush_last(self:Stopping, d, until):
-    if self.is_mute(d.tenancy.wakes) or time.monotonic() >= until: return
-    d.tenancy.told_at = 0.0
-    if not d.tell(): self._unheard(d.tenancy.wakes)
+    for _ in range(5):
+        if self.is_mute(d.tenancy.wakes) or time.monotonic() >= until or not d.tenancy.untold: return
+        d.tenancy.told_at = 0.0
+        if not d.tell(): return self._unheard(d.tenancy.wakes)
+        if d.tenancy.untold: time.sleep(0.1)  # somebody decides about the tenant just now
 
 # %% ../../nbs/jobs/13_stopping.ipynb #bc15f451
 @patch

@@ -15,11 +15,12 @@ from fastcore.basics import patch
 from ..db_connect import FhSaasError
 from ..db_host import timestamp
 from ..jobs.pool import Pool
+from ..jobs.process import in_test
 from ..jobs.store import any_open
 from ..jobs.tenancy import rules_of
 from ..jobs.wake import wakes_of
 from .fleet import Fleet, beat_every
-from .watch import Watch, glance
+from .watch import Post, Watch, glance
 
 log = logging.getLogger('fh_saas.jobs')
 
@@ -33,11 +34,11 @@ class Lookout(Watch):
     "The part of a runner that sees where something is due"
     def _meet_host(self): self.fleet, self.rules, self.wakes = Fleet(self.host), rules_of(self.host), wakes_of(self.host)
 
-    def _begin(self):
+    def _prepare(self, e):
+        self._post, self._lively = Post(e, self._stopped), 0.0
         self._stores, self._visiting, self._passed, self._shut, self._known, self._beaten, self._adopted, self._swept, self._news = {}, set(), {}, set(), None, -60.0, -1e9, 0.0, True
         self._names, self._place = None, (0, 1)
         self._looking, self._todo, self._more, self._began, self._pool = threading.Lock(), deque(), False, {}, Pool(32, 'fh_saas-visit')
-        self._man(self.engine, self._stopped)
 
 # %% ../../nbs/workers/00_lookout.ipynb #3e3a4469
 @patch
@@ -182,6 +183,7 @@ def _peek(self:Lookout, id):
 @patch
 def _obey(self:Lookout, asked, asked_concurrency):
     "What an operator asks of this process"
+    if in_test() is not None: return
     if asked_concurrency and asked_concurrency != self.engine.line.size: self.engine.resize(asked_concurrency)
     if asked in ('run', 'quiet') and (asked == 'quiet') != self.engine.quiet: self.engine.be_quiet(asked == 'quiet')
     if asked == 'stop': self.told_to_stop()

@@ -89,8 +89,9 @@ def _start(self:Runner):
         e.line.rules = self.rules  # before anybody can run a job
     self._stopped = threading.Event()  # a thread of before that still waits for its host ends by its own
     self._leaving, self._left, self._gone = False, threading.Event(), threading.Event()
+    if serves: self._prepare(e)
     self._aside, self.engine = False, use_engine(e)
-    if serves: _serving.add(self); self._begin()
+    if serves: _serving.add(self); self._man()
     if self._stopped.is_set(): e.stop(0); serves and self._quietly(self.fleet.leave, e.worker)  # somebody has said stop meanwhile
     return self
 
@@ -109,19 +110,22 @@ def stop(self:Runner, grace:float=None):
     self._stopped.set()
     serves = self.engine and self.host and self.engine.settings.concurrency
     with self._ending: first, self._leaving = serves and not self._leaving, True
-    if first:
-        saying = self._beside(self._say_stopping)  # a host that does not answer holds up nothing
+    saying, gone = first and self._beside(self._say_stopping), self._gone  # a host that does not answer holds up nothing
     if self.engine: self.engine.stop(grace)
     if first:
-        self._left.set()
-        until = time.monotonic() + 2
-        saying and saying.join(2)
-        self._post.over.wait(max(0.0, until - time.monotonic()))
-        self._pool.close()
-        self._leave()
-        self._gone.set()
-    elif serves: self._gone.wait(farewell)  # the process may end when this returns
-    else: self._gone.set()
+        try: self._say_goodbye(saying)
+        finally: gone.set()
+    elif serves: gone.wait(farewell)  # the process may end when this returns
+    else: gone.set()
+
+@patch
+def _say_goodbye(self:Runner, saying):
+    self._left.set()
+    until = time.monotonic() + 2
+    saying and saying.join(2)
+    self._post.over.wait(max(0.0, until - time.monotonic()))
+    self._pool.close()
+    self._leave()
 
 # %% ../../nbs/workers/00_runner.ipynb #a6d3caa4
 @patch

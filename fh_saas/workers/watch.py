@@ -36,9 +36,8 @@ class Watch:
     def _meet(self, id): "Called for a tenant that this process does not know yet"
 
 @patch
-def _man(self:Watch, engine, stopped):
+def _man(self:Watch):
     "Begin to watch"
-    self._post, self._lively = Post(engine, stopped), 0.0
     threading.Thread(target=self._watch, args=(self._post,), name='fh_saas-watch', daemon=True).start()
 
 @patch
@@ -82,10 +81,10 @@ def _shut_ears(self:Watch, p):
 @patch
 def _leave_post(self:Watch, p):
     self._shut_ears(p)
+    p.bereft = not p.stopped.is_set()
     p.over.set()
-    if p.stopped.is_set(): return
+    if not p.bereft: return
     log.warning('%s: the engine of this runner was stopped, or another has taken its place: the runner ends', p.engine.worker)
-    p.bereft = True
     self._beside(partial(self._stop_run, p.stopped))
 
 # %% ../../nbs/workers/00_watch.ipynb #d0f35f9b
