@@ -1183,14 +1183,15 @@ def test_a_larger_share_calls_whom_the_limit_has_kept_waiting(new_manager, new_s
     m = new_manager(new_sqlite(), concurrency=4)
     e, desk = m.engine, m.engine._desks[m.store]
     e.crew.call = lambda *args: None
-    e.line.shares, e._blocked[desk], desk.hungry, desk.seen = dict(imports=0), frozenset({'imports'}), False, (e._ended.copy(), desk.ended)
+    e.line.shares, desk.seen = dict(imports=0), (e._ended.copy(), desk.ended)
+    e._bar(desk, ['imports'])
     e.admit(dict(imports=0))
     assert desk in e._blocked
     e.admit(dict(imports=1))
     assert desk.offered and desk.hungry and e.line.shares == dict(imports=1)
     desk.hungry = False
     assert e._bar(desk, ['imports']) == 0.0 and desk.hungry  # its turn had looked before
-    e._blocked[desk], desk.offered, e.line.shares_end = frozenset({'imports'}), None, time.monotonic() - 1  # the host was not heard of for long
+    desk.offered, e.line.shares_end = {}, time.monotonic() - 1  # the host was not heard of for long
     e.admit(dict(imports=1))
     assert desk.offered
 

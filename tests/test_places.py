@@ -12,7 +12,7 @@ from fh_saas.jobs.ring import Ring
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.tasks import Registry
 
-ran, job = [], SimpleNamespace(row=dict(queue='q'))
+ran = []
 
 def place(name):
     ran.append(name)
@@ -66,35 +66,39 @@ def offers(new_sqlite, new_manager):
     for d in (a, b): d.seen = e._ended.copy(), d.ended; e._bar(d, ['q'])
     return e, a, b, c
 
+def line(e): return [*e._lines['q']]
+def asked(desk): return desk.offered.get('q', [None])[0]
+def answers(e, desk, *queues): e._answered(desk, [SimpleNamespace(row=dict(queue=q)) for q in queues], desk.offered)
+
 def test_who_cannot_use_a_place_passes_it_on(offers):
     e, a, b, c = offers
     e._unblock(c, 'q')
-    assert (a.offered, b.offered, [*e._blocked]) == (('q', 8), None, [a, b])
-    e._answered(a, (), a.offered)
-    assert (a.offered, b.offered, [*e._blocked]) == (None, ('q', 7), [b, a])
-    b.offered = 'q', 0
-    e._answered(b, (), b.offered)  # they were asked
-    assert (a.offered, b.offered) == (None, None)
+    assert (asked(a), asked(b), line(e)) == (8, None, [a, b])
+    answers(e, a)
+    assert (asked(a), asked(b), line(e)) == (None, 7, [b, a])
+    b.offered = dict(q=[0])
+    answers(e, b)  # they were asked
+    assert (asked(a), asked(b)) == (None, None)
 
 def test_a_place_that_somebody_else_has_taken_is_offered_to_nobody(offers):
     e, a, b, c = offers
     e._unblock(c, 'q')
     e.line._by_queue['q'] = 1
-    e._answered(a, (), a.offered)
-    assert (a.offered, b.offered, [*e._blocked]) == (None, None, [a, b])  # and nobody has lost its place in this line
+    answers(e, a)
+    assert (asked(a), asked(b), line(e)) == (None, None, [a, b])  # and nobody has lost its place in this line
     e.line._by_queue.clear()
 
 def test_who_has_had_the_place_is_behind_those_who_wait(offers):
     e, a, b, c = offers
     e._unblock(a, 'q')  # a job of its own has ended: it is first, and may go on
-    assert a.hungry and a not in e._blocked and b.offered is None
-    e._answered(a, [job], a.offered)
-    a.seen, a.hungry = (e._ended.copy(), a.ended), False
-    e._bar(a, ['q'])
+    assert a.hungry and asked(a) == 8 and asked(b) is None and a not in e._errands
+    answers(e, a, 'q')
+    assert line(e) == [b, a]
+    a.hungry = False
     e._unblock(a, 'q')
-    assert (a.hungry, b.offered, [*e._blocked]) == (False, ('q', 8), [b, a]) and a.due is not None  # it is its own again, if nobody takes it
-    e._answered(b, [job], b.offered)
-    assert [*e._blocked] == [a]
+    assert (a.hungry, asked(b)) == (False, 8) and a.due is not None  # it is its own again, if nobody takes it
+    answers(e, b, 'q')
+    assert line(e) == [a, b]
 
 def test_two_who_cannot_use_a_place_do_not_pass_it_to_and_fro(offers, new_sqlite):
     e, a, b, c = offers
@@ -102,51 +106,60 @@ def test_two_who_cannot_use_a_place_do_not_pass_it_to_and_fro(offers, new_sqlite
     d.seen = e._ended.copy(), d.ended
     e._bar(d, ['q'])
     e._unblock(c, 'q')
-    asked = []
+    who = []
     for _ in range(3):
-        asked.append(who := next(x for x in (a, b, d) if x.offered))
-        e._answered(who, (), who.offered)
-        who.seen = e._ended.copy(), who.ended
-        e._bar(who, ['q'])  # as it does in the same turn
-    assert asked == [a, b, d]
+        who.append(x := next(x for x in (a, b, d) if asked(x)))
+        answers(e, x)
+        e._bar(x, ['q'])  # as it does in the same turn
+    assert who == [a, b, d]
 
 def test_a_job_of_another_queue_costs_no_place_in_this_one(offers):
     e, a, b, c = offers
-    other = SimpleNamespace(row=dict(queue='other'))
-    e._answered(a, [other], a.offered)
-    assert [*e._blocked] == [a, b]
+    e.line.shares = dict(q=1, other=1)
+    for d in (a, b): d.seen = e._ended.copy(), d.ended; e._bar(d, ['q', 'other'])
+    answers(e, a, 'other')
+    assert line(e) == [a, b] and [*e._lines['other']] == [b, a]
     e._unblock(a, 'other')
-    assert [*e._blocked] == [a, b] and a.hungry
+    assert line(e) == [a, b] and b.offered.keys() == {'other'}
     e._unblock(c, 'q')
-    e._answered(a, [other], a.offered)  # nor is that an answer
-    assert b.offered and [*e._blocked] == [b, a]
+    answers(e, a, 'other')  # that is no answer
+    assert asked(b) == 7 and line(e) == [b, a]
 
-@pytest.mark.parametrize('how', ['shut', 'in trouble', 'gave way'])
+def test_who_waits_no_more_stands_in_no_line(offers):
+    e, a, b, c = offers
+    e._rest(a, None, None)
+    assert line(e) == [b] and [*e._blocked] == [b]
+    e._bar(b, [])  # something else keeps it now
+    assert line(e) == [] and [*e._blocked] == [b]
+
+@pytest.mark.parametrize('how', ['shut', 'in trouble', 'gave way', 'forgotten'])
 def test_an_offer_that_is_not_heard_is_passed_on(offers, how):
     e, a, b, c = offers
     e._unblock(c, 'q')
-    assert a.offered and b.due is not None  # and if it is stuck, the next looks by itself
+    assert asked(a) and b.due is not None  # and if it is stuck, the next looks by itself
     if how == 'shut': a.paused = True; e._have_turn(a, [], [], [], [])
     elif how == 'in trouble': e._troubled(a, [], [], FhSaasError('locked'))
+    elif how == 'forgotten': e.forget(a.store)
     else:
         e._ring.join(a); e._ring.took(a, 1)
         a.rung, a.tenancy = True, SimpleNamespace(tenant_id='a', untold=False, serving=True, limits=a.limits)
         e._errands.pop(a)
         assert e.give_way(1, -1) == ['a']
         a.tenancy = None
-    assert not a.offered and b.offered
+    assert not asked(a) and asked(b)
 
 def test_an_offer_is_answered_by_the_next_turn_if_one_is_on_its_way(offers):
     e, a, b, c = offers
+    before = a.offered
     e._unblock(c, 'q')
-    e._answered(a, [SimpleNamespace(row=dict(queue='other'))], None)  # the turn began before
-    assert a.offered and not b.offered
+    e._answered(a, [SimpleNamespace(row=dict(queue='other'))], before)
+    assert asked(a) and not asked(b)
 
 def test_who_is_shut_is_offered_nothing(offers):
     e, a, b, c = offers
     a.paused = True
     e._unblock(c, 'q')
-    assert (a.offered, b.offered) == (None, ('q', 8))
+    assert (asked(a), asked(b)) == (None, 8)
 
 class Tenant:
     def __init__(self, weight): self.weight = weight

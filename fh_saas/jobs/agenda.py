@@ -138,9 +138,11 @@ def forget(self:Agenda, store:Store):
     with self._lock:
         desk = self._desks.pop(store, None)
         self._stores.pop((store.url, store.t.jobs.name), None)
-        for those in (self._errands, self._blocked): those.pop(desk, None)
+        self._errands.pop(desk, None)
         self._ring.leave(desk)
     if desk:
+        self._unbar(desk)
+        self._answered(desk, (), desk.offered)
         self._settle_wanted(desk)
         with desk._lock: lost, desk.ends = [*desk.ends, *desk.unwritten], []
         desk.unwritten.clear()

@@ -9,6 +9,7 @@ __all__ = ['log', 'reserve', 'untaken', 'most_offers', 'Allotment', 'rates_of']
 
 # %% ../../nbs/jobs/12_allotment.ipynb #b1b1f8af
 import itertools, logging, time
+from collections import Counter, OrderedDict
 from fastcore.basics import patch
 from ..db_connect import FhSaasError
 from .claims import Room
@@ -87,13 +88,22 @@ def _bar(self:Allotment, desk,
     ended, own = desk.seen
     limited = frozenset(self.line.places_of()) if queues is None else frozenset(q for q in queues if self.line.limited(q))
     with self._lock:
-        self._blocked[desk] = limited  # who has claimed nothing keeps its place in this line
-        if desk.credit >= 1: self._blocked.move_to_end(desk, last=False)
+        self._blocked[desk] = limited
+        for q in limited: self._lines.setdefault(q, OrderedDict()).setdefault(desk, 0.0)  # who stands there keeps its place
+        for q in self._lines.keys() - limited: self._lines[q].pop(desk, None)
     if desk.ended != own or any(self._ended.get(q) != ended.get(q) for q in limited):  # while this turn thought that there was no room
         desk.hungry = True
         return 0.0
     desk.barred = min(max(5.0, 0.05*len(self._blocked)), max(0.2, 2*desk.barred))
     return desk.barred
+
+@patch
+def _unbar(self:Allotment, desk):
+    "No limit keeps it waiting any more"
+    if desk not in self._blocked: return
+    with self._lock:
+        self._blocked.pop(desk, None)
+        for line in self._lines.values(): line.pop(desk, None)
 
 # %% ../../nbs/jobs/12_allotment.ipynb #96f8b9b5
 @patch
@@ -117,44 +127,46 @@ def _kept(self:Allotment, desk, longest):
     named = {n: self.registry.named_as(n) for n in itertools.chain(*desk.names)}
     try: return any(self.serves(q) and q not in desk.limits.closed for q in desk.store.kept_in(rates, named))
     except FhSaasError as e: log.warning('tenant=%s: nobody knows what a rate keeps there: %s', desk.store.tenant, e)
-    with self._lock: self._blocked.pop(desk, None)  # it is no limit that keeps it
+    self._unbar(desk)  # it is no limit that keeps it
     return False
 
 # %% ../../nbs/jobs/12_allotment.ipynb #56789841
-untaken, most_offers = 0.05, 8 # seconds after which who had a place last may have it again, if nobody took it; databases that are asked one after the other
+untaken, most_offers = 0.05, 8 # seconds after which another may have a place that nobody has taken; databases that are asked one after the other
 
 @patch
-def _next_for(self:Allotment, queue):
+def _next_for(self:Allotment, queue, but=None):
     "Who waits for a place in a queue, and was not offered one yet; the greater its weight, the more it gets"
+    line, d = self._lines.get(queue, {}), None
     for _ in range(64):
-        d = next((d for d, queues in self._blocked.items() if queue in queues and d.offered is None and not d.shut), None)
-        if d is None or d.credit >= 1: break
-        d.credit += d.weight
-        if d.credit >= 1: break
-        self._blocked.move_to_end(d)
+        d = next((d for d in line if d is not but and queue not in d.offered and not d.shut), None)
+        if d is None or line[d] >= 1: break
+        line[d] += d.weight
+        if line[d] >= 1: break
+        line.move_to_end(d)
     return d
 
 @patch
-def _offer(self:Allotment, desk, queue, others): desk.hungry, desk.offered, self._errands[desk] = True, (queue, others), None
+def _offer(self:Allotment, desk, queue, others):
+    desk.hungry, desk.offered = True, desk.offered | {queue: [others]}
+    self._errands[desk] = None
 
 @patch
 def _answered(self:Allotment, desk,
     claimed, # Attempts
-    offer, # That was there when they were claimed
+    offers:dict, # That were there when they were claimed
 ):
-    "What became of an offer; a place that the desk could not use is the next one's"
-    queue, others = offer or (None, 0)
-    if desk.offered is offer: desk.offered = None
-    waits = self._blocked.get(desk, frozenset())
-    if n := sum((q := a.row['queue']) == queue or q in waits for a in claimed):
-        desk.credit = max(0.0, desk.credit - n)
-        with self._lock: self._blocked.pop(desk, None)
-    elif others and not self.line.full([queue]):
-        desk.credit = 0.0  # else it would be the first again, and the place go to and fro
-        with self._lock:
-            if desk in self._blocked: self._blocked.move_to_end(desk)
-            if (d := self._next_for(queue)) is not None: self._offer(d, queue, others - 1)
-        if d is not None: self.crew.call()
+    "What became of offers; a place that the desk could not use is the next one's"
+    took, passed = Counter(a.row['queue'] for a in claimed), False
+    with self._lock:
+        desk.offered = {q: o for q, o in desk.offered.items() if offers.get(q) is not o}
+        for q in {*took, *offers}:
+            line, n, [others] = self._lines.get(q, {}), took[q], offers.get(q, [0])
+            if not n and (not others or self.line.full([q])): continue
+            if desk in line:
+                line[desk] = max(0.0, line[desk] - n) if n else 0.0  # else it would be the first again, and the place go to and fro
+                if line[desk] < 1: line.move_to_end(desk)
+            if not n and (d := self._next_for(q, desk)) is not None: self._offer(d, q, others - 1); passed = True
+    if passed: self.crew.call()
 
 # %% ../../nbs/jobs/12_allotment.ipynb #74aa8d46
 @patch
@@ -182,12 +194,11 @@ def _unblock(self:Allotment, desk, queue):
     if self.line.limited(queue): self._ended[queue] = desk.ended
     if not self._blocked: return
     with self._lock:
-        first, waits = self._next_for(queue), queue in self._blocked.get(desk, ())
-        other = first is not None and first is not desk
+        first, line = self._next_for(queue), self._lines.get(queue, {})
+        other, waits = first not in (None, desk), desk in line
         if other: self._offer(first, queue, most_offers)
         if desk in self._blocked and not (other and waits):
             desk.hungry = True
-            if waits: desk.offered = queue, most_offers  # its turn is next anyway
-            if waits or not self._blocked[desk]: del self._blocked[desk]  # else it keeps its place for another queue
-        spare = other and (desk if waits else next((d for d, queues in self._blocked.items() if queue in queues and d is not first), None))
+            if waits: desk.offered = desk.offered | {queue: [most_offers]}  # its turn is next anyway
+        spare = other and (desk if waits else next((d for d in line if queue not in d.offered), None))
     if spare: self._at(spare, time.monotonic() + untaken)  # if `first` is stuck

@@ -46,7 +46,7 @@ class Desk(Marks, Renewal):
         self.ended, self.seen = 0, ({}, 0)  # a mark of its last end; as of the begin of its turn, with that of each queue
         self.freed = []  # desks that wait for a slot which turned out not to be needed
         self.quiet, self.hungry, self._beat, self._asked, self.barred = 0.0, False, 0.0, 0.0, 0.0
-        self.offered, self.credit = None, 0.0  # a place in a queue that it may have: the queue, and how many others may be asked; places that its weight is still worth
+        self.offered = {}  # queues in which there may be a place for it, and how many others may be asked in its stead
         self.failing = False  # has its last turn come to nothing because of its database?
         self._lock = threading.Lock()
 

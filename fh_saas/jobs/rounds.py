@@ -171,8 +171,9 @@ def _troubled(self:Rounds, desk, ends, wanted, e) -> float:
     for a in ends: self._unwritten(a, e)
     for _, _, future, _ in wanted: settle(future) if isinstance(e, Held) else settle(future, error=e)
     desk.failing = True
+    self._unbar(desk)
     self._answered(desk, (), desk.offered)
-    with self._lock: self._ring.leave(desk); self._blocked.pop(desk, None)
+    with self._lock: self._ring.leave(desk)
     if desk.tenancy and self._given_up(desk, e): return None
     desk.quiet = again = min(60.0, max(1.0, desk.quiet*2))
     log.warning('tenant=%s: cannot be looked after, next try in %g s: %s', desk.store.tenant, again, e)
@@ -213,7 +214,7 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
     if not desk.hungry and wanted:
         with self._lock: self._reserved[desk] = (n := len(wanted)), n, time.monotonic() + reserve
     if not (ends or wanted or room): return self.settings.poll if claims or desk.tenancy and not desk.rung and not self.stopping else None
-    offer = desk.offered
+    offers = desk.offered
     if room: desk.hungry = False  # who calls from here on may mean a job, or a place, that this claim does not see
     if (said := self._write_and_claim(desk, ends, wanted, room)) is None: return None
     got, found, due = said
@@ -223,7 +224,7 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
     attempts += [a for w in wanted if (a := self._given(desk, got, *w))] + found
     wanted.clear()
     if due: view.append(due)
-    return self._after(desk, room, found, due, attempts, offer) if room else self._bar(desk) if refused else None
+    return self._after(desk, room, found, due, attempts, offers) if room else self._bar(desk) if refused else None
 
 # %% ../../nbs/jobs/13_rounds.ipynb #efff5c1f
 @patch
@@ -253,9 +254,9 @@ def _settle_wanted(self:Rounds, desk):
 
 # %% ../../nbs/jobs/13_rounds.ipynb #122eb61e
 @patch
-def _after(self:Rounds, desk, room, found, due, attempts, offer=None):
+def _after(self:Rounds, desk, room, found, due, attempts, offers):
     "The claim found as many as there was room for, or fewer: when is the next one?"
-    if offer or found: self._answered(desk, found, offer)
+    if offers or found and self._blocked: self._answered(desk, found, offers)
     if found: desk.barred, desk.sparing = 0.0, len(found) >= room.sure and all(last_attempt(a.row) for a in found)
     if due is None and found and all(a.row['task'] in room.by_task for a in found): return self._bar(desk)  # its lanes have something to do
     if due is None: desk.hungry = True; return None  # there may be more: it stays in the ring
@@ -268,8 +269,7 @@ def _after(self:Rounds, desk, room, found, due, attempts, offer=None):
 
 @patch
 def _rest(self:Rounds, desk, *seen):
-    if desk in self._blocked:
-        with self._lock: self._blocked.pop(desk, None)  # what a limit kept waiting was cancelled, or run elsewhere
+    self._unbar(desk)  # what a limit kept waiting was cancelled, or run elsewhere
     return desk.rest(*seen)
 
 @patch
