@@ -176,6 +176,7 @@ def _check_identity(host, tenant):
             raise TenantMismatch(f"{show_url(eng.url)} belongs to tenant {tenant.id!r} of another host: give each host a folder, or a server, of its own")
     return check
 
+# %% ../nbs/01_db_tenant.ipynb #be74e551
 def _blank(conn, notes, tables) -> bool:
     "Is nothing there, or only the empty tables of a process that had the tenant open when it was deleted, and came to the new file first?"
     if any(not k.startswith('schema:') for k in notes) or tables and not notes: return False

@@ -150,6 +150,7 @@ def _offer(self:Allotment, desk, queue, others):
     desk.hungry, desk.offered = True, desk.offered | {queue: [others]}
     self._errands[desk] = None
 
+# %% ../../nbs/jobs/12_allotment.ipynb #ed5fd02a
 @patch
 def _answered(self:Allotment, desk,
     claimed, # Attempts

@@ -61,8 +61,7 @@ class Engine(Recorder, Rounds, Handles, Stopping):
         self._stuck, self._again = 0, {}  # threads of attempts that were given up; desk -> when a job that goes back is due there, until the host knows
         self._mute, self._stoppers = {}, set()  # hosts that did not answer while it ends, and until when nobody waits for them; threads that have it end
         # what the host is told: it may not answer, and each of these waits for it in one thread
-        self.rings, self.retries, self.marks = InTurn(self.house, self._pass_on), InTurn(self.house, self._tell_due), InTurn(self.house, self._tell_mark)
-        self.tellings = InTurn(self.house, self._tell_until)
+        self.rings, self.retries, self.marks, self.tellings = (InTurn(self.house, f) for f in (self._pass_on, self._tell_due, self._tell_mark, self._tell_until))
         self._followed, self._following, self._commit_seen = [], False, threading.Event()  # jobs in transactions of others
         self._lock, self._wake = threading.RLock(), threading.Condition()
 

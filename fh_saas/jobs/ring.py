@@ -76,6 +76,7 @@ def took(self:Ring, who, n:int):
     self._pass()
     if self._light and not self._new: self._ripen()
 
+# %% ../../nbs/jobs/09_ring.ipynb #3af212b9
 @patch
 def _ripen(self:Ring):
     "To the front comes who may take one: a weight that is worth less adds up, a round at a time"

@@ -49,6 +49,7 @@ def _publish(tmp, path):
         if path.exists(): raise FileExistsError(f"{path} exists by now: give the copy another name") from None
         os.replace(tmp, path)
 
+# %% ../../nbs/ops/00_copies.ipynb #edeaedf9
 def _copy_sqlite(url, tmp):
     with db_errors(url), closing(connect(url)) as src, closing(sqlite3.connect(tmp)) as copy:
         try:

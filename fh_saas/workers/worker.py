@@ -111,6 +111,7 @@ def _run(self:Worker, once):
     try: self._go_on(once)
     finally: self.stop()
 
+# %% ../../nbs/workers/01_worker.ipynb #9f757a30
 @patch
 def _go_on(self:Worker, once):
     log.info('worker %s runs %s jobs at once of %s', self.engine.worker, self.engine.line.size, self.host)
