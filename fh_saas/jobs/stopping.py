@@ -85,7 +85,8 @@ def _flush_last(self:Stopping, d, until):
         if self.is_mute(d.tenancy.wakes) or time.monotonic() >= until or not d.tenancy.untold: return
         d.tenancy.told_at = 0.0
         if not d.tell(): return self._unheard(d.tenancy.wakes)
-        if d.tenancy.untold: time.sleep(0.1)  # somebody decides about the tenant just now
+        if d.tenancy.sure <= d.tenancy.told: return
+        time.sleep(0.1)  # somebody decides about the tenant just now
 
 # %% ../../nbs/jobs/13_stopping.ipynb #bc15f451
 @patch
