@@ -16,7 +16,7 @@ from fh_saas.jobs.wake import wakes_of
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from fh_saas.workers.fleet import Fleet
 from fh_saas.workers.runner import Runner
-from fh_saas.workers.worker import Worker, ending_signals
+from fh_saas.workers.worker import Worker
 
 begun = []
 
@@ -220,7 +220,14 @@ def test_a_child_of_a_fork_ends_nothing_of_its_parents(host, acme, new_runner):
     over.set()
     assert acme.wait(id, 10).status == 'completed' and [a['outcome'] for a in acme.attempts(id)] == ['completed']
 
-def test_a_child_of_a_task_can_be_ended(acme):
+@pytest.fixture
+def signals():
+    "A worker in the main thread takes the handlers of its process"
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    yield
+    for s, f in before.items(): signal.signal(s, f)
+
+def test_a_child_of_a_task_can_be_ended(acme, signals):
     "The worker's handlers of signals are not for it"
     over = []
     @task('runner_parent')
@@ -234,13 +241,10 @@ def test_a_child_of_a_task_can_be_ended(acme):
         w.told_to_stop()
     w = Worker(acme.db.host, Settings(concurrency=1, handoff=0, grace=2))
     acme.submit('runner_parent', parent)
-    before = {s: signal.getsignal(s) for s in ending_signals()}
-    try: w.run()
-    finally:
-        for s, f in before.items(): signal.signal(s, f)
+    w.run()
     assert over == [-signal.SIGTERM]
 
-def test_a_worker_whose_engine_was_taken_away_ends_with_an_error(acme):
+def test_a_worker_whose_engine_was_taken_away_ends_with_an_error(acme, signals):
     "Its supervisor starts another one"
     @task('runner_takes')
     def takes(): use_engine(Engine(Settings(concurrency=1)))
