@@ -9,7 +9,7 @@ __all__ = ['patience', 'levels', 'stalled', 'meta_table', 'FhSaasError', 'Invali
            'DatabaseUnavailable', 'DatabaseBusy', 'DatabaseFull', 'DatabaseReadOnly', 'DatabaseCorrupt',
            'NewerDatabase', 'show_url', 'check_url', 'typed', 'db_errors', 'reading', 'writing', 'set_timeout',
            'when_free', 'file_of', 'of_this_process', 'inherited', 'connect', 'open_engine', 'lock_schema', 'read_meta',
-           'write_meta', 'add_columns']
+           'notes_of', 'write_meta', 'add_columns']
 
 # %% ../nbs/00_db_connect.ipynb #9143cdcc
 import os, sqlite3, threading, time, weakref
@@ -303,6 +303,11 @@ def read_meta(conn) -> dict:
     "The notes that fh_saas keeps in a database about itself"
     if not sa.inspect(conn).has_table(meta_table.name): return {}
     return {k: v for k, v in conn.execute(sa.select(meta_table.c.key, meta_table.c.value))}
+
+def notes_of(conn:sqlite3.Connection) -> dict:
+    "The same of a file that is only looked at, by the driver alone"
+    there = conn.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (meta_table.name,)).fetchone()
+    return dict(conn.execute(f'SELECT key, value FROM {meta_table.name}')) if there else {}
 
 def write_meta(conn, **notes):
     "Add or change notes; call it in a transaction that holds `lock_schema`"

@@ -20,7 +20,7 @@ from urllib.parse import quote
 import sqlalchemy as sa
 from fastcore.basics import patch
 from fastsql import Database
-from .db_connect import (DatabaseUnavailable, FhSaasError, InvalidDatabaseURL, add_columns, check_url, inherited, lock_schema, meta_table, of_this_process,
+from .db_connect import (DatabaseUnavailable, FhSaasError, InvalidDatabaseURL, add_columns, check_url, inherited, lock_schema, notes_of, of_this_process,
     open_engine, read_meta, reading, show_url, write_meta, writing)
 
 # %% ../nbs/00_db_host.ipynb #a307a935
@@ -214,7 +214,7 @@ def _refuse_strange_file(url):
     try:
         with closing(sqlite3.connect(f'file:{quote(url.database)}?mode=ro', uri=True)) as conn:
             tables = {name for name, in conn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            notes = dict(conn.execute('SELECT key, value FROM fh_saas_meta')) if meta_table.name in tables else {}
+            notes = notes_of(conn)
     except sqlite3.Error: return  # what is wrong with it is said when it is opened
     if _catalog.name not in tables: _refuse(notes, show_url(url))
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from fastcore.basics import patch
 from fastsql import Database
-from .db_connect import (DatabaseCorrupt, DatabaseUnavailable, FhSaasError, check_url, inherited, lock_schema, open_engine, read_meta, reading, show_url, write_meta, writing)
+from .db_connect import (DatabaseCorrupt, DatabaseUnavailable, FhSaasError, check_url, inherited, lock_schema, meta_table, open_engine, read_meta, reading, show_url, write_meta, writing)
 from .db_host import HostDatabase, TenantCatalog, TenantNotFound, catalog_table, env_url, seconds, timestamp
 
 log = logging.getLogger('fh_saas.jobs')
@@ -180,7 +180,7 @@ def _check_identity(host, tenant):
 def _blank(conn, notes, tables) -> bool:
     "Is nothing there, or only the empty tables of a process that had the tenant open when it was deleted, and came to the new file first?"
     if any(not k.startswith('schema:') for k in notes) or tables and not notes: return False
-    return not any(conn.execute(sa.select(sa.literal(1)).select_from(sa.table(t)).limit(1)).first() for t in tables if t != 'fh_saas_meta')
+    return not any(conn.execute(sa.select(sa.literal(1)).select_from(sa.table(t)).limit(1)).first() for t in tables if t != meta_table.name)
 
 def _create(host, tenant) -> bool: # Was it there, with jobs that are open?
     "Make the database of `tenant` if there is none, and write into it whose it is"

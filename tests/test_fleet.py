@@ -1047,9 +1047,9 @@ def test_a_limit_holds_while_a_runner_waits_for_the_host_at_its_start(tmp_path, 
     db = get_or_create_tenant_db('acme', host=host)
     before = Engine(Settings(concurrency=0))
     for _ in range(4): BackgroundTaskManager(db, before).submit('job', crowd.job, run_at='2020-01-01')
-    m, begin = BackgroundTaskManager(db), Runner._man
+    m, begin = BackgroundTaskManager(db), Runner._begin
     m.list_jobs()
-    monkeypatch.setattr(Runner, '_man', lambda self: time.sleep(2.5) or begin(self))
+    monkeypatch.setattr(Runner, '_begin', lambda self: time.sleep(2.5) or begin(self))
     with Runner(host, Settings(concurrency=4)):
         wait_until(lambda: crowd.most, 15)
         time.sleep(0.5)

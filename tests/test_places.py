@@ -1,5 +1,5 @@
 "Places in a queue whose limit is reached, and parts of a turn: who gets them."
-import time
+import threading, time
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -154,6 +154,14 @@ def test_an_offer_is_answered_by_the_next_turn_if_one_is_on_its_way(offers):
     e._unblock(c, 'q')
     e._answered(a, [SimpleNamespace(row=dict(queue='other'))], before)
     assert asked(a) and not asked(b)
+
+def test_a_place_that_is_given_up_by_an_async_job_is_offered_once_it_is_free(offers, monkeypatch):
+    e, a, b, c = offers
+    freed = []
+    for name, f in dict(_record=lambda *args: freed.append('recorded'), _off=lambda x: freed.append('off'), _fed=lambda: None).items(): monkeypatch.setattr(e, name, f)
+    monkeypatch.setattr(e, '_unblock', lambda desk, queue: freed.append(queue))
+    e._abandon(SimpleNamespace(gate=threading.Lock(), desk=c, row=dict(queue='q', timeout=1), is_async=True, failed=lambda why: None, done=None))
+    assert freed == ['recorded', 'off', 'q']
 
 def test_who_is_shut_is_offered_nothing(offers):
     e, a, b, c = offers

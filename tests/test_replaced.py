@@ -1,6 +1,7 @@
 "Tenants that are made anew and files that are replaced while processes still remember the ones before"
 import asyncio, sqlite3, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from concurrent.futures import ThreadPoolExecutor
 import pytest
 import sqlalchemy as sa
@@ -147,6 +148,13 @@ def test_a_mark_that_the_host_did_not_take_is_told_by_a_process_that_runs_no_job
         wait_until(lambda: m.engine.tenancy(m.store).told_at > time.monotonic(), 20)  # tried in vain
         lock.execute('ROLLBACK'); lock.close()
         wait_until(lambda: wakes.facts('acme')['mark'] == 1, 15)
+
+def test_the_end_of_an_engine_tells_a_mark_again_that_somebody_elses_decision_kept(new_engine):
+    e, tries = new_engine(Registry(), concurrency=0), []
+    t = SimpleNamespace(wakes=object(), untold=True, sure=2, told=1, told_at=0.0)
+    def tell(): tries.append(t.told_at); t.told = len(tries) - 1; return True
+    e._flush_last(SimpleNamespace(tenancy=t, tell=tell), time.monotonic() + 5)
+    assert len(tries) == 3
 
 def test_who_counts_what_begins_does_so_before_it_holds_a_row(new_pg, new_engine, statements):
     "Two that take them in another order wait for each other"
@@ -306,6 +314,14 @@ def test_a_file_that_is_only_being_made_anew_gets_no_tables_from_who_knew_the_on
         with pytest.raises(DatabaseUnavailable, match='being made anew'): m.list_jobs()
     get_or_create_tenant_db('acme', host=host).close()
     assert m.list_jobs() == [] and m.submit('t', greet)
+    delete_tenant('acme', host, force=True)
+    path.touch()
+    with ThreadPoolExecutor(1) as pool:  # one who has not met the one before waits a moment for what is about to be said
+        met = pool.submit(Store, m.store.url, tenant='acme')
+        time.sleep(0.3)
+        get_or_create_tenant_db('acme', host=host).close()
+        (s := met.result()).close()
+        assert s.notes['tenant_id'] == 'acme'
 
 # --- On a server a database that was made anew has the name of the one before, and no file to tell them apart
 

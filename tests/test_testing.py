@@ -194,5 +194,7 @@ def test_a_runner_that_runs_already_leaves_the_jobs_of_a_test_alone(fh_host, fh_
             mine, _ = later.submit(m, n=2)
             time.sleep(1.5)
             assert m.get_job(mine).status == 'pending' and [id for id, _ in t.drain()] == [mine] and r.engine.quiet
+            r._obey('run', None)  # nor does a command that it should go on have it run them
+            assert r.engine.quiet
         after, _ = later.submit(m, n=3)
         assert m.wait(after, 15).status == 'completed' and not r.engine.quiet

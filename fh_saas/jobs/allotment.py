@@ -88,7 +88,7 @@ def _bar(self:Allotment, desk,
     ended, own = desk.seen
     limited = frozenset(self.line.places_of()) if queues is None else frozenset(q for q in queues if self.line.limited(q))
     with self._lock:
-        self._blocked[desk] = limited
+        self._blocked.add(desk)
         for q in limited: self._lines.setdefault(q, OrderedDict()).setdefault(desk, 0.0)  # who stands there keeps its place
         for q in self._lines.keys() - limited: self._lines[q].pop(desk, None)
     if desk.ended != own or any(self._ended.get(q) != ended.get(q) for q in limited):  # while this turn thought that there was no room
@@ -102,7 +102,7 @@ def _unbar(self:Allotment, desk):
     "No limit keeps it waiting any more"
     if desk not in self._blocked: return
     with self._lock:
-        self._blocked.pop(desk, None)
+        self._blocked.discard(desk)
         for line in self._lines.values(): line.pop(desk, None)
 
 # %% ../../nbs/jobs/12_allotment.ipynb #96f8b9b5
@@ -147,7 +147,7 @@ def _next_for(self:Allotment, queue, but=None):
 
 @patch
 def _offer(self:Allotment, desk, queue, others):
-    desk.hungry, desk.offered = True, desk.offered | {queue: [others]}
+    desk.hungry, desk.offered = True, desk.offered | {queue: [others]}  # a list of its own: which offer it is
     self._errands[desk] = None
 
 # %% ../../nbs/jobs/12_allotment.ipynb #ed5fd02a
@@ -157,6 +157,7 @@ def _answered(self:Allotment, desk,
     offers:dict, # That were there when they were claimed
 ):
     "What became of offers; a place that the desk could not use is the next one's"
+    if not (claimed or offers): return
     took, passed = Counter(a.row['queue'] for a in claimed), False
     with self._lock:
         desk.offered = {q: o for q, o in desk.offered.items() if offers.get(q) is not o}

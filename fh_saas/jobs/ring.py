@@ -16,7 +16,9 @@ from fastcore.basics import patch
 class Ring:
     "Who wants a turn, in the order in which they get it"
     # who comes new is served once before the others: https://www.rfc-editor.org/rfc/rfc8290#section-4.2
-    def __init__(self): self._new, self._old, self._served, self._size = OrderedDict(), OrderedDict(), {}, 0; self._unit, self._light = 1, False
+    def __init__(self):
+        self._new, self._old, self._served, self._size = OrderedDict(), OrderedDict(), {}, 0
+        self._unit, self._light = 1, False  # of the last grant; was any worth less than one?
 
     def __len__(self): return self._size
     def __contains__(self, who): return who in self._new or self._old.get(who) is not None

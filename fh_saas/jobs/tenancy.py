@@ -9,6 +9,8 @@ __all__ = ['log', 'Held', 'Tenancy', 'rules_of', 'open_jobs', 'settle_held']
 
 # %% ../../nbs/jobs/17_tenancy.ipynb #c0b6f7d8
 import logging, threading, time
+from contextlib import closing
+from functools import partial
 from fastcore.basics import patch
 import sqlalchemy as sa
 from ..db_connect import FhSaasError, meta_table
@@ -192,28 +194,28 @@ def settle_held(
     adopt:bool=False, # Also if the database says that it is another tenant's, whose data this one would see from then on?
 ) -> int: # How many were cancelled
     "Accept the database that is there as the tenant's, in a new epoch"
-    t, m = host.find(tenant_id), meta_table
+    t, wakes = host.find(tenant_id), wakes_of(host)
     if t is None or not t.held: raise FhSaasError(f"tenant {tenant_id!r} is {'not held' if t else 'unknown'}: there is nothing to decide")
-    store, wakes = Store(host.url_of(t), synchronous=host.synchronous, tenant=tenant_id), wakes_of(host)
-    changed = f"tenant {tenant_id!r} was changed by somebody else at this moment: see what holds for it now, then say so again"
-    try: adopt or _check_owner(store, host, tenant_id)
-    except FhSaasError: store.close(); raise
-    j, notes, facts = store.t.jobs, dict(tenant_id=tenant_id, host_id=host.id, epoch=str(t.epoch + 1)), wakes.facts(tenant_id)
-    if facts is None: store.close(); raise FhSaasError(changed)
+    changed = FhSaasError(f"tenant {tenant_id!r} was changed by somebody else at this moment: see what holds for it now, then say so again")
+    with closing(Store(host.url_of(t), synchronous=host.synchronous, tenant=tenant_id)) as store:
+        adopt or _check_owner(store, host, tenant_id)
+        if (facts := wakes.facts(tenant_id)) is None: raise changed
+        # the database first: a crash in between leaves the tenant held, and the same command finishes the work
+        n, mark = store.write(partial(_next_epoch, store, host, t, facts['mark'], discard))
+    if not host.let_go(t, mark): raise changed
+    wakes.ring(tenant_id)
+    return n
+
+def _next_epoch(store, host, t, known, discard, cur, now):
+    "How many jobs were cancelled, and the mark from which the database goes on"
+    j, m = store.t.jobs, meta_table
     cancel = store.statement(('discard', j.name), lambda: j.update().where(sa.or_(j.c.status == PENDING, j.c.status == RUNNING), j.c.created_at < bind('held')).values(status='cancelled', completed_at=bind('now'),
         error_message=bind('why'), claim_token=sa.null(), lease_until=sa.null(), cancel_requested_at=sa.null()))
     def build():
         new = store.kind.insert(m).values(key=bind('key'), value=bind('value'))
         return new.on_conflict_do_update(index_elements=[m.c.key], set_=dict(value=new.excluded.value))
     say = store.statement(('note it',), build)
-    def op(cur, now):
-        n = cancel(cur, now=timestamp(now), held=t.held_at, why='discarded by the operator: the database was replaced').rowcount if discard else 0
-        mark = max(int(store.noting(cur).get('mark', 0)), facts['mark']) + 1  # it never goes back
-        for k, v in (notes | dict(mark=str(mark))).items(): say(cur, key=k, value=v)
-        return n, mark
-    # the database first: a crash in between leaves the tenant held, and the same command finishes the work
-    try: n, mark = store.write(op)
-    finally: store.close()
-    if not host.let_go(t, mark): raise FhSaasError(changed)
-    wakes.ring(tenant_id)
-    return n
+    n = cancel(cur, now=timestamp(now), held=t.held_at, why='discarded by the operator: the database was replaced').rowcount if discard else 0
+    mark = max(int(store.noting(cur).get('mark', 0)), known) + 1  # it never goes back
+    for k, v in dict(tenant_id=t.id, host_id=host.id, epoch=t.epoch + 1, mark=mark).items(): say(cur, key=k, value=str(v))
+    return n, mark

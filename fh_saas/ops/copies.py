@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import quote
 import sqlalchemy as sa
-from ..db_connect import DatabaseBusy, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, NewerDatabase, connect, db_errors, open_engine, read_meta, reading, set_timeout, show_url, typed
+from ..db_connect import DatabaseBusy, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, NewerDatabase, connect, db_errors, notes_of, open_engine, read_meta, reading, set_timeout, show_url, typed
 from ..db_host import HostDatabase, TenantNotFound, gen_id, timestamp
 from ..db_tenant import TenantMismatch, heeded, restoring, turn_lasts  # with this module a host has `url_of`
 from ..jobs.model import schema_version
@@ -43,11 +43,13 @@ def export_tenant(
 
 def _publish(tmp, path):
     "Give a whole copy its name, unless somebody else has a file of that name by now"
-    try: os.link(tmp, path)
+    try:
+        try: os.link(tmp, path)
+        except FileExistsError: raise
+        except OSError:  # a file system without hard links
+            if path.exists(): raise FileExistsError from None
+            os.replace(tmp, path)
     except FileExistsError: raise FileExistsError(f"{path} exists by now: give the copy another name") from None
-    except OSError:  # a file system without hard links
-        if path.exists(): raise FileExistsError(f"{path} exists by now: give the copy another name") from None
-        os.replace(tmp, path)
 
 # %% ../../nbs/ops/00_copies.ipynb #edeaedf9
 def _copy_sqlite(url, tmp):
@@ -139,8 +141,7 @@ def _file(url, path):
     if Path(url.database).exists() and os.path.samefile(path, url.database): raise FhSaasError(f"{path} is the database itself; nothing was put back")
     with db_errors(f'sqlite:///{path}'), closing(sqlite3.connect(f'file:{quote(str(Path(path).absolute()))}?mode=ro', uri=True)) as copy:
         _check_sound(copy, path)
-        has_notes = copy.execute("SELECT 1 FROM sqlite_master WHERE name = 'fh_saas_meta'").fetchone()
-        yield dict(copy.execute('SELECT key, value FROM fh_saas_meta')) if has_notes else {}, lambda busy: _write_over(copy, url, busy)
+        yield notes_of(copy), lambda busy: _write_over(copy, url, busy)
 
 def _write_over(copy, url, busy):
     until = time.monotonic() + busy

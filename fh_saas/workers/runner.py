@@ -91,7 +91,7 @@ def _start(self:Runner):
     self._leaving, self._left, self._gone = False, threading.Event(), threading.Event()
     if serves: self._prepare(e)
     self._aside, self.engine = False, use_engine(e)
-    if serves: _serving.add(self); self._man()
+    if serves: _serving.add(self); self._begin()
     if self._stopped.is_set(): e.stop(0); serves and self._quietly(self.fleet.leave, e.worker)  # somebody has said stop meanwhile
     return self
 

@@ -25,8 +25,9 @@ class Post:
         stopped:threading.Event, # Set when the runner is stopped
     ):
         self.engine, self.stopped, self.over = engine, stopped, threading.Event()
-        self.ear = self.conn = self.place = self.seen = self.own = self.called = None
-        self.second = self.again = self.until = self.looked = 0.0
+        self.ear = self.conn = self.place = self.seen = None  # where it hears of rings; a connection to a SQLite host, to which file, and the state that was seen last
+        self.own = self.called = None  # the store of the host's own jobs; the tenant that was called for last
+        self.second = self.again = self.until = self.looked = 0.0  # when something is due: each second's work, a look; until when a call has begun; when the last look was
         self.bereft = False  # is it over because its engine was taken away?
 
 class Watch:
@@ -36,7 +37,7 @@ class Watch:
     def _meet(self, id): "Called for a tenant that this process does not know yet"
 
 @patch
-def _man(self:Watch):
+def _begin(self:Watch):
     "Begin to watch"
     threading.Thread(target=self._watch, args=(self._post,), name='fh_saas-watch', daemon=True).start()
 
