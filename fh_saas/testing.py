@@ -34,7 +34,7 @@ class TestEngine(Engine):
     __test__, manual = False, True  # pytest collects what is called Test…
     def __init__(self, registry=process_registry, inline:bool=False):
         super().__init__(Settings(concurrency=0), registry)
-        self.inline, self.ahead, self.known, self._busy, self._later = inline, 0.0, [], False, []
+        self.inline, self.ahead, self.known, self._busy, self._postponed = inline, 0.0, [], False, []
 
     def store(self, url, table:str='tenant_jobs', tenant:str=None):
         s = super().store(url, table, tenant)
@@ -43,7 +43,7 @@ class TestEngine(Engine):
         return s
 
     def attend(self, store, delay:float=0):
-        if self.inline and self._busy: self._later.append(store)
+        if self.inline and self._busy: self._postponed.append(store)
         elif self.inline: self.run_due(store)
 
 # %% ../nbs/03_testing.ipynb #dd0df41c
@@ -51,6 +51,7 @@ class TestEngine(Engine):
 def next_job(self:TestEngine, store):
     "Claim the most urgent job that is due; None if none is"
     desk = self._desks[store]
+    if desk.tenancy: desk.tenancy.hear()
     attempts = desk._take(store.write(store.claiming(*desk.names, gen_id(), self.worker, self.settings.lease, replace(self._room(desk, 1), sure=None)))) if not desk.shut else []
     return attempts[0] if attempts else None
 
@@ -88,7 +89,7 @@ def run_due(self:TestEngine, store, most:int=1000) -> list:
             done.append((a.row['id'], self.run(a)))
             if len(done) >= most: raise FhSaasError(f"{most} jobs have run and more are due: do they submit each other?")
     finally: self._busy = False
-    while self._later: done += self.run_due(self._later.pop(0), most)
+    while self._postponed: done += self.run_due(self._postponed.pop(0), most)
     return done
 
 # %% ../nbs/03_testing.ipynb #9231fd42
@@ -189,7 +190,7 @@ def perform(self:JobTester, db, task, **args) -> Performed:
         job_id, bg = m.submit(task, **args)
         o = bg.func(*bg.args)
     finally: self.engine._busy = busy
-    while self.engine._later and not busy: self.engine.run_due(self.engine._later.pop(0))
+    while self.engine._postponed and not busy: self.engine.run_due(self.engine._postponed.pop(0))
     t = m._task_of(job := m.get_job(job_id))
     events.settled()
     return Performed(job, o, m.logs(job_id), t.signature.unpack_result(job.result) if t and job.result is not None else None)

@@ -15,10 +15,18 @@ def floor(dotted):
     return floors[part]
 
 
+def tree_of(text):
+    # of Python 3.11, while another thread prints a traceback: https://github.com/python/cpython/issues/106905
+    for _ in range(5):
+        try: return ast.parse(text)
+        except SystemError as e: failed = e
+    raise failed
+
+
 def imports(path):
     "Dotted names of this package's modules that the file imports, anywhere in it"
     here = ['fh_saas', *path.relative_to(package).with_suffix('').parts]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path.read_text())):
         if isinstance(node, ast.Import): yield from (a.name for a in node.names if a.name.split('.')[0] == 'fh_saas')
         if isinstance(node, ast.ImportFrom):
             base = '.'.join(here[:-node.level]) if node.level else ''
@@ -56,7 +64,7 @@ def test_module_is_exported_from_a_notebook(path):
 @pytest.mark.parametrize('path', modules, ids=lambda p: str(p.relative_to(root)))
 def test_nothing_heavy_at_run_time(path):
     heavy = ('nbdev', 'IPython', 'celery', 'duckdb', *(['pytest'] if path.stem != 'pytest_plugin' else []))  # pytest loads that one itself
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path.read_text())):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ''] if isinstance(node, ast.ImportFrom) else []
         assert not {n.split('.')[0] for n in names} & set(heavy)
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from conftest import wait_until
 from fh_saas.db_connect import FhSaasError
+from fh_saas.jobs.allotment import Offer
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.ring import Ring
 from fh_saas.jobs.settings import Settings
@@ -67,16 +68,16 @@ def offers(new_sqlite, new_manager):
     return e, a, b, c
 
 def line(e): return [*e._lines['q']]
-def asked(desk): return desk.offered.get('q', [None])[0]
+def asked(desk): return desk.offered['q'].others if 'q' in desk.offered else None
 def answers(e, desk, *queues): e._answered(desk, [SimpleNamespace(row=dict(queue=q)) for q in queues], desk.offered)
 
 def test_who_cannot_use_a_place_passes_it_on(offers):
     e, a, b, c = offers
     e._unblock(c, 'q')
-    assert (asked(a), asked(b), line(e)) == (8, None, [a, b])
+    assert (asked(a), asked(b), line(e)) == (8, None, [b, a])
     answers(e, a)
-    assert (asked(a), asked(b), line(e)) == (None, 7, [b, a])
-    b.offered = dict(q=[0])
+    assert (asked(a), asked(b), line(e)) == (None, 7, [a, b])
+    b.offered = dict(q=Offer(0))
     answers(e, b)  # they were asked
     assert (asked(a), asked(b)) == (None, None)
 
@@ -123,7 +124,7 @@ def test_a_job_of_another_queue_costs_no_place_in_this_one(offers):
     assert line(e) == [a, b] and b.offered.keys() == {'other'}
     e._unblock(c, 'q')
     answers(e, a, 'other')  # that is no answer
-    assert asked(b) == 7 and line(e) == [b, a]
+    assert asked(b) == 7 and line(e) == [a, b]
 
 def test_who_waits_no_more_stands_in_no_line(offers):
     e, a, b, c = offers
@@ -162,6 +163,42 @@ def test_a_place_that_is_given_up_by_an_async_job_is_offered_once_it_is_free(off
     monkeypatch.setattr(e, '_unblock', lambda desk, queue: freed.append(queue))
     e._abandon(SimpleNamespace(gate=threading.Lock(), desk=c, row=dict(queue='q', timeout=1), is_async=True, failed=lambda why: None, done=None))
     assert freed == ['recorded', 'off', 'q']
+
+def test_places_that_come_together_are_offered_by_weight(offers):
+    e, a, b, c = offers
+    e.line.shares, a._free = dict(q=8), replace(a._free, weight=3)
+    for _ in range(8): e._unblock(c, 'q')
+    assert (a.offered['q'].places, b.offered['q'].places) == (6, 2)
+
+def test_a_claim_that_is_on_its_way_answers_for_the_places_of_before(offers):
+    e, a, b, c = offers
+    e.line.shares = dict(q=8)
+    e._unblock(c, 'q')
+    before = a.offered
+    for _ in range(2): e._unblock(c, 'q')
+    assert (a.offered['q'].places, b.offered['q'].places) == (2, 1)
+    e._answered(a, [SimpleNamespace(row=dict(queue='q'))], before)
+    assert (a.offered['q'].places, e._lines['q'][a]) == (1, 1)
+
+def test_what_a_claim_takes_beyond_its_turn_the_others_get_first(offers):
+    e, a, b, c = offers
+    e.line.shares = dict(q=8)
+    e._unblock(c, 'q')
+    answers(e, a, *'qqqq')
+    got = []
+    for _ in range(6):
+        e._unblock(c, 'q')
+        got.append(x := next(x for x in (a, b) if asked(x)))
+        answers(e, x, 'q')
+    assert got == [b, b, b, b, a, b]
+
+def test_who_is_not_heard_of_gets_no_more_places(offers):
+    e, a, b, c = offers
+    e.line.shares, a._free = dict(q=8), replace(a._free, weight=50)
+    e._unblock(c, 'q')
+    a.offered['q'].at -= 1
+    for _ in range(2): e._unblock(c, 'q')
+    assert (a.offered['q'].places, b.offered['q'].places) == (1, 2)
 
 def test_who_is_shut_is_offered_nothing(offers):
     e, a, b, c = offers

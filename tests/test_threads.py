@@ -107,15 +107,19 @@ def test_short_jobs_of_many_databases_are_claimed_some_at_a_time(new_engine, new
     assert sum(claimed)/len(runs) > 16, 'a thread leaves its jobs for a turn that has to wait'
 
 
+class a_desk:
+    def __init__(self, sound=True): self.sound = sound
+
 def test_turns_that_are_stuck_are_not_counted(new_engine):
     e = new_engine()
     now = time.monotonic()
-    e._turning = {n: now for n in range(most_turns - 1)}
+    e._turning = {a_desk(): now for _ in range(most_turns - 1)}
     assert not e._crowded()
-    e._turning['stuck'] = now - 2*reserve
+    e._turning[a_desk()] = now - 2*reserve
     assert not e._crowded()
-    e._turning['one more'] = time.monotonic()
-    e._turning |= {n: time.monotonic() for n in range(most_turns - 1)}
+    e._turning[a_desk(sound=False)] = time.monotonic()  # what could not be written to the last time is stuck, until the contrary is known
+    assert not e._crowded()
+    e._turning |= {d: time.monotonic() for d in (*e._turning, a_desk()) if d.sound}
     assert e._crowded()
     e._turning.clear()
 
@@ -135,15 +139,16 @@ def test_what_ends_during_a_turn_is_written_in_the_next(new_engine, new_sqlite):
 
 def test_while_threads_have_jobs_one_turn_follows_the_other(new_engine, monkeypatch):
     e = new_engine()
-    e._turning['one'], e.line.waiting = time.monotonic(), batch
+    one = a_desk()
+    e._turning[one], e.line.waiting = time.monotonic(), batch
     assert e._crowded()
     e.line.waiting = batch - 1; assert not e._crowded()  # they will have ended before the next one brings more
     e.line.waiting, e.line.running = batch, e.line.size; assert not e._crowded()  # nobody can begin them
     e.line.running, e.line.lanes.narrow = 0, ['a lane']
     monkeypatch.setattr(e.line.lanes, 'parked', lambda: 1); assert not e._crowded()  # or not all of them
     e.line.lanes.narrow = []
-    e._turning['one'] -= brief; assert not e._crowded()  # it waits for a disk or a lock, and not for the interpreter
-    e._turning['another'] = time.monotonic(); assert e._crowded()
+    e._turning[one] -= brief; assert not e._crowded()  # it waits for a disk or a lock, and not for the interpreter
+    e._turning[a_desk()] = time.monotonic(); assert e._crowded()
     e._turning.clear(); e.line.waiting = 0
 
 

@@ -10,6 +10,7 @@ __all__ = ['Agenda', 'supervising']
 # %% ../../nbs/jobs/12_agenda.ipynb #0016359a
 import heapq, itertools, signal, threading, time
 from fastcore.basics import patch
+from ..db_connect import FhSaasError
 from .store import Store
 
 # %% ../../nbs/jobs/12_agenda.ipynb #856c7916
@@ -28,17 +29,19 @@ def attend(self:Agenda,
     if delay <= self.settings.poll: desk.quiet = 0.0
     self._start()
     if delay > 0: return self._at(desk, time.monotonic() + delay)
-    desk.hungry, desk.failing = True, False
+    desk.hungry, desk.failing = True, None
     self._errand(desk)
 
 @patch
 def take_turn(self:Agenda, store:Store) -> tuple: # As `Store.due_in`, if all that is due was claimed
-    "As `attend`, in this thread: what can be claimed now is claimed when it returns"
+    "As `attend`, in this thread: what can be claimed now is claimed when it returns; raises if its database cannot be looked after"
     desk, view = self._desks.get(store), []
     if self.stopping or desk is None or not self.settings.concurrency: return
-    desk.quiet, desk.hungry, desk.failing = 0.0, True, False
+    if desk.sound is False and not desk.turning: desk.probe()
+    desk.quiet, desk.hungry, desk.failing = 0.0, True, None
     self._start()
     self._turn(desk, view=view)
+    if desk.failing and not desk.turning: raise FhSaasError(desk.failing)
     return view[0] if view else None
 
 # %% ../../nbs/jobs/12_agenda.ipynb #a606716e
@@ -74,6 +77,9 @@ def is_paused(self:Agenda, store:Store) -> bool: return store in self._desks and
 @patch
 def reconsider(self:Agenda, tenants=None):
     "What the host says of these tenants has changed; None: of all"
+    if tenants is None:
+        with self._lock: self._ring.even()
+        self.line.even()
     for desk in list(self._desks.values()):
         if desk.tenancy and (tenants is None or desk.tenancy.tenant_id in tenants): desk.tenancy.read = 0.0; self.attend(desk.store)
 
@@ -97,7 +103,7 @@ def give_way(self:Agenda,
 ) -> list: # Tenants
     "Let go of so many for whom the host can ring again, those first that have been served longest"
     with self._lock:
-        over = [d for d in self._ring.served(after) if d.rung and d.tenancy and not (d.turning or d.wanted or d in self._errands)][:n]
+        over = [d for d in self._ring.served(after) if d.rung and d.tenancy and not (d.turning or d.wanted or d in self._errands or d in self._later)][:n]
         for d in over: d.hungry, d.due = False, None; self._ring.leave(d)
     for d in over: self._answered(d, (), d.offered)
     return [d.tenancy.tenant_id for d in over]
@@ -138,7 +144,7 @@ def forget(self:Agenda, store:Store):
     with self._lock:
         desk = self._desks.pop(store, None)
         self._stores.pop((store.url, store.t.jobs.name), None)
-        self._errands.pop(desk, None)
+        for those in (self._errands, self._later): those.pop(desk, None)
         self._ring.leave(desk)
     if desk:
         self._unbar(desk)

@@ -171,7 +171,7 @@ def _transact(self:Committer, batch, again=True, lazy=True):
         cur = self._writing(self._look(), not alone)
         lazy = lazy and not alone and self._lazily and all(getattr(w.op, 'lazy', None) for w in batch)
         if lazy: cur.execute('PRAGMA synchronous=NORMAL')
-        now = self.kind.now(cur) if alone else self.kind.begin(cur, self.busy)
+        now = self.kind.now(cur) if alone else self.kind.begin(cur, max(getattr(w.op, 'patience', None) or self.busy for w in batch))
     except BaseException as e:
         self._drop()  # an interrupt may come when the lock is there already
         if not isinstance(e, Exception): raise

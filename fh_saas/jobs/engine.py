@@ -56,7 +56,7 @@ class Engine(Recorder, Rounds, Handles, Stopping):
         self._stores, self._desks, self._open, self._reserved, self._turning = {}, {}, {}, {}, {}
         self._gates = weakref.WeakValueDictionary()  # there as long as somebody is at one
         self._ended = {}  # queue -> mark of the last end in it, for those with a limit
-        self._errands, self._blocked, self._lines, self._agenda, self._watched = OrderedDict(), set(), {}, [], (0.0, False)
+        self._errands, self._later, self._blocked, self._lines, self._agenda, self._watched = OrderedDict(), {}, set(), {}, [], (0.0, False)
         self._waiting, self._claims, self._running, self._loop = set(), set(), False, None
         self._stuck, self._again = 0, {}  # threads of attempts that were given up; desk -> when a job that goes back is due there, until the host knows
         self._mute, self._stoppers = {}, set()  # hosts that did not answer while it ends, and until when nobody waits for them; threads that have it end
@@ -92,6 +92,7 @@ def tie(self:Engine, store:Store, host:HostDatabase, tenant_id:str, rung:bool=Fa
     desk.rung, desk.met = desk.rung or rung, desk.met or not rung
     if desk.tenancy is None: desk.tenancy = Tenancy(host, tenant_id, facts)
 
+# %% ../../nbs/jobs/14_engine.ipynb #058ee7b1
 @patch(as_prop=True)
 def backlog(self:Engine) -> int:
     "Databases that wait for a turn"
@@ -102,10 +103,17 @@ def blocked(self:Engine) -> int:
     "Databases whose jobs a limit keeps waiting"
     return len(self._blocked)
 
+@patch
+def failing(self:Engine,
+    longest:float=float('inf'), # Seconds
+) -> int:
+    "Databases that cannot be looked after, and that for at most so long"
+    return sum(bool(d.failing and d.ailing and time.monotonic() < d.ailing + longest and not d.shut) for d in list(self._desks.values()))
+
 @patch(as_prop=True)
 def idle(self:Engine) -> bool:
     "Is there nothing in hand, and nothing it was asked to look at and can?"
-    return not (self.load or self.backlog or self._errands or self._live() or any(d.turning or d.hungry for d in list(self._desks.values()) if not (d.shut or d.failing)))
+    return not (self.load or self.backlog or self._errands or self._later or self._live() or any(d.turning or d.hungry for d in list(self._desks.values()) if not (d.shut or d.failing)))
 
 # %% ../../nbs/jobs/14_engine.ipynb #6d3fca55
 @patch
@@ -116,7 +124,9 @@ def running_jobs(self:Engine) -> list: # Tenant, job id and job type of each
 @patch
 def limits(self:Engine, store:Store) -> Limits:
     "What the host's rules come to for the tenant of a database"
-    return self._desks[store].limits
+    desk = self._desks[store]
+    if desk.tenancy: desk.tenancy.rules.now()
+    return desk.limits
 
 @patch
 def tenancy(self:Engine, store:Store) -> Tenancy: # None for a database of no host

@@ -130,8 +130,7 @@ def holds(self:Line, shares:dict=None) -> dict: # Only those that are not 0
 def started(self:Line, a):
     "A job runs"
     self.running += 1
-    q = a.row['queue']
-    self._running_by_queue[q] = self._running_by_queue.get(q, 0) + 1
+    _add(self._running_by_queue, a.row['queue'], 1)
 
 # %% ../../nbs/jobs/10_line.ipynb #31ddad47
 @patch
@@ -155,8 +154,11 @@ def begin(self:Line, a) -> bool: # False: there is no place for it, it has to wa
 
 @patch
 def _count(self:Line, a, n):
-    q = a.row['queue']
-    self._by_queue[q] = self._by_queue.get(q, 0) + n
+    _add(self._by_queue, a.row['queue'], n)
+
+def _add(counts, queue, n): # A queue of which nothing is there is not kept
+    if now := counts.get(queue, 0) + n: counts[queue] = now
+    else: counts.pop(queue, None)
 
 @patch
 def _out(self:Line, desk): del self._jobs[desk]; self._ring.leave(desk)
@@ -167,7 +169,7 @@ def done(self:Line, a, took:float=None):
     "A job that was taken has ended, after `took` seconds"
     with self._lock:
         self.running -= 1
-        self._running_by_queue[a.row['queue']] -= 1
+        _add(self._running_by_queue, a.row['queue'], -1)
         if a is self._newest: self._newest = None
         self._over(a, took, time.monotonic())
 
@@ -198,6 +200,10 @@ def follow(self:Line, a, took:float): # None if another has the turn: `done` is 
         return b
 
 # %% ../../nbs/jobs/10_line.ipynb #f47255e9
+@patch
+def even(self:Line):
+    with self._lock: self._ring.even()
+
 @patch
 def of(self:Line, desk) -> int:
     "Jobs of `desk` in line"

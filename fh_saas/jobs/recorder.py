@@ -39,7 +39,7 @@ def _record(self:Recorder,
     if not a.refused and (note := a.ctx.note()): a.last_note = note[0]
     now = time.monotonic()
     self._unblock(desk, a.row['queue'])
-    if o.recorded: self._written(a, True); return False
+    if o.recorded: self._written(a, True); return self._goes_on(desk, more)
     with desk._lock:
         if not desk.ends: desk.since = now
         desk.ends.append(a)
@@ -47,6 +47,13 @@ def _record(self:Recorder,
         if not waits and desk.turning: desk.again = True; return False  # who has the turn goes on with it
     if waits and first: self._remind(now + patience, desk, only_ends=True)
     return not waits
+
+@patch
+def _goes_on(self:Recorder, desk, more) -> bool:
+    "Nothing is left to be written: is it to claim at once, and who was offered the place?"
+    if self._errands: self.crew.call()
+    if waits := desk.hungry and (more or self.line.of(desk)): self._at(desk, time.monotonic() + patience)
+    return desk.hungry and not waits
 
 # %% ../../nbs/jobs/12_recorder.ipynb #8c621a87
 @patch
@@ -94,7 +101,7 @@ def is_mute(self:Recorder, wakes) -> bool: # Did that host not answer a moment a
 
 @patch
 def _unheard(self:Recorder, wakes):
-    if self.stopping: self._mute[wakes] = time.monotonic() + 2*self.settings.busy
+    if self.stopping: self._mute[wakes] = time.monotonic() + 2*wakes.busy
 
 @patch
 def _ring_for(self:Recorder, desk, at=None):

@@ -18,7 +18,7 @@ class Ring:
     # who comes new is served once before the others: https://www.rfc-editor.org/rfc/rfc8290#section-4.2
     def __init__(self):
         self._new, self._old, self._served, self._size = OrderedDict(), OrderedDict(), {}, 0
-        self._unit, self._light = 1, False  # of the last grant; was any worth less than one?
+        self._unit, self._light, self._least = 1, False, None  # of the last grant; was any worth less than one? the least weight, until somebody comes or goes
 
     def __len__(self): return self._size
     def __contains__(self, who): return who in self._new or self._old.get(who) is not None
@@ -29,13 +29,13 @@ class Ring:
 
     def join(self, who):
         if who in self: return
-        self._size += 1
+        self._size, self._least = self._size + 1, None
         if who in self._old: self._old[who] = 0  # it left only a moment ago, and has its place still
         else: self._new[who] = 0
 
     def leave(self, who):
         if who not in self: return
-        self._size -= 1
+        self._size, self._least = self._size - 1, None
         self._new.pop(who, None)
         self._served.pop(who, None)
         self._old[who] = None  # until the others before it had their turns: else who comes and goes would always be new
@@ -45,12 +45,28 @@ class Ring:
     def _pass(self):
         while self._old and next(iter(self._old.values())) is None: self._old.popitem(last=False)
 
-    @property
-    def first(self): return next(iter(self._new)) if self._new else next((who for who, credit in self._old.items() if credit is not None), None)
+# %% ../../nbs/jobs/09_ring.ipynb #adfb1e89
+@patch(as_prop=True)
+def first(self:Ring): return next(iter(self._new)) if self._new else next((who for who, credit in self._old.items() if credit is not None), None)
 
-    def alone(self, who) -> bool: return self._size == 1 and who in self
+@patch
+def alone(self:Ring, who) -> bool: return self._size == 1 and who in self
 
 # %% ../../nbs/jobs/09_ring.ipynb #3bad17bc
+@patch
+def worth(self:Ring, who, unit:int) -> float:
+    "What its turn is worth; where all weights are great, turns are as short as where all are one"
+    if (weight := who.weight) <= 1: return unit*weight
+    if self._least is None: self._least = max(1, min((d.weight for d in self), default=1))
+    return unit*weight/self._least
+
+@patch
+def even(self:Ring):
+    "The weights have changed: nobody has more than one left of a turn by those of before"
+    self._least = None
+    for part in (self._new, self._old): part.update({who: 1 for who, credit in part.items() if credit is not None and credit > 1})
+
+# %% ../../nbs/jobs/09_ring.ipynb #65bc71e6
 @patch
 def grant(self:Ring,
     who, # The first, or one that comes while those before it cannot
@@ -60,8 +76,7 @@ def grant(self:Ring,
     "How much it may take now"
     part, self._unit = self._new if who in self._new else self._old, unit
     if (credit := part.get(who) or 0) < 1:
-        worth = unit*who.weight
-        if worth < 1: self._light = True
+        if (worth := self.worth(who, unit)) < 1: self._light = True
         part[who] = max(1.0, worth) if part is self._new else credit + worth if worth >= 1 else credit
     return min(most, max(1, int(part[who] + 1e-9)))  # less than one is a loan
 

@@ -124,7 +124,7 @@ class Rules:
         db:Committer, # On the host
         fresh:float=1.0, # Seconds for which what was read is believed
     ):
-        self.db, self.fresh, self._read, self._change, self._lock = db, fresh, None, 0, threading.Lock()
+        self.db, self.fresh, self._read, self._change, self._asking, self._lock = db, fresh, None, 0, False, threading.Lock()
         self._said = [], frozenset(), {}  # the rules, the tenants that they name, and what they come to for those and all others
         with db_errors(db.url), writing(db.engine) as conn:
             lock_schema(conn)
@@ -143,8 +143,10 @@ def now(self:Rules) -> list[Rule]:
     with self._lock:
         if not self.stale: return self._said[0]
         if self._read is None: return self.ask()  # nothing is known yet, or it was changed here: all wait for it
-        self._read = time.monotonic()  # the others go on with what they know
-    return self.ask()
+        if self._asking: return self._said[0]
+        self._asking = True  # the others go on with what they know: the host may not answer
+    try: return self.ask()
+    finally: self._asking = False
 
 @patch
 def ask(self:Rules) -> list[Rule]:
@@ -166,6 +168,11 @@ def stale(self:Rules) -> bool: # Is the host asked at the next look?
 def of(self:Rules, tenant:str) -> Limits:
     "What they come to for one tenant"
     if self.stale: self.now()
+    return self.known(tenant)
+
+@patch
+def known(self:Rules, tenant:str) -> Limits:
+    "The same as far as is known: asks nobody, and so keeps nobody waiting"
     rules, named, limits = self._said
     who = tenant if tenant in named else '*'  # ten thousand tenants without rules of their own have one and the same
     if who not in limits: limits[who] = limits_of(rules, who)

@@ -59,7 +59,7 @@ class Tenancy:
 
 # %% ../../nbs/jobs/17_tenancy.ipynb #bbc68bc1
 @patch(as_prop=True)
-def limits(self:Tenancy) -> Limits: return self.rules.of(self.tenant_id)
+def limits(self:Tenancy) -> Limits: return self.rules.known(self.tenant_id) # As of the last `hear`: it is asked for under locks
 
 @patch(as_prop=True)
 def untold(self:Tenancy) -> bool: return self.own > self.told # Does the host not know yet how far the database has come?
@@ -67,8 +67,9 @@ def untold(self:Tenancy) -> bool: return self.own > self.told # Does the host no
 @patch
 def refresh(self:Tenancy, older:float=0.0):
     "Ask the host, unless what it said is less than `older` seconds old"
-    if self.facts is not None and time.monotonic() < self.read + older: return
-    try: facts = self.wakes.facts(self.tenant_id) or dict(state='gone', held=None, epoch=0, mark=0, created=None)
+    if self.facts is not None and (time.monotonic() < self.read + older or older and self.wakes.silent): return
+    try:
+        with self.wakes.asked(): facts = self.wakes.facts(self.tenant_id) or dict(state='gone', held=None, epoch=0, mark=0, created=None)
     except FhSaasError as e:
         if self.facts is None: raise
         log.warning('tenant=%s: the host does not answer, what it said last holds: %s', self.tenant_id, e)
@@ -77,6 +78,12 @@ def refresh(self:Tenancy, older:float=0.0):
             if _which(facts) != _which(self.facts): self.seen = self.own = self.sure = self.told = 0  # another tenant of the same name, or another file of the same tenant
             self.facts = facts
     self.read = time.monotonic()
+
+@patch
+def hear(self:Tenancy):
+    "Ask the host for what is more than a second old"
+    self.refresh(1.0)
+    self.rules.now()
 
 @patch(as_prop=True)
 def serving(self:Tenancy) -> bool:

@@ -9,9 +9,10 @@ __all__ = ['wakes_table', 'Wakes', 'wakes_of', 'end_notes']
 
 # %% ../../nbs/jobs/15_wake.ipynb #36c911f0
 import os, threading, time
+from contextlib import contextmanager
 import sqlalchemy as sa
 from fastcore.basics import patch
-from ..db_connect import add_columns, db_errors, lock_schema, writing
+from ..db_connect import FhSaasError, add_columns, db_errors, lock_schema, writing
 from ..db_host import HostDatabase, catalog_table, seconds, timestamp
 from .bell import Bell, channel
 from .commit import Committer, single
@@ -36,7 +37,7 @@ class Wakes(Committer):
         busy:float=5.0, # Seconds to wait for another's write lock
     ):
         super().__init__(host.url, 'NORMAL', busy)
-        self.host, self.bound, self._hinted, self._lock = host, 5.0, {}, threading.Lock()  # who needs longer for a commit rings after it
+        self.host, self.bound, self._hinted, self._asking, self._silent, self._lock = host, 5.0, {}, set(), False, threading.Lock()  # who needs longer for a commit rings after it
         self.bell = Bell(host.id) if isinstance(self.kind, SQLite) else None
         self.anew()
         with db_errors(self.url), writing(self.engine) as conn:
@@ -286,6 +287,20 @@ def facts(self:Wakes, tenant_id:str) -> dict: # None if there is no such tenant
     with self.cursor() as cur: row = stmt(cur, tenant=tenant_id).fetchone()
     return row and dict(state=row[0], held=row[1], epoch=row[2], mark=row[3] or 0, created=row[4], url=row[5])
 
+@patch
+@contextmanager
+def asked(self:Wakes):
+    "Around a question that is asked for each tenant again and again"
+    self._asking.add(me := object())
+    try: yield
+    except FhSaasError: self._silent = True; raise
+    else: self._silent = False
+    finally: self._asking.discard(me)
+
+@patch(as_prop=True)
+def silent(self:Wakes) -> bool: return self._silent and bool(self._asking) # Did the host not answer the last time, and does somebody wait for it again?
+
+# %% ../../nbs/jobs/15_wake.ipynb #59d83f7e
 @patch
 def marked(self:Wakes, tenant_id:str, mark:int,
     created:str, epoch:int, # Of the tenant that is meant: there may be another of that name by now, or another epoch

@@ -37,6 +37,7 @@ class Runner(Lookout):
         check_queues(queues)
         self.host, self.settings, self.queues, self.sweep, self.engine = host, settings, queues, sweep, None
         self._stores, self._stopped, self._old_signals, self._aside, self._ending = {}, threading.Event(), {}, False, threading.Lock()
+        self._serves = None  # the task that sees when the server ends
         self._leaving, self._left, self._gone = False, threading.Event(), threading.Event()
 
     def __enter__(self): return self.start()
@@ -175,6 +176,7 @@ async def astop(self:Runner):
     for sig, (own, old) in self._old_signals.items():
         if signal.getsignal(sig) is own: signal.signal(sig, old)  # else somebody came later, and calls this one
     self._old_signals.clear()
+    if self._serves: self._serves.cancel(); self._serves = None
     await asyncio.to_thread(self.stop)
 
 @patch
@@ -185,6 +187,15 @@ def _listen(self:Runner):
         if not self._stopped.is_set() and self.engine.pid == os.getpid(): end_process(); threading.Thread(target=self.stop, daemon=True).start()
         before[sig](sig, frame)
     for sig, old in before.items(): signal.signal(sig, begin); self._old_signals[sig] = begin, old
+    if server := getattr(before.get(signal.SIGTERM), '__self__', None): self._serves = asyncio.create_task(self._until_it_serves_no_more(server))
+
+@patch
+async def _until_it_serves_no_more(self:Runner, server):
+    "uvicorn ends without a signal when it has served its most requests, and waits for the tasks of its responses as then"
+    while not self._stopped.is_set():
+        serves = any(s.is_serving() for s in getattr(server, 'servers', None) or ())
+        if getattr(server, 'started', False) and not serves: end_process(); threading.Thread(target=self.stop, daemon=True).start(); return
+        await asyncio.sleep(0.3)
 
 # %% ../../nbs/workers/00_runner.ipynb #0467cf40
 def keep_heap():
