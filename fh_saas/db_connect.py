@@ -14,6 +14,7 @@ __all__ = ['patience', 'levels', 'stalled', 'meta_table', 'FhSaasError', 'Invali
 # %% ../nbs/00_db_connect.ipynb #9143cdcc
 import os, sqlite3, threading, time, weakref
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote, urlencode
 import sqlalchemy as sa
@@ -183,6 +184,8 @@ def file_of(u) -> tuple: # Device and inode; None if there is none
     except OSError: return None
     return st.st_dev, st.st_ino
 
+class _OfFile(sqlite3.Connection): file = None  # to which it is
+
 def _sqlite_connect(u, synchronous, busy, create=False, explicit=True):
     if synchronous not in levels: raise ValueError(f"synchronous={synchronous!r}: use one of {', '.join(levels)}")
     own = u.database.startswith('file:')  # a URI that says itself how it wants to be opened
@@ -191,12 +194,13 @@ def _sqlite_connect(u, synchronous, busy, create=False, explicit=True):
     for _ in range(3):
         with _through(_gate(path), u, until):
             file = file_of(u)
-            conn = sqlite3.connect(path, uri=True, timeout=busy, check_same_thread=False, isolation_level=None if explicit else '')
+            conn = sqlite3.connect(path, uri=True, timeout=busy, check_same_thread=False, isolation_level=None if explicit else '', factory=_OfFile)
             try:
                 _wal(conn, max(0.0, until - time.monotonic()))
                 for pragma in (f'synchronous={synchronous}', 'foreign_keys=ON', 'data_version'): conn.execute(f'PRAGMA {pragma}').fetchall()  # the last one reads
             except BaseException: conn.close(); raise
-            if file in (None, file_of(u)): return conn  # None: it was made here
+            conn.file = file_of(u)
+            if file in (None, conn.file): return conn  # None: it was made here
             conn.close()
     raise DatabaseUnavailable(f"{show_url(u)}: the file was replaced each time that it was opened: try again")
 
@@ -205,9 +209,14 @@ def _sqlite_engine(u, synchronous, busy, create, explicit, **kw):
     if synchronous not in levels: raise ValueError(f"synchronous={synchronous!r}: use one of {', '.join(levels)}")
     eng = sa.create_engine(u, creator=lambda: _sqlite_connect(u, synchronous, busy, create, explicit), **kw)
     _engines.add(eng)
+    sa.event.listen(eng, 'checkout', partial(_not_replaced, u))
     # the driver's own transactions are off: a SQLAlchemy transaction takes the write lock when it begins, so it never fails half-way
     if explicit: sa.event.listen(eng, 'begin', lambda conn: conn.exec_driver_sql('BEGIN') if conn.get_execution_options().get('reading') else _begin(conn, busy))
     return eng
+
+def _not_replaced(u, conn, *args):
+    "A pool opens anew what leads to a file that is not there any more"
+    if conn.file != file_of(u): raise sa.exc.DisconnectionError(f'{show_url(u)}: the file was replaced')
 
 def _begin(conn, busy):
     own = conn.connection.driver_connection

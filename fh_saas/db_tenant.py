@@ -8,7 +8,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/db_tenant.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'turn_lasts', 'restoring', 'heeded', 'InvalidTenantId', 'check_tenant_id', 'TenantDatabase', 'OpenDatabases',
-           'TenantMismatch', 'TenantSuspended', 'open_tenant_db', 'get_or_create_tenant_db', 'TenantBusy',
+           'TenantMismatch', 'TenantSuspended', 'check_host', 'open_tenant_db', 'get_or_create_tenant_db', 'TenantBusy',
            'list_tenants', 'close_tenant_db', 'suspend_tenant', 'resume_tenant', 'read_notes', 'write_notes',
            'delete_tenant']
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from fastcore.basics import patch
 from fastsql import Database
-from .db_connect import (DatabaseCorrupt, DatabaseUnavailable, FhSaasError, check_url, inherited, lock_schema, meta_table, open_engine, read_meta, reading, show_url, write_meta, writing)
+from .db_connect import (DatabaseCorrupt, DatabaseUnavailable, FhSaasError, check_url, db_errors, inherited, lock_schema, meta_table, open_engine, read_meta, reading, show_url, write_meta, writing)
 from .db_host import HostDatabase, TenantCatalog, TenantNotFound, catalog_table, env_url, seconds, timestamp
 
 log = logging.getLogger('fh_saas.jobs')
@@ -78,12 +78,12 @@ class OpenDatabases:
     def __init__(self, max_open:int=64, **engine_kw):
         self.max_open, self.engine_kw = max_open, engine_kw
         self._lock, self._pools, self._users, self.returned = threading.Lock(), OrderedDict(), {}, deque()
-        self._sound = weakref.WeakKeyDictionary()  # a pool's engine -> tenants whose check it has passed
+        self._sound = weakref.WeakSet()  # engines of pools that have passed a check
 
     def __len__(self): return len(self._pools)
 
     def open(self, tenant_id:str, url, check) -> TenantDatabase:
-        "A new handle; `check` looks at a database that this tenant has not opened yet"
+        "A new handle; `check` looks at each connection before this tenant has it for the first time"
         self.drain()
         key = str(url)
         with self._lock:
@@ -92,12 +92,19 @@ class OpenDatabases:
             self._pools.move_to_end(key)
             self._users[key] = self._users.get(key, 0) + 1
         try:
-            if tenant_id not in self._sound.get(eng, ()):  # who comes while another one is still looking looks, too
-                check(eng)
-                self._sound.setdefault(eng, set()).add(tenant_id)
-            with reading(eng): return TenantDatabase(tenant_id, eng, self, key)
+            with db_errors(url): return self._checked(TenantDatabase(tenant_id, eng, self, key), check)
         except BaseException: self._release(key, drop=eng not in self._sound); raise
         finally: self._trim()
+
+    def _checked(self, db, check):
+        try:
+            if db.tenant_id not in (passed := db.conn.info.setdefault('fh_saas_tenants', set())):  # it may be to another file than those before
+                check(db.conn)
+                db.conn.rollback()
+                passed.add(db.tenant_id)
+        except BaseException: db._done.detach(); db.conn.close(); raise
+        self._sound.add(db.engine)
+        return db
 
 # %% ../nbs/01_db_tenant.ipynb #ac43b874
 @patch
@@ -168,8 +175,8 @@ def _new_record(host, tenant_id, name):
 
 # %% ../nbs/01_db_tenant.ipynb #ae6f65dc
 def _check_identity(host, tenant):
-    def check(eng):
-        with reading(eng) as conn: notes = read_meta(conn)
+    def check(conn):
+        notes, eng = read_meta(conn), conn.engine
         if notes.get('tenant_id', tenant.id) != tenant.id:
             raise TenantMismatch(f"{show_url(eng.url)} belongs to tenant {notes['tenant_id']!r}, not to {tenant.id!r}: put the right file in its place")
         if notes.get('host_id', host.id) != host.id:
@@ -220,14 +227,19 @@ def open_db(self:HostDatabase, tenant:TenantCatalog) -> TenantDatabase:
 # %% ../nbs/01_db_tenant.ipynb #85fce953
 _env_hosts, _env_lock = {}, threading.Lock()
 
-def _host(host):
+def check_host(host) -> HostDatabase: # The same
+    "Refuse what is no host"
     if isinstance(host, HostDatabase): return host
-    if host is not None: raise TypeError(f"host is a {type(host).__name__}: pass a HostDatabase, for example HostDatabase('sqlite:///host.db')")
+    raise TypeError(f"host is a {type(host).__name__}: pass a HostDatabase, for example HostDatabase('sqlite:///host.db')")
+
+def _host(host):
+    if host is not None: return check_host(host)
     with _env_lock:
         if (url := check_url(env_url())) not in _env_hosts: _env_hosts[url] = HostDatabase(url)
         return _env_hosts[url]
 
-_way_back = dict(paused='resume it with resume_tenant (fh-saas unsuspend)', migrating='wait until its upgrade has ended, or migrate again if that was cut off', deleting='delete it again, or take that back with resume_tenant (fh-saas unsuspend)')
+# %% ../nbs/01_db_tenant.ipynb #d947e57f
+_way_back = dict(paused='resume it with resume_tenant (fh-saas unsuspend)', migrating='wait until its upgrade has ended; if that has failed or was cut off, have the app migrate again (its call of migrate_tenants)', deleting='delete it again, or take that back with resume_tenant (fh-saas unsuspend)')
 
 def open_tenant_db(
     tenant_id:str, # The tenant's id
@@ -346,7 +358,8 @@ def _open_jobs(host, url) -> tuple: # How many run, with a lease that has not ru
 def _check_owner(host, tenant, url, force):
     "Another tenant's database is never deleted; one that is gone or unreadable only by force"
     eng = open_engine(url)
-    try: _check_identity(host, tenant)(eng)
+    try:
+        with reading(eng) as conn: _check_identity(host, tenant)(conn)
     except (DatabaseUnavailable, DatabaseCorrupt):
         if not force and _exists(host, url): raise
     finally: eng.dispose()

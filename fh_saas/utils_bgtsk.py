@@ -259,10 +259,10 @@ def _task(self:BackgroundTaskManager, engine, store, func) -> tuple: # The task,
 def _by() -> dict: return {} if (job := current_job()) is None else dict(triggered_by=f'job:{job.id}')
 
 def _hinted(e, t, given):
-    "An unknown argument may have been meant as an option"
+    "An unknown argument may have been meant as another, or as an option"
     odd = next((n for n in given if n not in (t.params or ())), None)
-    near = difflib.get_close_matches(odd, [*_options, 'conn', 'max_retries'], 1) if odd else []
-    return BadPayload(f"{e}{f'; did you mean the option {near[0]!r}?' if near else ''}")
+    own, options = (difflib.get_close_matches(odd or '', names, 1, cutoff) for names, cutoff in ((t.params or (), 0.6), ([*_options, 'conn', 'max_retries'], 0.75)))
+    return BadPayload(f"{e}{f'; did you mean {own[0]!r}?' if own else f'; did you mean the option {options[0]!r}?' if options else ''}")
 
 def _operation(store, job, t) -> Adding:
     "What writes the row of a new job: plainly, or unless the same one is there"

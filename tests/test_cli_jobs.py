@@ -109,6 +109,35 @@ def command(shop, capsys, monkeypatch):
         return code, *capsys.readouterr()
     return run
 
+def test_what_a_worker_cannot_run_with_is_told_apart_from_what_may_come_yet(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    for name, text in dict(cli_odd_import='import nonexistent_thing', cli_odd_syntax='def', cli_odd_url="from fh_saas import HostDatabase\nhost = HostDatabase('mysql://x/y')", cli_odd_disk="open('/nowhere/at/all')").items():
+        (tmp_path/f'{name}.py').write_text(text)
+        code, _, said = command('worker', f'{name}:host', host=False)
+        assert code == (1 if name == 'cli_odd_disk' else 78) and said, name
+    for odd, what in (('*=2', 'leave -q out'), ('x=0', 'name=number')):
+        code, _, said = command('worker', 'cli_odd_disk:host', '-q', odd, host=False)
+        assert code == 78 and what in said
+    code, _, said = command('worker', 'cli_odd_disk:host', '-q', 'x=2', '-q', 'x=3', host=False)
+    assert code == 78 and "'x' has 2 already" in said
+
+def test_an_interrupted_command_says_so_in_a_line(command, monkeypatch):
+    def interrupted(*args, **kw): raise KeyboardInterrupt
+    monkeypatch.setattr('fh_saas.ops.cli.tenant_report', interrupted)
+    assert command('tenants') == (130, '', 'fh-saas tenants: interrupted\n')
+
+def test_tenants_whose_upgrade_has_not_ended_are_not_up_to_date(shop, command):
+    _, url, tenant = shop
+    h = HostDatabase(url)
+    h.set_state(tenant, 'migrating', 'active')
+    code, said, _ = command('migrate')
+    assert code == 1 and tenant in said and 'migrate_tenants again' in said
+    h.set_state(tenant, 'active', 'migrating')
+    code, said, _ = command('migrate')
+    assert code == 0 and said.endswith('all tenants are up to date\n')
+    h.close()
+
 def test_a_copy_goes_back_only_with_a_yes(shop, run, tmp_path):
     m, _, tenant = shop
     run('export', copy := str(tmp_path/'copy'))

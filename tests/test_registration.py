@@ -11,7 +11,7 @@ from fh_saas.jobs import registered, tasks
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.options import InvalidJob, Unique
 from fh_saas.jobs.settings import Settings
-from fh_saas.jobs.tasks import Registry, TaskNameTaken, UnknownTask, task
+from fh_saas.jobs.tasks import BadPayload, Registry, TaskNameTaken, UnknownTask, task
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from fh_saas.workers.fleet import Fleet
 
@@ -163,7 +163,11 @@ def test_plausible_mistakes_are_told_what_was_meant(m):
     @task('plain')
     def plain(n=1): return n
     async def co(): pass
+    def sync(account, seconds=1): pass
     with pytest.raises(TypeError, match="did you mean the option 'priority'"): m.submit(plain, priorty=4)
+    with pytest.raises(BadPayload, match="did you mean 'account'[?]$"): m.submit(sync, acount='a')
+    with pytest.raises(BadPayload, match="did you mean 'seconds'[?]$"): m.submit(sync, account='a', second=2)
+    with pytest.raises(BadPayload, match="unexpected keyword argument 'zzz'[^?]*$"): m.submit(sync, account='a', zzz=2)
     with pytest.raises(InvalidJob, match='the function itself'): m.submit(co())
     with pytest.raises(TypeError, match='BackgroundTaskManager'): plain.submit(n=1)
     with pytest.raises(TypeError, match='BackgroundTaskManager'): plain.submit(m.db)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import psycopg, pytest
 import sqlalchemy as sa
 import fh_saas.db_tenant
-from fh_saas.db_connect import (DatabaseCorrupt, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, InvalidDatabaseURL, UnsupportedDatabase, check_url, open_engine, read_meta, reading, typed, write_meta, writing)
+from fh_saas.db_connect import (DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, InvalidDatabaseURL, UnsupportedDatabase, check_url, open_engine, read_meta, reading, typed, write_meta, writing)
 from fh_saas.db_host import HostDatabase, TenantCatalog, TenantNotFound, env_url, gen_id, shown, timestamp
 from fh_saas.db_tenant import (InvalidTenantId, TenantBusy, TenantDatabase, TenantMismatch, TenantSuspended, check_tenant_id, close_tenant_db,
     delete_tenant, get_or_create_tenant_db, list_tenants, open_tenant_db, resume_tenant, suspend_tenant)
@@ -369,6 +369,24 @@ def test_swapped_files_are_noticed(lite):
         for f in (open_tenant_db, get_or_create_tenant_db):
             with pytest.raises(TenantMismatch, match=f"'{other}', not to '{i}'"): f(i, host=lite)
 
+def test_a_file_that_is_put_in_anothers_place_is_noticed_by_a_process_that_has_it_open(lite, tmp_path):
+    "A web process went on with the pool that it had, and showed one tenant the other's rows"
+    for i in ('acme', 'globex'):
+        with get_or_create_tenant_db(i, host=lite) as db: put(db, i)
+    kept = open_tenant_db('globex', lite)
+    copy, at = export_tenant(lite, 'acme', tmp_path/'copy.db'), Path(lite.url_of(lite.find('globex')).database)
+    for suffix in ('', '-wal', '-shm'):
+        if (p := at.with_name(at.name + suffix)).exists(): p.rename(tmp_path/f'away{suffix}')
+    copy.rename(at)
+    for _ in range(2):
+        with pytest.raises(TenantMismatch, match="'acme', not to 'globex'"): open_tenant_db('globex', lite)
+    kept.close()
+    with pytest.raises(TenantMismatch, match="'acme', not to 'globex'"): open_tenant_db('globex', lite)
+    for p in at.parent.glob('globex_db.db*'): p.unlink()
+    for suffix in ('', '-wal', '-shm'):
+        if (p := tmp_path/f'away{suffix}').exists(): p.rename(at.with_name(at.name + suffix))
+    with open_tenant_db('globex', lite) as db: assert names(db) == ['globex']
+
 def test_a_database_of_unknown_origin_is_not_taken_over(lite):
     folder = Path(lite.url.database).parent
     con = sqlite3.connect(folder/'acme_db.db'); con.execute('CREATE TABLE secret (x)'); con.commit(); con.close()
@@ -670,6 +688,23 @@ def test_an_upgrade_that_was_cut_off_comes_back_to_the_state_before(host, prefix
     assert states() == {'0': 'migrating', '1': 'migrating'}
     assert upgraded(host, upgrade) == dict.fromkeys((f'{prefix}0', f'{prefix}1'))
     assert states() == {'0': 'active', '1': 'paused'} and sorted(ran) == (['0', '0', '1', '1'] if where == 'in the upgrade' else ['0', '1'])
+
+def test_what_an_upgrade_leaves_uncommitted_is_committed(host, prefix):
+    with get_or_create_tenant_db(prefix, host=host) as db: put(db, 'a')
+    assert upgraded(host, lambda db: db.q('ALTER TABLE own ADD COLUMN price INTEGER')) == {prefix: None}
+    assert [e for _, e in migrate_tenants(host, lambda db: db.q('UPDATE own SET price = 5'), 3)] == [None]
+    with open_tenant_db(prefix, host) as db: assert db.q('SELECT price FROM own') == [dict(price=5)]
+
+def test_an_upgrade_that_is_none_takes_no_tenant_out_of_service(lite):
+    async def later(db): raise AssertionError
+    many(lite, 1)
+    for bad in (later, 'later', 3):
+        with pytest.raises(TypeError, match='plain function.*nothing was upgraded'): migrate_tenants(lite, bad, '2')
+    assert lite.find('t0').state == 'active'
+    assert upgraded(lite, lambda db: later(db)) == dict(t0='TypeError') and read_meta_of(lite, 't0').get('app_version') is None
+
+def read_meta_of(host, id):
+    with reading(host.open_db(host.find(id)).engine) as conn: return read_meta(conn)
 
 def test_an_upgrade_begins_when_nobody_believes_any_more_that_its_tenant_is_active(host, prefix, new_engine):
     "One that submits and runs jobs all the time: none is open at most moments"
@@ -1098,6 +1133,32 @@ def test_what_is_full_is_named(lite, prefix, tmp_path):
     with mounted(folder, '-t', 'tmpfs', '-o', 'size=64k', 'tmpfs'):
         with pytest.raises(FhSaasError, match='/small/copy.*no space left'): export_tenant(lite, prefix, folder/'copy')
         assert not list(folder.iterdir())
+
+def test_a_restore_that_finds_the_disk_full_leaves_room_and_says_what_is_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(fh_saas.ops.copies, 'heeded', 0.1)
+    (folder := tmp_path/'small').mkdir()
+    with mounted(folder, '-t', 'tmpfs', '-o', 'size=9m', 'tmpfs'):
+        host = HostDatabase(f'sqlite:///{folder}/host.db')
+        with get_or_create_tenant_db('acme', host=host) as db:
+            for sql in ('CREATE TABLE big (x)', *['INSERT INTO big VALUES (randomblob(1000000))']*2): db.conn.execute(sa.text(sql))
+            db.conn.commit()
+            copy = export_tenant(host, 'acme', tmp_path/'copy')
+            for sql in ('DELETE FROM big', 'VACUUM', 'PRAGMA wal_checkpoint(TRUNCATE)'): db.conn.execute(sa.text(sql)); db.conn.commit()
+            (folder/'ballast').write_bytes(b'x'*(shutil.disk_usage(folder).free - 1_000_000))
+            free = shutil.disk_usage(folder).free
+            with pytest.raises(DatabaseFull, match='acme_db'): restore_tenant(host, 'acme', copy)
+            assert shutil.disk_usage(folder).free > free/2 and host.find('acme').held is None
+        host.close()
+
+def test_a_restore_that_is_interrupted_before_it_has_begun_holds_nobody(lite, tmp_path, monkeypatch):
+    many(lite, 1)
+    copy = export_tenant(lite, 't0', tmp_path/'copy')
+    def interrupted(seconds): raise KeyboardInterrupt
+    monkeypatch.setattr(fh_saas.ops.copies.time, 'sleep', interrupted)
+    with pytest.raises(KeyboardInterrupt): restore_tenant(lite, 't0', copy)
+    monkeypatch.undo()
+    assert lite.find('t0').held is None
+    with pytest.raises(TypeError, match='pass a HostDatabase'): export_tenant('t0', lite, tmp_path/'other')
 
 def test_a_name_whose_new_file_was_met_before_it_said_whose_it_is(host, prefix):
     "By a process that had the tenant open when it was deleted: the name could never be used again"

@@ -110,5 +110,7 @@ def test_what_cannot_be_set_up(shop):
             (dict(tokens={'s3cret': 'admin'}, role=lambda req: None), TypeError, r'Access\('), (dict(tokens=['s3cret'], role=lambda req: None), TypeError, 'token -> Access')):
         with pytest.raises(error, match=said) as e: setup_jobs(FastHTML(secret_key='x'), host, **kw)
         assert 's3cret' not in str(e.value)
+    with pytest.raises(ValueError, match='cannot be a part of a URL|is no task'): setup_jobs(app := FastHTML(secret_key='x'), host, tasks=dict(a=[lambda: 1]))
+    setup_jobs(app, host)  # nothing was added
     for kw in (dict(concurrency=2.5), dict(concurrency=True), dict(lease=True)):
         with pytest.raises(ValueError, match='number'): Settings(**kw)

@@ -9,11 +9,11 @@ __all__ = ['pause', 'drain', 'go_on', 'commands', 'queue_limits', 'worker', 'wor
            'unsuspend', 'release', 'discard', 'export', 'restore', 'delete', 'migrate', 'main']
 
 # %% ../../nbs/ops/01_cli.ipynb #e3f4a1b1
-import logging, sys, time, traceback
+import logging, os, sys, time, traceback
 from dataclasses import replace
 from typing import Annotated
 from fastcore.script import CliError, parse_cli
-from ..db_connect import FhSaasError
+from ..db_connect import FhSaasError, InvalidDatabaseURL, UnsupportedDatabase
 from ..db_tenant import delete_tenant, resume_tenant, suspend_tenant
 from ..jobs.registered import alive
 from ..jobs.options import InvalidJob, checked
@@ -35,6 +35,8 @@ def queue_limits(pairs:list) -> dict: # None: all queues, without limits of thei
     limits = {}
     for p in pairs or []:
         name, _, n = p.rpartition('=')
+        if name == '*': raise Unusable(f"-q {p}: there is no queue of that name; leave -q out for all queues")
+        if name in limits: raise Unusable(f"-q {p}: queue {name!r} has {limits[name]} already: say one of them")
         if not name or not n.isdecimal() or not 1 <= int(n) <= 1000: raise Unusable(f"-q {p}: use name=number, for example -q imports=4, with a number from 1 to 1000")
         try: checked(queue=name)
         except InvalidJob as e: raise Unusable(f"-q: {e}") from None
@@ -57,10 +59,11 @@ def worker(
     if processes < 1: raise Unusable(f"--processes {processes}: use 1 or more")
     if processes > 1: return supervise(_alone(target, Queue, concurrency, grace, health, once), processes)
     try: runner = load_target(target)
+    except (InvalidDatabaseURL, UnsupportedDatabase) as e: raise Unusable(str(e)) from e
     except FhSaasError: raise
-    except (ValueError, OSError) as e:  # the app's own: where it comes from says more than its words
+    except (ValueError, OSError, ImportError, SyntaxError) as e:  # the app's own: where it comes from says more than its words
         traceback.print_exc()
-        return unusable if isinstance(e, ValueError) else 1  # what it reaches for may come yet
+        return 1 if isinstance(e, OSError) else unusable  # what it reaches for may come yet
     given = {k: v for k, v in dict(concurrency=limits and sum(limits.values()) if concurrency is None else concurrency, grace=grace).items() if v is not None}
     try:
         settings = replace(runner.settings, **given) if runner.settings else Settings.from_env(**given)
@@ -173,7 +176,7 @@ def tenants(
     table(tenant_report(the_host(host), wrong, count), 'there are none')
 
 def suspend(tenant:str, host:str=None):
-    "Start no job of a tenant and open no page"
+    "Start no job of a tenant, and let the app open its database no more"
     suspend_tenant(tenant, h := the_host(host))
     did(h, 'suspend', f'tenant {tenant!r}', f'tenant {tenant!r} is suspended')
 
@@ -240,6 +243,7 @@ def migrate(
     did(h, 'migrate', 'all tenants')  # it may be interrupted
     for tenant, error in _shown(migrate_tenants(h, workers=at_once), len(h.tenants())):
         if error: failed[tenant] = error
+    for t in h.tenants('migrating'): failed.setdefault(t.id, "its job tables are up to date, but an upgrade of the app's own has not ended: if none runs now, have the app call migrate_tenants again")
     table([dict(tenant=t, error=str(e)) for t, e in failed.items()], 'all tenants are up to date')
     return int(bool(failed))
 
@@ -269,4 +273,6 @@ def main():
     try:
         args, kw, _ = parse_cli(f)
         return f(*args, **kw)
+    except KeyboardInterrupt: print(f'fh-saas {name}: interrupted', file=sys.stderr); return 130
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 141  # who read has gone
     except (CliError, FhSaasError, ValueError, OSError) as e: print(f'fh-saas {name}: {e}', file=sys.stderr); return unusable if isinstance(e, Unusable) else 1

@@ -46,7 +46,9 @@ def jobs(
     "The jobs of a tenant, the newest first"
     if status and status not in [*Status]: raise CliError(f"--status {plain(status)}: " + (f"jobs in that state are stored as {stored}: use --status {stored}" if (stored := _stored_as.get(status)) else f"use one of {', '.join(Status)}"))
     with _manager(host, tenant) as m: found = [(j, m.state(j)) for j in m.list_jobs(type, status, limit, **{k: v for k, v in dict(queue=queue, tag=tag).items() if v})]
-    table([dict(id=j.id, type=j.job_type, state=state, queue=j.queue, progress=j.progress_percent, failed=f'{j.retry_count}/{j.max_retries}', created=shown(j.created_at), error=j.error_message and j.error_message[:60]) for j, state in found], 'there are none')
+    table([dict(id=j.id, type=j.job_type, state=state, queue=j.queue, progress=j.progress_percent, failed=f'{j.retry_count}/{j.max_retries}', created=shown(j.created_at), error=_brief(j.error_message)) for j, state in found], 'there are none')
+
+def _brief(text): return text if not text or len(text) <= 100 else f'{text[:99]}…'
 
 # %% ../../nbs/ops/01_cli_jobs.ipynb #6d0b8240
 def job(tenant:str, job_id:str, host:str=None):

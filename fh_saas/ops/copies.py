@@ -15,7 +15,7 @@ from urllib.parse import quote
 import sqlalchemy as sa
 from ..db_connect import DatabaseBusy, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, NewerDatabase, connect, db_errors, notes_of, open_engine, read_meta, reading, set_timeout, show_url, typed
 from ..db_host import HostDatabase, TenantNotFound, gen_id, timestamp
-from ..db_tenant import TenantMismatch, heeded, restoring, turn_lasts  # with this module a host has `url_of`
+from ..db_tenant import TenantMismatch, check_host, heeded, restoring, turn_lasts  # with this module a host has `url_of`
 from ..jobs.model import schema_version
 from ..jobs.store import Store
 from ..jobs.wake import wakes_of
@@ -30,6 +30,7 @@ def export_tenant(
     path:str, # Of the copy: a SQLite file, or on PostgreSQL an archive for pg_restore
 ) -> Path:
     "Copy a tenant's database as it is at one moment, while others write to it"
+    check_host(host)
     if (t := host.find(tenant_id)) is None: raise TenantNotFound(f"no tenant {tenant_id!r}")
     url, path = host.url_of(t), Path(path)
     if not path.absolute().parent.is_dir(): raise FileNotFoundError(f"there is no folder {path.absolute().parent}: make it first")
@@ -99,6 +100,7 @@ def restore_tenant(
     busy:float=turn_lasts + 1, # Seconds to wait for a lock, and for others who put a copy back or upgrade tenants, or were killed at it
 ):
     "Let a tenant's database be what it was when a copy was made, while others have it open; what it is now is gone"
+    check_host(host)
     if (t := host.find(tenant_id)) is None: raise TenantNotFound(f"no tenant {tenant_id!r}")
     if t.state in ('migrating', 'deleting'): raise FhSaasError(f"tenant {tenant_id!r} is {t.state}: nothing was put back")
     if not Path(path).is_file(): raise FileNotFoundError(f"there is no file {path}")
@@ -107,17 +109,24 @@ def restore_tenant(
         _check_copy(host, t, notes, path)
         why = f"tenant {tenant_id!r}: open jobs are held: since {timestamp()}Z this copy was to become its database: {path}"
         ours = host.hold(tenant_id, why, created_at=t.created_at, epoch=t.epoch)
+        begun = False
         try:
             time.sleep(heeded)
             now = host.find(tenant_id)
             turn.mine()
             if now is None or now.state in ('migrating', 'deleting') or not now.held or (now.created_at, now.epoch) != (t.created_at, t.epoch): raise FhSaasError(f"tenant {tenant_id!r} was released, taken out of service or made anew meanwhile: nothing was put back")
+            begun = True
             put(busy)
-        except Exception:
-            if ours: host.take_back(tenant_id, why)
+        except BaseException as e:
+            if ours and (isinstance(e, Exception) or not begun): _let_go(host, tenant_id, why)
             raise
     Store(url, synchronous=host.synchronous, tenant=tenant_id).close()  # it may be of an earlier version
     wakes_of(host).ring(tenant_id)
+
+def _let_go(host, tenant_id, why):
+    "It is held no longer; what went wrong before is what has to be said"
+    try: host.take_back(tenant_id, why)
+    except FhSaasError as e: log.warning('tenant=%s: nothing was put back, and it stays held, because the host does not take that: release it; %s', tenant_id, e)
 
 # %% ../../nbs/ops/00_copies.ipynb #9e28a488
 def _check_copy(host, t, notes, path):
@@ -150,7 +159,11 @@ def _write_over(copy, url, busy):
     with db_errors(url), closing(connect(url)) as there:
         set_timeout(there, 0)
         if (sizes := [c.execute('PRAGMA page_size').fetchone()[0] for c in (copy, there)])[0] != sizes[1]: raise FhSaasError(f"the copy has pages of {sizes[0]} bytes, {url.database} of {sizes[1]}; nothing was put back")
-        copy.backup(there, progress=patient, sleep=0.02)
+        try: copy.backup(there, progress=patient, sleep=0.02)
+        except BaseException:  # what was written before is in the log beside the file, which keeps its size as long as anybody has it open
+            try: there.execute('PRAGMA wal_checkpoint(TRUNCATE)')
+            except sqlite3.Error as e: log.warning('%s: its log keeps its size until all have closed it: %s', url.database, e)
+            raise
 
 # %% ../../nbs/ops/00_copies.ipynb #a522025e
 @contextmanager

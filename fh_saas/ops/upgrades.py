@@ -8,7 +8,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/ops/upgrades.html.md"""
 __all__ = ['log', 'migrate_tenants', 'HostTurn']
 
 # %% ../../nbs/ops/00_upgrades.ipynb #425672ec
-import itertools, logging, math, os, socket, threading, time
+import inspect, itertools, logging, math, os, socket, threading, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 import sqlalchemy as sa
@@ -24,14 +24,16 @@ log = logging.getLogger('fh_saas.jobs')
 # %% ../../nbs/ops/00_upgrades.ipynb #2cc6f993
 def migrate_tenants(
     host:HostDatabase,
-    upgrade=None, # The app's own upgrade: called with an open `TenantDatabase`
+    upgrade=None, # The app's own upgrade: called with an open `TenantDatabase`; what it leaves uncommitted is committed after it
     version=None, # What `upgrade` leads to, a text or a number; noted in each database when it is done there
     workers:int=8, # Databases at once
-): # Yields `(tenant id, None or the error)` as each is done
+): # An iterator, which does the work: `(tenant id, None or the error)` as each is done
     "Bring the job tables of every tenant to this version, and do the app's own upgrade"
+    if upgrade is not None and (not callable(upgrade) or inspect.iscoroutinefunction(upgrade)): raise TypeError(f"upgrade={upgrade!r:.80}: pass a plain function that is called with each tenant's open database; nothing was upgraded")
     if upgrade and version in (None, ''): raise ValueError("an upgrade of the app's own needs a version: what is noted in each database when it is done")
-    version = str(version)
-    places = _Places(workers)
+    return _each_migrated(host, upgrade, str(version), workers, _Places(workers))
+
+def _each_migrated(host, upgrade, version, workers, places):
     def one(t):
         try: return _migrate(host, t, upgrade, version, turn, places) and (t.id, None)
         except Exception as e: log.warning('tenant=%s: not migrated: %s', t.id, e); return t.id, e
@@ -171,7 +173,11 @@ def _migrate(host, t, upgrade, version, turn, places) -> bool: # False: there is
             if not done and now.state not in ('migrating', 'paused'): raise FhSaasError(f"tenant {t.id!r} is {now.state} again: nothing was upgraded; migrate again")
             if not done:
                 turn.mine()
-                with host.open_db(t) as db: upgrade(db)
+                with host.open_db(t) as db:
+                    if inspect.isawaitable(made := upgrade(db)):
+                        getattr(made, 'close', lambda: None)()
+                        raise TypeError(f"the upgrade gave {made!r:.60}, which nobody awaits: pass a plain function; nothing was upgraded in tenant {t.id!r}")
+                    db.conn.commit()
                 write_notes(url, host, app_version=version)
             _set_back(host, t, url, before)
     return True

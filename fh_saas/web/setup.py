@@ -18,10 +18,11 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from ..db_host import HostDatabase, JobRecord
 from ..jobs.settings import Settings
 from .access import Gate
+from .api import exposed
 from .directory import Directory
 from .serving import Jobs
 from ..workers.runner import Runner
-import fh_saas.web.api, fh_saas.web.openapi, fh_saas.web.parts, fh_saas.web.live  # noqa: F401 give `Jobs` its routes
+import fh_saas.web.openapi, fh_saas.web.parts, fh_saas.web.live  # noqa: F401 give `Jobs` its routes
 import fh_saas.web.overview, fh_saas.web.joblist, fh_saas.web.jobpage, fh_saas.web.operations  # noqa: F401
 
 # %% ../../nbs/web/20_setup.ipynb #8e01e92f
@@ -66,6 +67,7 @@ def setup_jobs(app:FastHTML,
     "Make an app ready for jobs"
     if not isinstance(app, FastHTML): raise TypeError(f"setup_jobs takes a FastHTML app, not a {type(app).__name__}; for another Starlette app use Runner(host).lifespan")
     if any(f is carry_tasks for f in listify(app.after)): raise ValueError("this app is set up for jobs already")
+    if isinstance(tasks, dict): exposed(tasks)  # before anything is added to the app
     runner = Runner(host, settings, queues)
     jobs = Jobs(app, Gate(tenant, role, user, tokens), Directory(host), api, pages, tasks, rate)
     jobs.runner = runner
