@@ -108,7 +108,7 @@ def test_short_jobs_of_many_databases_are_claimed_some_at_a_time(new_engine, new
 
 
 class a_desk:
-    def __init__(self, sound=True): self.sound = sound
+    def __init__(self, ailing=None): self.ailing = ailing
 
 def test_turns_that_are_stuck_are_not_counted(new_engine):
     e = new_engine()
@@ -117,9 +117,9 @@ def test_turns_that_are_stuck_are_not_counted(new_engine):
     assert not e._crowded()
     e._turning[a_desk()] = now - 2*reserve
     assert not e._crowded()
-    e._turning[a_desk(sound=False)] = time.monotonic()  # what could not be written to the last time is stuck, until the contrary is known
+    e._turning[a_desk(ailing=now)] = time.monotonic()  # what could not be written to the last time is stuck, until the contrary is known
     assert not e._crowded()
-    e._turning |= {d: time.monotonic() for d in (*e._turning, a_desk()) if d.sound}
+    e._turning |= {d: time.monotonic() for d in (*e._turning, a_desk()) if d.ailing is None}
     assert e._crowded()
     e._turning.clear()
 

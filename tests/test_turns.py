@@ -144,7 +144,7 @@ def test_whoever_waits_because_many_turns_are_stuck_keeps_no_other_and_comes_aga
     e, called = made(concurrency=2), []
     unknown, well, last = (e._desks[e.store(new_sqlite())] for _ in range(3))
     monkeypatch.setattr(e.crew, 'call', lambda *args: called.append(1))
-    stuck = {type("Stuck", (), dict(sound=None))(): 0.0 for _ in range(24)}
+    stuck = {type("Stuck", (), dict(ailing=None))(): 0.0 for _ in range(24)}
     e._turning.update(stuck)
     well.sound = True
     e._errands[unknown] = None
@@ -162,13 +162,13 @@ def test_the_lock_of_a_file_is_waited_for_longer_the_longer_that_lasts(made, new
     e = made(busy=4)
     d = e._desks[e.store(new_sqlite())]
     assert d.patience == 1
-    d.sound, d.ailing = False, time.monotonic()
+    d.ailing = time.monotonic()
     assert d.patience == 0.1
     d.ailing -= 8
     assert 2 <= d.patience < 2.5
     d.ailing -= 100
     assert d.patience == 4
-    d.sound = True
+    d.sound, d.ailing = True, None
     assert d.patience is None
 
 @pytest.fixture

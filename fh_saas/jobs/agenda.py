@@ -37,7 +37,7 @@ def take_turn(self:Agenda, store:Store) -> tuple: # As `Store.due_in`, if all th
     "As `attend`, in this thread: what can be claimed now is claimed when it returns; raises if its database cannot be looked after"
     desk, view = self._desks.get(store), []
     if self.stopping or desk is None or not self.settings.concurrency: return
-    if desk.sound is False and not desk.turning: desk.probe()
+    if desk.ailing is not None and not desk.turning: desk.probe()
     desk.quiet, desk.hungry, desk.failing = 0.0, True, None
     self._start()
     self._turn(desk, view=view)

@@ -149,7 +149,11 @@ def _next_for(self:Allotment, queue, but=None):
 class Offer:
     "Places in a queue that a database may have; who is not heard of gets no more"
     __slots__ = ('others', 'places', 'at')
-    def __init__(self, others, places=1, at=None): self.others, self.places, self.at = others, places, at or time.monotonic()  # databases that may be asked in its stead
+    def __init__(self,
+        others:int, # Databases that may be asked in its stead
+        places:int=1,
+        at:float=None, # Since when, of `time.monotonic`; None: now
+    ): self.others, self.places, self.at = others, places, at or time.monotonic()
 
 def _promised(desk, queue): return desk.offered[queue].places if queue in desk.offered else 0
 

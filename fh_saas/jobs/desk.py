@@ -33,7 +33,7 @@ class Desk(Marks, Renewal):
     "The jobs of one database, as one process looks after them"
     # rung: the host says when there is something to do here; met: a manager works with it
     rung, met, only, _free = False, False, None, Limits()
-    suspected, suspect_at, looked = 0.0, 0.0, None  # when a suspect was looked for; when one is to be, though others are due; when it was last looked for what these would keep waiting
+    suspected, looked = 0.0, None  # when a suspect was looked for in vain; when it was last looked for what a backlog would keep waiting
     proven = False  # was a claim made here? The first one waits for the disk: what took the machine along is met again after its start, and counted then
     def __init__(self, store:Store, registry:Registry, settings:Settings, worker:str):
         self.store, self.registry, self.settings, self.worker = store, registry, settings, worker
@@ -48,8 +48,8 @@ class Desk(Marks, Renewal):
         self.freed = []  # desks that wait for a slot which turned out not to be needed
         self.quiet, self.hungry, self._beat, self._asked, self.barred = 0.0, False, 0.0, 0.0, 0.0
         self.offered = {}  # queues in which there may be places for it: `Offer`
-        self.failing, self.sound = None, None  # why its last turn came to nothing, unless it was asked for again since; could its database be written to the last time? None: who knows
-        self.ailing = None  # since when not
+        self.failing = None  # why its last turn came to nothing, unless it was asked for again since
+        self.sound, self.ailing = False, None  # was its database written to the last time? Since when can it not be?
         self._lock = threading.Lock()
 
     def __repr__(self): return f'Desk({self.store!r}, {len(self.live)} running)'
@@ -246,7 +246,8 @@ def turn(self:Desk,
 @patch(as_prop=True)
 def patience(self:Desk) -> float: # Seconds; None: `Settings.busy`
     "How long is the lock of its file to be waited for?"
-    return None if self.sound else unproven if self.sound is None else min(self.settings.busy, max(unsound, 0.25*(time.monotonic() - (self.ailing or time.monotonic()))))
+    if self.ailing is None: return None if self.sound else unproven
+    return min(self.settings.busy, max(unsound, 0.25*(time.monotonic() - self.ailing)))
 
 @patch
 def probe(self:Desk):
@@ -254,7 +255,6 @@ def probe(self:Desk):
     def op(cur, now): pass
     op.patience = self.patience
     self.store.write(op)
-    self.sound = None
 
 # %% ../../nbs/jobs/11_desk.ipynb #75aa884a
 @patch
@@ -282,9 +282,7 @@ def rescue(self:Desk) -> int: # How many
     self.undoubt()
     self.suspected = 0.0
     if self.live: self.renew()  # what runs here is alive, however long the database was out of reach
-    back = self.store.rescue()
-    if back: self.suspect_at = 0.0
-    for row, o in back:
+    for row, o in (back := self.store.rescue()):
         if events.subscribers: events.tell(event_of('finished' if o.kind == 'failed' else 'retried', self.store.tenant, row, status=str(o.status), outcome=o.kind, error=o.error))
         log.warning('tenant=%s job=%s type=%s attempt=%s: taken back, %s', self.store.tenant, row['id'], row['job_type'], row['attempt'], o.kind)
     return len(back)

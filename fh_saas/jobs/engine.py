@@ -108,7 +108,7 @@ def failing(self:Engine,
     longest:float=float('inf'), # Seconds
 ) -> int:
     "Databases that cannot be looked after, and that for at most so long"
-    return sum(bool(d.failing and d.ailing and time.monotonic() < d.ailing + longest and not d.shut) for d in list(self._desks.values()))
+    return sum(bool(d.failing) and d.ailing is not None and time.monotonic() < d.ailing + longest and not d.shut for d in list(self._desks.values()))
 
 @patch(as_prop=True)
 def idle(self:Engine) -> bool:

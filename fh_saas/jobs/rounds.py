@@ -96,7 +96,7 @@ def _crowded(self:Rounds) -> bool:
     most, seconds = (1, brief) if self.line.stock() >= batch else (most_turns, reserve)
     if len(self._turning) < most: return False
     now = time.monotonic()
-    return sum(now < t + seconds and d.sound is not False for d, t in list(self._turning.items())) >= most
+    return sum(now < t + seconds and d.ailing is None for d, t in list(self._turning.items())) >= most
 
 @patch
 def _next_turn(self:Rounds): # A desk; None if there is none, or turns enough
@@ -111,7 +111,7 @@ def _next_turn(self:Rounds): # A desk; None if there is none, or turns enough
 @patch
 def _stuck_turns(self:Rounds) -> bool:
     "Are as many turns stuck as may be?"
-    return len(self._turning) >= most_stuck and sum(time.monotonic() > t + reserve or d.sound is False for d, t in list(self._turning.items())) >= most_stuck
+    return len(self._turning) >= most_stuck and sum(time.monotonic() > t + reserve or d.ailing is not None for d, t in list(self._turning.items())) >= most_stuck
 
 # %% ../../nbs/jobs/13_rounds.ipynb #572c335a
 @patch
@@ -318,13 +318,13 @@ def _look_beside(self:Rounds, desk, attempts):
     desk.looked = now
     _, lapse = desk.look()
     if lapse is not None and lapse <= 0: desk.rescue()
-    if now >= desk.suspect_at: self._suspects(desk, attempts)
+    if now >= desk.suspected + 60: self._suspects(desk, attempts)  # one look goes through all that waits
 
 @patch
 def _suspects(self:Rounds, desk, attempts) -> bool:
     # whom a limit keeps waiting would look for them at each end of a job, through all that wait
     if time.monotonic() < desk.suspected + 5: return False
     found = desk.suspect(self.slot, self._room(desk, 1, suspects=True))
-    if found == []: desk.suspected = time.monotonic(); desk.suspect_at = desk.suspected + 60  # one look goes through all that waits
+    if found == []: desk.suspected = time.monotonic()
     attempts += found or []
     return bool(found)

@@ -37,7 +37,8 @@ class Wakes(Committer):
         busy:float=5.0, # Seconds to wait for another's write lock
     ):
         super().__init__(host.url, 'NORMAL', busy)
-        self.host, self.bound, self._hinted, self._asking, self._silent, self._lock = host, 5.0, {}, set(), False, threading.Lock()  # who needs longer for a commit rings after it
+        self.host, self.bound, self._hinted, self._lock = host, 5.0, {}, threading.Lock()  # who needs longer for a commit rings after it
+        self._asking, self._silent = set(), False  # who waits for an answer of the host; did the last one get none?
         self.bell = Bell(host.id) if isinstance(self.kind, SQLite) else None
         self.anew()
         with db_errors(self.url), writing(self.engine) as conn:

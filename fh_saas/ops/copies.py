@@ -119,6 +119,7 @@ def restore_tenant(
             put(busy)
         except BaseException as e:
             if ours and (isinstance(e, Exception) or not begun): _let_go(host, tenant_id, why)
+            elif ours: log.warning('tenant=%s: interrupted while the copy was put back: its open jobs stay held until somebody releases or discards them', tenant_id)
             raise
     Store(url, synchronous=host.synchronous, tenant=tenant_id).close()  # it may be of an earlier version
     wakes_of(host).ring(tenant_id)
