@@ -3,7 +3,7 @@
 Everything is generated afresh in a copy of the project and compared; the project itself is not touched,
 except with --write, which renders README.md from nbs/index.ipynb and derives the site's configuration.
 """
-import difflib, shutil, subprocess, sys, tempfile
+import difflib, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
@@ -11,6 +11,16 @@ parts = ['nbs', 'fh_saas', 'pyproject.toml', 'settings.ini', 'setup.py', 'README
 
 
 def tool(name, *args, cwd): subprocess.run([str(Path(sys.executable).with_name(name)), *args], cwd=cwd, check=True, stdout=subprocess.DEVNULL)
+
+
+def linked(text, nbs) -> str:
+    "Links to pages of the site, as links to their notebooks; a page that is not there is an error"
+    from nbdev.config import nbpath2html
+    pages = {nbpath2html(nb).as_posix(): nb.as_posix() for nb in (p.relative_to(nbs) for p in nbs.rglob('*.ipynb'))}
+    def notebook(m):
+        if m[1] not in pages: sys.exit(f'index.ipynb has a link to {m[1]}, and no notebook makes such a page')
+        return f'](nbs/{pages[m[1]]})'
+    return re.sub(r'\]\(([\w/]+\.html)\)', notebook, text)
 
 
 def readme(project) -> str:
@@ -22,7 +32,7 @@ def readme(project) -> str:
     nb = nbformat.read(project/'nbs'/'index.ipynb', as_version=4)
     nb.metadata.language_info = dict(name='python')  # for the code fences; nbdev-clean removes it from the file
     text, _ = MarkdownExporter(preprocessors=[hide]).from_notebook_node(nb)
-    lines = [l.rstrip().replace('](images/', '](nbs/images/') for l in text.splitlines() if not l.startswith('#|')]
+    lines = [l.rstrip().replace('](images/', '](nbs/images/') for l in linked(text, project/'nbs').splitlines() if not l.startswith('#|')]
     return '<!-- Rendered from nbs/index.ipynb; edit that, then `make export`. -->\n\n' + '\n'.join(lines).strip() + '\n'
 
 
