@@ -1,4 +1,4 @@
-"""Limits, weights, quotas and pauses: written in the host while everything runs, and obeyed by every process within a second.
+"""Limits, weights, quotas and pauses: written in the host while everything runs, and obeyed by every process within two seconds.
 
 Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/rules.html.md"""
 

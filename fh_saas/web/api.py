@@ -1,6 +1,6 @@
 """Start a task with one POST, watch it at the URL that comes back, and steer it: for scripts, for other programs, and for an app's own JavaScript.
 
-The form is the one of the documents this project began with: `POST /api/v1/{domain}/{task-type}` answers 202 with an id and a `status_url`; `GET /api/v1/admin/background-tasks` lists what there is. Errors are [problems](problems.html), and an OpenAPI document describes it all at `/api/v1/openapi.json`.
+All tasks have one form, that of the design document for which this project was written: `POST /api/v1/{domain}/{task-type}` answers 202 with an id and a `status_url`; `GET /api/v1/admin/background-tasks` lists what there is. Errors are [problems](problems.html), and an OpenAPI document describes it all at `/api/v1/openapi.json`.
 
 Docs: https://abhisheksreesaila.github.io/fh-saas/web/api.html.md"""
 

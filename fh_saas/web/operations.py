@@ -1,6 +1,6 @@
 """What an admin steers: every process that runs jobs, every queue, every tenant.
 
-These pages are for the admin's role alone, as they name all tenants; but for the audit, where a tenant's users see what was done to their jobs, and by whom. Everything here is a row in the host that all processes read within a few seconds, so it does not matter which of them serves the page.
+These pages are for the admin's role alone, as they name all tenants; but for the audit, where a tenant's users see what was done to their jobs, and by whom. Everything here is a row in the host that all processes read, so it does not matter which of them serves the page: a rule is obeyed within two seconds, and what a process is asked it hears with its next beat, every three seconds.
 
 Docs: https://abhisheksreesaila.github.io/fh-saas/web/operations.html.md"""
 
