@@ -229,7 +229,7 @@ def test_an_outcome_of_a_database_that_is_forgotten_is_waited_for_by_nobody(make
     e, a = m.engine, m.engine._claim(m.store, id, None)
     e.forget(a.store)
     e._record(a, Outcome('completed'), done := Future())
-    e._unwritten(a, DatabaseUnavailable('gone'))
+    e._unwritten([a], DatabaseUnavailable('gone'))
     assert done.result(5) is None and not a.desk.unwritten and e._live() == []
 
 def test_whoever_waits_for_a_direct_call_is_told_when_the_engine_stops(make):

@@ -81,6 +81,19 @@ def test_who_cannot_use_a_place_passes_it_on(offers):
     answers(e, b)  # they were asked
     assert (asked(a), asked(b)) == (None, None)
 
+def test_a_place_that_was_offered_is_kept_from_others_for_a_moment(offers):
+    "Where a turn lasts longer than a job, whoever looked meanwhile had it, and weights counted for nothing"
+    e, a, b, c = offers
+    def places(desk): return e._room(desk, 4).by_queue['q']
+    e._unblock(c, 'q')
+    assert (places(a), places(b), places(c)) == (1, 0, 0)
+    a.offered['q'].at -= 1  # it is stuck
+    assert (places(a), places(b), places(c)) == (1, 1, 1)
+    e._unblock(c, 'q')
+    assert (asked(b), places(b), places(c)) == (8, 1, 0)
+    for d in (b, a): answers(e, d, 'q')
+    assert (places(c), e._asked) == (1, {})
+
 def test_a_place_that_somebody_else_has_taken_is_offered_to_nobody(offers):
     e, a, b, c = offers
     e._unblock(c, 'q')

@@ -70,12 +70,21 @@ def _room(self:Allotment, desk, n, **kw):
     self.line.expect()
     l, (by_task, sure), named = desk.limits, self.line.room_of_tasks(desk), self.registry.named_as
     rates, off = rates_of(self.registry, l), l.off and {named(t) for t in l.off}
-    return Room(n, by_queue=self.line.free_of(), closed=l.closed, most=l.most, most_by_queue=l.most_by_queue, rates=rates, off=off, named=named, by_task=by_task, sure_of_task=sure, sure_of_queue=self.line.places_of(),
+    return Room(n, by_queue=self._free_of(desk), closed=l.closed, most=l.most, most_by_queue=l.most_by_queue, rates=rates, off=off, named=named, by_task=by_task, sure_of_task=sure, sure_of_queue=self.line.places_of(),
         age=self.settings.age, sure=self._sure(desk), **kw)
 
 @patch
+def _free_of(self:Allotment, desk) -> dict: # As `Room.by_queue`
+    "What others were offered a moment ago is theirs, though a rate or another process's end has this one look, too"
+    if not (free := self.line.free_of()) or not self._asked: return free
+    late = time.monotonic() - untaken
+    with self._lock:
+        for q in free.keys() & self._asked.keys(): free[q] -= sum(o.places for d in self._asked[q] if d is not desk and (o := d.offered.get(q)) and o.at > late)
+    return free
+
+@patch
 def _may_claim(self:Allotment, desk) -> bool:
-    if self.stopping or self.quiet or not self.settings.concurrency or self._watching(): return False
+    if self.stopping or self.quiet or not self.settings.concurrency or self._watching() or not self._knows(desk): return False
     if desk.tenancy: desk.tenancy.hear()
     if desk.tenancy and desk.tenancy.facts['state'] == 'gone' and not (desk.live or desk.ends): self.forget(desk.store); return False
     return not desk.shut
@@ -162,6 +171,7 @@ def _offer(self:Allotment, desk, queue, others, errand=True):
     old, line = desk.offered.get(queue), self._lines.get(queue, {})
     new = Offer(others) if old is None else Offer(others, old.places + 1, old.at)  # another object: it is another offer
     desk.hungry, desk.offered = True, desk.offered | {queue: new}
+    self._asked.setdefault(queue, set()).add(desk)
     if desk in line and line[desk] < 1 + new.places: line.move_to_end(desk)
     if errand: self._errands[desk] = None
 
@@ -176,6 +186,9 @@ def _answered(self:Allotment, desk,
     took, passed = Counter(a.row['queue'] for a in claimed), False
     with self._lock:
         desk.offered = {q: o for q, o in desk.offered.items() if offers.get(q) is not o}
+        for q in offers.keys() - desk.offered.keys():
+            if not (who := self._asked.get(q, set()) - {desk}): self._asked.pop(q, None)
+            else: self._asked[q] = who
         for q in {*took, *offers}:
             line, n, o = self._lines.get(q, {}), took[q], offers.get(q) or Offer(0, 0)
             if new := desk.offered.get(q): new.places, new.at = max(1, new.places - o.places), time.monotonic()  # what came meanwhile

@@ -27,7 +27,7 @@ log = logging.getLogger('fh_saas.jobs')
 class Attempt:
     "One execution of a job that was claimed"
     desk = loop = async_task = outcome = done = last_note = lane = seat = None
-    counted, since = False, 0.0  # does it hold a slot, and since when does it wait for a thread?
+    counted, since = False, 0.0  # is it in line, or does it hold a slot; and since when does it wait for a thread?
     waiter, handed = None, False  # the future of the coroutine that runs it, if a response brought it; is it on its way there?
     suspect = False  # holds the slot of a job that was lost with its process before
     _told = 0  # how often the event loop's task was cancelled because the job was, or its time was over

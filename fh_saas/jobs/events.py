@@ -83,8 +83,13 @@ def tell(self:Events, *found:Event):
         start, self._running = not self._running, True
         self._some.notify_all()
     if late: log.error('%s events were dropped so far: a subscriber is too slow', self.dropped)
-    if start: threading.Thread(target=self._run, name='fh_saas-events', daemon=True).start()
+    if start:
+        try: threading.Thread(target=self._run, name='fh_saas-events', daemon=True).start()
+        except RuntimeError as e:
+            with self._some: self._running = False
+            log.error('events are told with those that follow: %s', e)
 
+# %% ../../nbs/jobs/03_events.ipynb #beb49f41
 @patch
 def _run(self:Events):
     while True:

@@ -78,7 +78,7 @@ def bring(self:Handles, store:Store,
 async def _handle_async(self:Handles, store, job_id, func):
     a = await self._handed(self._want(store, job_id, func, False), self._desks[store])
     if a and not self.line.begin(a):
-        a.waiter, a.counted = asyncio.get_running_loop().create_future(), True
+        a.waiter = asyncio.get_running_loop().create_future()
         self.line.put(a.desk, [a])
         if self.stopping: self.house.submit(self._undo, self.line.pull())  # `stop` may have looked already
         elif self.line.ready(): self._go_on()  # a place has become free meanwhile

@@ -42,7 +42,7 @@ def put(self:Line, desk, attempts):
     with self._lock:
         jobs, now = self._jobs.setdefault(desk, deque()), time.monotonic()
         for a in attempts:
-            a.since = now
+            a.since, a.counted = now, True
             self._count(a, 1)
             if not a.is_async: a.lane = self.lanes.of(desk, a.row['task']); a.lane.waiting += 1
         jobs.extend(attempts)
@@ -79,13 +79,16 @@ def _calls(self:Line, a):
 def ready(self:Line) -> bool:
     "Is there a job that could start now?"
     if not self.waiting or self.running >= self.size: return False
-    if not self.lanes.narrow: return True
+    if self._plain(): return True
     with self._lock: return bool(self.waiting) and self._startable() is not None
+
+@patch
+def _plain(self:Line) -> bool: return self.queues is None and not self.shares and not self.lanes.narrow # Can the first always start?
 
 @patch
 def _startable(self:Line):
     "The first whose queue and lane have room: two desks may have claimed for the same room"
-    if self.queues is None and not self.shares and not self.lanes.narrow: return (d := self._ring.first), self._jobs[d][0]
+    if self._plain(): return (d := self._ring.first), self._jobs[d][0]
     return next(((d, a) for d in self._ring for a in self._jobs[d] if (a.is_async or a.lane.open()) and self._running_by_queue.get(q := a.row['queue'], 0) < self.limit(q)), None)
 
 # %% ../../nbs/jobs/10_line.ipynb #75b9e3bd
@@ -168,6 +171,8 @@ def _out(self:Line, desk): del self._jobs[desk]; self._ring.leave(desk)
 def done(self:Line, a, took:float=None):
     "A job that was taken has ended, after `took` seconds"
     with self._lock:
+        if not a.counted: return  # it was given up at this moment
+        a.counted = a.handed = False
         self.running -= 1
         _add(self._running_by_queue, a.row['queue'], -1)
         if a is self._newest: self._newest = None
@@ -293,6 +298,7 @@ def pull(self:Line, older:float=None, desk=None) -> list:
             if gone and older: self._doubt(older, {a.row['queue'] for a in gone})
             for a in gone:
                 jobs.remove(a)
+                a.counted = False
                 self._count(a, -1)
                 if not a.is_async: a.lane.waiting -= 1
             self.waiting -= len(gone)

@@ -11,7 +11,7 @@ __all__ = ['log', 'patience', 'last_words', 'most_stuck', 'Recorder']
 import logging, threading, time
 from concurrent.futures import Future
 from fastcore.basics import patch
-from ..db_connect import FhSaasError
+from ..db_connect import DatabaseBusy, DatabaseUnavailable, FhSaasError
 from ..db_host import timestamp
 from .attempt import Attempt
 from .events import event_of, events
@@ -50,10 +50,11 @@ def _record(self:Recorder,
 
 @patch
 def _goes_on(self:Recorder, desk, more) -> bool:
-    "Nothing is left to be written: is it to claim at once, and who was offered the place?"
+    "Nothing is left to be written: is it to claim at once? Who was offered the place is called"
     if self._errands: self.crew.call()
-    if waits := desk.hungry and (more or self.line.of(desk)): self._at(desk, time.monotonic() + patience)
-    return desk.hungry and not waits
+    if not (desk.hungry or desk.wanted): return False
+    if waits := more or self.line.of(desk): self._at(desk, time.monotonic() + patience)
+    return not waits
 
 # %% ../../nbs/jobs/12_recorder.ipynb #8c621a87
 @patch
@@ -147,9 +148,10 @@ def _on_record(self:Recorder, a) -> bool:
 @patch
 def _one_by_one(self:Recorder, ends):
     "Not all could be written together: find out which"
-    for a in ends:
+    for n, a in enumerate(ends):
         try: written = a.store.write(a.store.finishing(a.row, a.outcome, a.last_note)) or self._on_record(a)
-        except FhSaasError as e: self._unwritten(a, e)
+        except (DatabaseBusy, DatabaseUnavailable) as e: return self._unwritten(ends[n:], e)  # each of them would wait as long
+        except FhSaasError as e: self._unwritten([a], e)
         except Exception as e: self._refused(a, e)
         else: self._written(a, written)
 
@@ -194,11 +196,12 @@ def _too_late(self:Recorder, a, done) -> bool:
 
 # %% ../../nbs/jobs/12_recorder.ipynb #1d467e20
 @patch
-def _unwritten(self:Recorder, a, error):
-    log.warning('%s: its outcome %r cannot be written yet: %s', a, a.outcome.kind, error)
-    a.tried = True  # a server may have committed it, and could not say so
-    if self.closed or self._desks.get(a.store) is not a.desk: self._written(a, False)
-    else: a.desk.unwritten.append(a)
+def _unwritten(self:Recorder, ends, error):
+    if ends: log.warning('%s: its outcome %r cannot be written yet%s: %s', ends[0], ends[0].outcome.kind, f', nor can those of {len(ends) - 1} others' if len(ends) > 1 else '', error)
+    for a in ends:
+        a.tried = True  # a server may have committed it, and could not say so
+        if self.closed or not self._knows(a.desk): self._written(a, False)
+        else: a.desk.unwritten.append(a)
 
 @patch
 def _try_again(self:Recorder, desk):

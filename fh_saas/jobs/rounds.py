@@ -117,7 +117,7 @@ def _stuck_turns(self:Rounds) -> bool:
 @patch
 def _off(self:Rounds, a, took=None):
     "An attempt gives its slot back"
-    if a.counted: a.counted = a.handed = False; self.line.done(a, took)
+    if a.counted: self.line.done(a, took)
     elif a.handed: self.line.hand(a, -1)
 
 @patch
@@ -157,6 +157,7 @@ def _turn(self:Rounds,
     except Exception as e:
         log.exception('tenant=%s: cannot be looked after', desk.store.tenant)
         again = self._troubled(desk, ends, wanted, e)
+    except BaseException as e: self._troubled(desk, ends, wanted, e); raise  # an interrupt: nobody else knows of these outcomes
     else: desk.failing = None
     finally: self._turned(desk, crew, attempts, again)
 
@@ -166,8 +167,8 @@ def _turned(self:Rounds, desk, crew, attempts, again):
     waits = False
     try:
         if attempts:
-            for a in attempts: a.counted = True
             self.line.put(desk, attempts)
+            if self.stopping: self.house.submit(self._undo, self.line.pull())  # `stop` may have looked already
         with self._lock:
             self._reserved.pop(desk, None)
             if not (desk.hungry or desk.wanted): self._ring.leave(desk)
@@ -195,7 +196,7 @@ def _come_again(self:Rounds):
 # %% ../../nbs/jobs/13_rounds.ipynb #32a50e86
 @patch
 def _troubled(self:Rounds, desk, ends, wanted, e) -> float:
-    for a in ends: self._unwritten(a, e)
+    self._unwritten(ends, e)
     for _, _, future, _ in wanted: settle(future) if isinstance(e, Held) else settle(future, error=e)
     desk.failing = str(e) or repr(e)
     if isinstance(e, FhSaasError) and not isinstance(e, Held): desk.sound, desk.ailing = False, desk.ailing or time.monotonic()
@@ -237,7 +238,7 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
     else: desk.hungry = True  # what became of a claim is settled in the transaction of the next
     desk.seen = self._ended.copy(), desk.ended
     n = self._allot(desk) if claims and (desk.hungry or desk.wanted) else 0
-    with desk._lock: wanted[:], desk.wanted[:n] = desk.wanted[:n], []
+    wanted[:] = self._brought(desk, n)
     room = self._room(desk, n - len(wanted)) if desk.hungry and n > len(wanted) else None
     if not desk.hungry and wanted:
         with self._lock: self._reserved[desk] = (n := len(wanted)), n, time.monotonic() + reserve
@@ -246,13 +247,23 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
     if room: desk.hungry = False  # who calls from here on may mean a job, or a place, that this claim does not see
     if (said := self._write_and_claim(desk, ends, wanted, room)) is None: return None
     got, found, due = said
+    attempts += found  # whatever comes: nobody else knows of them
     self._all_written(desk, ends)
     ends.clear()
     refused = any(w[0] not in got for w in wanted)
-    attempts += [a for w in wanted if (a := self._given(desk, got, *w))] + found
+    attempts += [a for w in wanted if (a := self._given(desk, got, *w))]
     wanted.clear()
     if due: view.append(due)
     return self._after(desk, room, found, due, attempts, offers) if room else self._bar(desk) if refused else None
+
+# %% ../../nbs/jobs/13_rounds.ipynb #ff1e4542
+@patch
+def _brought(self:Rounds, desk, n) -> list: # As many of what it was asked for by id
+    "What responses have brought; while anything else is due, half of the room is for that"
+    most = (n + desk.odd)//2 if desk.hungry else n
+    desk.odd ^= desk.hungry
+    with desk._lock: these, desk.wanted[:most] = desk.wanted[:most], []
+    return these
 
 # %% ../../nbs/jobs/13_rounds.ipynb #efff5c1f
 @patch

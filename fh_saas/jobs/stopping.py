@@ -56,7 +56,7 @@ def be_quiet(self:Stopping, quiet:bool=True):
 @patch
 def resize(self:Stopping, concurrency:int):
     "Run so many jobs at once from now on; what runs beyond that goes on"
-    self.line.size, self.crew.size = concurrency, concurrency + 32
+    with self._lock: self.crew.size, self.line.size = self.crew.size + concurrency - self.line.size, concurrency  # threads that were given up count on
     self._fed()
 
 # %% ../../nbs/jobs/13_stopping.ipynb #a135da32
