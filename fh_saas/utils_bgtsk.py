@@ -39,7 +39,7 @@ from .jobs.payload import clean
 from .jobs.states import Outcome
 from .jobs.steering import Steering, WrongState  # noqa: F401
 from .jobs.store import Adding, added
-from .jobs.tasks import BadPayload, captures, stands_for_itself, UnknownTask  # noqa: F401
+from .jobs.tasks import BadPayload, captures, filled, stands_for_itself, UnknownTask  # noqa: F401
 from .jobs.unique import NotUnique, Once, unique_key  # noqa: F401
 import fh_saas.jobs.waiting  # noqa: F401 gives a manager `why_waiting`
 
@@ -141,7 +141,7 @@ def _alike(t, job_type, max_retries) -> dict: # Not to be changed
 def _meant(self:BackgroundTaskManager, job_type, task_func) -> tuple: # Job type and function
     "A task may be given by its function or its registered name alone: its jobs are filed under its name"
     if isinstance(job_type, str) and callable(task_func): return job_type, task_func
-    if callable(job_type) and task_func is not None and not isinstance(task_func, str): raise InvalidJob(f"{clean(repr(task_func), 80)} is no task: the arguments of a job go by keyword, submit(task, name=value)")
+    if callable(job_type) and task_func is not None: raise InvalidJob(f"{clean(repr(task_func), 80)} is no task: the arguments of a job go by keyword, submit(task, name=value)")
     if odd := next((x for x in (job_type, task_func) if inspect.isawaitable(x)), None): getattr(odd, 'close', int)(); raise InvalidJob("a coroutine is a call that was made already: give submit the function itself, and its arguments by keyword")
     if task_func is None and callable(job_type):
         if stands_for_itself(job_type): raise InvalidJob(f"{job_type!r} has no name to file its jobs under: submit('a_job_type', …)")
@@ -240,6 +240,7 @@ def _made(self:BackgroundTaskManager, here, job_type, task_func, max_retries, ta
         if task_kwargs: raise BadPayload(f"arguments of task {t.name!r} come in payload={{…}} or as keywords, not both (keywords: {', '.join(task_kwargs)})")
         if not isinstance(payload, dict): raise BadPayload(f"payload of task {t.name!r} is {type(payload).__name__}: use a dict of its arguments")
         task_kwargs = payload
+    if arguments is not None and t.job_param in arguments: raise filled(t)
     try: body = t.pack(task_kwargs)
     except BadPayload as e: raise _hinted(e, t, task_kwargs) from None
     job = {'id': gen_id(), 'payload': body, **alike, **_by()}
@@ -260,9 +261,11 @@ def _by() -> dict: return {} if (job := current_job()) is None else dict(trigger
 
 def _hinted(e, t, given):
     "An unknown argument may have been meant as another, or as an option"
-    odd = next((n for n in given if n not in (t.params or ())), None)
-    own, options = (difflib.get_close_matches(odd or '', names, 1, cutoff) for names, cutoff in ((t.params or (), 0.6), ([*_options, 'conn', 'max_retries'], 0.75)))
-    return BadPayload(f"{e}{f'; did you mean {own[0]!r}?' if own else f'; did you mean the option {options[0]!r}?' if options else ''}")
+    own = [n for n, p in (t.params or {}).items() if n != t.job_param and p.kind is not p.VAR_KEYWORD]
+    if (odd := next((n for n in given if n not in (t.params or ())), None)) is None: return e
+    meant = [*map(repr, difflib.get_close_matches(odd, own, 1, 0.6)), *(f'the option {o!r}' for o in difflib.get_close_matches(odd, [*_options, 'conn', 'max_retries'], 1, 0.75))]
+    named = '' if repr(odd) in str(e) else f'; {clean(odd, 80)!r} is none of these'
+    return BadPayload(f"{e}{named}{f'; did you mean {meant[0]}?' if meant else ''}")
 
 def _operation(store, job, t) -> Adding:
     "What writes the row of a new job: plainly, or unless the same one is there"

@@ -398,8 +398,8 @@ def test_a_suspended_tenant_takes_nothing_new_and_shows_what_it_has(web):
     job = web.start()
     web.host.set_state('acme', 'paused')
     web.jobs.directory._known.clear()
-    p = said(web.c.post(start, json=dict(path='b.csv')), 409, 'wrong-state', "'acme' is paused")
-    said(web.c.post(f'{at}/{job}/rerun'), 409, 'wrong-state', "'acme' is paused")
+    p = said(web.c.post(start, json=dict(path='b.csv')), 409, 'wrong-state', "'acme' is suspended")
+    said(web.c.post(f'{at}/{job}/rerun'), 409, 'wrong-state', "'acme' is suspended")
     assert 'nothing was submitted' in p['detail'] and [j.id for j in web.m.list_jobs()] == [job] and web.c.get(f'{at}/{job}').status_code == 200
     web.host.set_state('acme', 'active')
     web.jobs.directory._known.clear()

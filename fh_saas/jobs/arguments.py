@@ -10,7 +10,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/arguments.html.md"""
 __all__ = ['BadPayload', 'Wire', 'wire', 'Signature']
 
 # %% ../../nbs/jobs/06_arguments.ipynb #1a1ac825
-import inspect, json, typing
+import datetime, decimal, inspect, json, typing, uuid
 from collections import Counter
 from functools import partial
 from pathlib import PurePath
@@ -96,10 +96,27 @@ def _unknown(shape, v) -> str: # None if there is none
     return next((odd for x in v if (odd := _unknown(item, x))), None) if item is not None and isinstance(v, (list, tuple)) else None
 
 # %% ../../nbs/jobs/06_arguments.ipynb #002df6ce
-def _counted(models, v):
-    if _is_model(v): models[type(v)] += 1
+_texts = bytes, bytearray, datetime.datetime, datetime.date, datetime.time, datetime.timedelta, uuid.UUID, decimal.Decimal # in JSON they are text, which a `str` would take for its own
+
+def _counted(kinds, v):
+    if _is_model(v): kinds[type(v)] += 1
+    elif isinstance(v, PurePath): kinds[PurePath] += 1
     return _argument(v)
 
+def _leaves(kinds, v):
+    "Count what is text only in JSON"
+    if isinstance(v, dict): v = [*v, *v.values()]
+    if isinstance(v, (list, tuple, set, frozenset)):
+        for x in v: _leaves(kinds, x)
+    elif kind := next((t for t in _texts if isinstance(v, t)), None): kinds[kind] += 1
+
+def _kinds(v) -> Counter:
+    "How many there are of each kind that has another form in JSON"
+    _leaves(kinds := Counter(), msgspec.to_builtins(v, enc_hook=partial(_counted, kinds), builtin_types=_texts))
+    if more := kinds.pop(bytearray, 0): kinds[bytes] += more
+    return kinds
+
+# %% ../../nbs/jobs/06_arguments.ipynb #b6901726
 class Wire:
     "Values of one type, as they are in a row and as the task gets them"
     def __init__(self, typ):
@@ -114,13 +131,12 @@ class Wire:
     def pack(self, v):
         "`v` as what JSON has; TypeError if it is not of this type"
         if self.same is not None and type(v) is self.same: return v
-        given, got = Counter(), Counter()
-        plain = v if self.open else msgspec.to_builtins(v, enc_hook=partial(_counted, given))
+        plain = v if self.open else msgspec.to_builtins(v, enc_hook=_argument)
         there = self.unpack(plain)
         if self.open: return plain
         # what was understood, so that equal arguments look the same: 1 as 1.0 where a float is wanted, a set in one order
-        as_type = msgspec.to_builtins(there, enc_hook=partial(_counted, got), str_keys=True, order='deterministic')
-        if lost := next(iter(given - got), None): raise TypeError(f'`{lost.__name__}` comes back as something else')
+        as_type = msgspec.to_builtins(there, enc_hook=_argument, str_keys=True, order='deterministic')
+        if lost := next(iter(_kinds(v) - _kinds(there)), None): raise TypeError(f'`{lost.__name__}` would come back as something else: convert it, or annotate the argument as what it is')
         if odd := _unknown(self.shape, msgspec.to_builtins(plain, str_keys=True)): raise TypeError(f'Object contains unknown field `{odd}`')
         return as_type
 

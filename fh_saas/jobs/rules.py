@@ -61,8 +61,8 @@ def check_rule(r:Rule) -> Rule:
         v = getattr(r, k)
         if v is not None and (isinstance(v, bool) or not isinstance(v, (int, float)) or not low <= v <= high or k in ('concurrency', 'pending', 'starts') and v != int(v)):
             raise InvalidRule(f"{k}={v!r}: use a {'whole ' if k in ('concurrency', 'pending', 'starts') else ''}number from {low:g} to {high:,}")
-    if r.mode not in (None, *modes): raise InvalidRule(f"mode={r.mode!r}: use one of {', '.join(modes)}, or None")
-    if r.mode == 'draining' and scope not in (('queue',), ('tenant',), ('tenant', 'queue')): raise InvalidRule(f"{where} cannot be drained: name a queue or a tenant")
+    if r.mode not in (None, *modes): raise InvalidRule(f"mode={r.mode!r}: use one of {', '.join(modes)}; None, or nothing after mode=, takes it away")
+    if r.mode == 'draining' and scope not in (('queue',), ('tenant',), ('tenant', 'queue')): raise InvalidRule(f"{where} cannot be drained, only paused: name a queue or a tenant to drain")
     if (r.starts is None) != (r.period is None): raise InvalidRule("a rate is two numbers: so many starts in a period of so many seconds")
     return r
 

@@ -19,6 +19,7 @@ from .options import InvalidJob, checked, moment, text, word
 from .payload import clean, from_json, to_json
 from .states import Status
 from .store import Adding
+from .tasks import filled
 from .unique import under_names
 
 # %% ../../nbs/jobs/20_steering.ipynb #01a535f5
@@ -94,6 +95,7 @@ def rerun(self:Steering, job_id:str,
     self._runnable(old := self.get_job(job_id))
     args = {**from_json(old.payload), **(_changes or {}), **changes}
     t = self._task_of(old)
+    if t and t.job_param in {*(_changes or ()), *changes}: raise filled(t)
     job = {c: v for c in ('job_type', 'task', 'max_retries', 'queue', 'priority', 'triggered_by', 'timeout', 'concurrency_key', 'tags') if (v := getattr(old, c)) is not None}
     job |= dict(id=gen_id(), payload=t.pack(args) if t else to_json(args, 'payload'), rerun_of=old.id)
     if t and callable(key := t.defaults.get('concurrency_key')): job['concurrency_key'] = t.key(job['payload'], key)

@@ -14,8 +14,9 @@ from functools import partial
 from fastcore.basics import patch
 import sqlalchemy as sa
 from ..db_connect import FhSaasError, meta_table
-from ..db_host import HostDatabase, timestamp
-from ..db_tenant import TenantMismatch
+from ..db_host import HostDatabase, TenantNotFound, timestamp
+from ..db_tenant import TenantMismatch, check_host
+from .control import WrongState
 from .rules import Limits, Rules
 from .store import PENDING, RUNNING, Store, bind
 from .wake import wakes_of
@@ -175,7 +176,7 @@ _all, _all_lock = {}, threading.Lock()
 
 def rules_of(host:HostDatabase) -> Rules:
     "The rules of `host`, opened once in a process"
-    wakes = wakes_of(host)
+    wakes = wakes_of(check_host(host))
     with _all_lock:
         if wakes not in _all: _all[wakes] = Rules(wakes)
         return _all[wakes]
@@ -191,7 +192,7 @@ def _check_owner(store, host, tenant_id):
     with store.cursor() as cur: its = store.noting(cur)
     if its.get('tenant_id', tenant_id) == tenant_id and its.get('host_id', host.id) == host.id: return
     raise TenantMismatch(f"the database of tenant {tenant_id!r} is one of tenant {its['tenant_id']!r}{'' if its.get('host_id', host.id) == host.id else ' of another host'}: "
-        f"put the right file in its place; or, if {tenant_id!r} is to see what is in it, say so (adopt); nothing was changed")
+        f"put the right file in its place; or, if {tenant_id!r} is to see what is in it, `fh-saas release {tenant_id} --adopt` (or discard); nothing was changed")
 
 # %% ../../nbs/jobs/17_tenancy.ipynb #9140dfe8
 def settle_held(
@@ -201,9 +202,9 @@ def settle_held(
     adopt:bool=False, # Also if the database says that it is another tenant's, whose data this one would see from then on?
 ) -> int: # How many were cancelled
     "Accept the database that is there as the tenant's, in a new epoch"
-    t, wakes = host.find(tenant_id), wakes_of(host)
-    if t is None or not t.held: raise FhSaasError(f"tenant {tenant_id!r} is {'not held' if t else 'unknown'}: there is nothing to decide")
-    changed = FhSaasError(f"tenant {tenant_id!r} was changed by somebody else at this moment: see what holds for it now, then say so again")
+    if (t := check_host(host).find(tenant_id)) is None: raise TenantNotFound(f"no tenant {tenant_id!r}: there is nothing to decide")
+    if not t.held: raise WrongState(f"tenant {tenant_id!r} is not held: there is nothing to decide")
+    wakes, changed = wakes_of(host), WrongState(f"tenant {tenant_id!r} was changed by somebody else at this moment: see what holds for it now, then say so again")
     with closing(Store(host.url_of(t), synchronous=host.synchronous, tenant=tenant_id)) as store:
         adopt or _check_owner(store, host, tenant_id)
         if (facts := wakes.facts(tenant_id)) is None: raise changed

@@ -19,6 +19,7 @@ from ..jobs.registered import alive
 from ..jobs.options import InvalidJob, checked
 from ..jobs.rules import kept_by, rule_names
 from ..jobs.settings import Settings
+from ..jobs.tasks import NoTaskName, TaskNameTaken
 from ..jobs.tenancy import rules_of, settle_held
 from ..jobs.wake import wakes_of
 from .cli_jobs import job_commands
@@ -60,8 +61,10 @@ def worker(
     if processes > 1: return supervise(_alone(target, Queue, concurrency, grace, health, once), processes)
     try: runner = load_target(target)
     except (InvalidDatabaseURL, UnsupportedDatabase) as e: raise Unusable(str(e)) from e
-    except FhSaasError: raise
-    except (ValueError, OSError, ImportError, SyntaxError) as e:  # the app's own: where it comes from says more than its words
+    except Unusable: raise
+    except (InvalidJob, TaskNameTaken, NoTaskName) as e: raise Unusable(f"{target}: {e}") from e
+    except FhSaasError: raise  # a host that does not answer may come yet
+    except Exception as e:  # the app's own: where it comes from says more than its words
         traceback.print_exc()
         return 1 if isinstance(e, OSError) else unusable  # what it reaches for may come yet
     given = {k: v for k, v in dict(concurrency=limits and sum(limits.values()) if concurrency is None else concurrency, grace=grace).items() if v is not None}

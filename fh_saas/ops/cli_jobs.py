@@ -114,7 +114,7 @@ def _bulk(action, done):
                 if n := getattr(e, 'done', 0): did(m.db.host, action, f'{n} jobs with {which}, and then it failed', f'{n} jobs {done}, and then it failed', tenant)
                 raise
             if yes: did(m.db.host, action, f'{n} jobs with {which}', f'{n} jobs {done}', tenant)
-        if not yes: print(f'{n} jobs match: say --yes')
+        if not yes: print(f"{n} {'job matches' if n == 1 else 'jobs match'}: say --yes" if n else 'no job matches')
     return command
 
 cancel, retry, remove = _bulk('cancel', 'cancelled, or asked to end'), _bulk('retry', 'due again'), _bulk('delete', 'deleted')

@@ -18,7 +18,8 @@ from ..web.audit import Audit
 # %% ../../nbs/ops/00_terminal.ipynb #b12ea221
 def the_host(url, *tenants) -> HostDatabase:
     "The host that is there: a mistyped name makes no new one"
-    u = check_url(url or env_url())
+    if url == '': raise CliError("--host is empty: give it a URL, or leave it out for the host that the environment names")
+    u = check_url(env_url() if url is None else url)
     if u.get_backend_name() == 'sqlite' and not Path(u.database).exists(): raise CliError(f"there is no host database {u.database}: name it with --host, or in the environment (DB_TYPE, DB_NAME; a server's also DB_HOST, DB_PORT, DB_USER, DB_PASS)")
     host = HostDatabase(u, create=False)
     if gone := [t for t in tenants if t not in ('', '*') and host.find(t) is None]: raise CliError(f"no tenant {gone[0]!r}")

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from fastcore.basics import patch
 from ..db_connect import FhSaasError, meta_table
 from ..db_host import HostDatabase, gen_id, seconds, timestamp
-from ..db_tenant import heeded, read_notes, turn_lasts, write_notes  # with this module a host has `url_of`
+from ..db_tenant import check_host, heeded, read_notes, turn_lasts, write_notes  # with this module a host has `url_of`
 from ..jobs.store import Store, bind
 from ..jobs.wake import wakes_of
 
@@ -31,7 +31,8 @@ def migrate_tenants(
     "Bring the job tables of every tenant to this version, and do the app's own upgrade"
     if upgrade is not None and (not callable(upgrade) or inspect.iscoroutinefunction(upgrade)): raise TypeError(f"upgrade={upgrade!r:.80}: pass a plain function that is called with each tenant's open database; nothing was upgraded")
     if upgrade and version in (None, ''): raise ValueError("an upgrade of the app's own needs a version: what is noted in each database when it is done")
-    return _each_migrated(host, upgrade, str(version), workers, _Places(workers))
+    if isinstance(workers, bool) or not isinstance(workers, int) or not 1 <= workers <= 64: raise ValueError(f"workers={workers!r}: use a whole number from 1 to 64")
+    return _each_migrated(check_host(host), upgrade, str(version), workers, _Places(workers))
 
 def _each_migrated(host, upgrade, version, workers, places):
     def one(t):

@@ -52,7 +52,7 @@ def manager(self:Directory,
     "The manager of a tenant's jobs; `Problem` if there is no such tenant"
     if tenant is not None and not isinstance(tenant, str): return BackgroundTaskManager(tenant)
     if not self.host: return self._of_opened(tenant)
-    if tenant is None: raise Problem(404, "no tenant is chosen: whose jobs are meant?", 'not-found')
+    if tenant is None: raise Problem(404, "no tenant is named: an admin says whose jobs are meant with ?tenant=<id>, for others the app's setup_jobs(tenant=) says it", 'not-found')
     m, until = self._known.get(tenant, (None, 0.0))
     if m is None or time.monotonic() > until or m.engine is not default_engine(): m = self._of_host(tenant)
     return m
@@ -84,6 +84,5 @@ def taking(self:Directory, tenant) -> BackgroundTaskManager:
     "As `manager`, for a new job; `TenantSuspended` if the tenant takes none"
     m = self.manager(tenant)
     state = getattr(m.db, 'state', 'active')  # a database of no host has none
-    if state in ('paused', 'deleting'): raise TenantSuspended(f"tenant {m.db.tenant_id!r} is {state} and takes no new jobs: nothing was submitted{'; an operator can resume it' if state == 'paused' else ''}")
+    if state in ('paused', 'deleting'): raise TenantSuspended(f"tenant {m.db.tenant_id!r} is {'suspended' if state == 'paused' else state} and takes no new jobs: nothing was submitted{'; an operator can take that back' if state == 'paused' else ''}")
     return m
-

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from starlette.responses import RedirectResponse
 from ..db_connect import FhSaasError
 from ..db_host import shown
-from ..db_tenant import resume_tenant, suspend_tenant
+from ..db_tenant import TenantMismatch, resume_tenant, suspend_tenant
 from ..jobs.rules import kept_by
 from ..jobs.tenancy import rules_of, settle_held
 from .facts import since
@@ -135,7 +135,8 @@ def _act(a:Asked):
     do, id, host = a.sent.get('do'), a.sent.get('id') or '', a.jobs.directory.host
     if do not in _acts: raise Problem(422, "choose what is to be done", 'invalid')
     if host.find(id) is None: raise Problem(404, "no such tenant", 'not-found')
-    _acts[do](id, host)
+    try: _acts[do](id, host)
+    except TenantMismatch as e: raise Problem(409, str(e), 'wrong-state') from None  # for an admin alone: it names another tenant
     a.note = f'{do}: tenant {id}'
     return RedirectResponse(a.url(f'{a.jobs.pages}/tenants'), 303)
 

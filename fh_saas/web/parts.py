@@ -37,7 +37,7 @@ def _status(a:Asked): return html(JobStatus(a.manager, a.path['job_id'], _live(a
 
 def _list(a:Asked):
     n = a.query.get('limit', '')
-    return html(JobList(a.manager, _live(a), min(100, int(n)) if n.isascii() and n.isdecimal() and 0 < len(n) < 4 and int(n) else 10, **{k: a.query[k] for k in only_these if a.query.get(k)}))
+    return html(JobList(a.manager, _live(a), min(500, int(n)) if n.isascii() and n.isdecimal() and 0 < len(n) < 4 and int(n) else 10, **{k: a.query[k] for k in only_these if a.query.get(k)}))
 
 def _names(a, name): return [x for x in a.query.get(name, '')[:2000].split(',') if x][:20]
 

@@ -24,7 +24,7 @@ from starlette.routing import Match, Route
 from ..db_connect import FhSaasError
 from ..jobs.payload import max_json
 from ..utils_bgtsk import BackgroundTaskManager
-from .access import Access, Gate, Pace, check_same_site, csrf_token
+from .access import Access, Gate, check_same_site, csrf_token, pace_of
 from .audit import Audit
 from .directory import Directory
 from .problems import Problem, log, problem_of
@@ -75,7 +75,7 @@ class Jobs:
             if not isinstance(p, str) or not p.startswith('/') or p.endswith('/') or quote(p) != p: raise ValueError(f"{name}={p!r}: use a path such as '/{name}', without an end of '/'")
         if not isinstance(tasks, (dict, type(None))): raise TypeError(f"tasks is a {type(tasks).__name__}: use a dict of domain -> tasks, for example dict(products=[product_import])")
         self.app, self.gate, self.directory, self.api, self.pages, self.tasks = app, gate, directory, api, pages, tasks or {}
-        self.secret, self.pace, self.routes = str(app.secret_key), Pace(*rate), []
+        self.secret, self.pace, self.routes = str(app.secret_key), pace_of(rate), []
         self.names_tenants = directory.host is not None
         self.audit, self.fleet = (Audit(directory.host), Fleet(directory.host)) if directory.host else (None, None)
         app.add_middleware(Guard, jobs=self)

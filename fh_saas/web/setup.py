@@ -68,6 +68,7 @@ def setup_jobs(app:FastHTML,
     if not isinstance(app, FastHTML): raise TypeError(f"setup_jobs takes a FastHTML app, not a {type(app).__name__}; for another Starlette app use Runner(host).lifespan")
     if any(f is carry_tasks for f in listify(app.after)): raise ValueError("this app is set up for jobs already")
     if isinstance(tasks, dict): exposed(tasks)  # before anything is added to the app
+    if local and not Path(local).is_dir(): raise ValueError(f"local={str(local)!r} is no folder")
     runner = Runner(host, settings, queues)
     jobs = Jobs(app, Gate(tenant, role, user, tokens), Directory(host), api, pages, tasks, rate)
     jobs.runner = runner

@@ -153,7 +153,7 @@ def ask(self:Fleet,
     if what not in (None, 'quiet', 'run', 'stop'): raise ValueError(f"{what!r} cannot be asked of a worker: use quiet, run or stop, or a number of jobs at once")
     if concurrency is not None and not (isinstance(concurrency, int) and 1 <= concurrency <= 1000): raise ValueError(f"concurrency={concurrency!r}: use a whole number from 1 to 1000")
     ids = [w.id for w in self.workers() if w.id == worker or w.id.endswith(worker)]
-    if len(ids) != 1: raise UnknownWorker(f"{'no worker' if not ids else f'{len(ids)} workers'} with id …{worker}: see the list of workers")
+    if len(ids) != 1: raise UnknownWorker(f"{'no worker' if not ids else f'{len(ids)} workers'} with id …{worker}: see `fh-saas workers`")
     w = workers_table
     stmt = self.db.statement(('worker ask',), lambda: w.update().where(w.c.id == bind('it')).values(asked=sa.func.coalesce(bind('what', type_=sa.String), w.c.asked),
         asked_concurrency=sa.func.coalesce(bind('n', type_=sa.Integer), w.c.asked_concurrency)))
