@@ -113,6 +113,20 @@ def test_too_many_for_a_slow_subscriber_are_dropped_and_counted(monkeypatch):
     gate.set()
     assert hub.settled() and hub.dropped == 20 and [e.job_id for e in got] == [str(n) for n in range(10)]
 
+def test_events_whose_thread_cannot_be_started_are_told_with_those_that_follow(monkeypatch, caplog):
+    "Whoever told them got the error, in the midst of what it did; and nobody was told anything any more"
+    hub, got, start, failed = Events(), [], threading.Thread.start, []
+    def fails_once(t):
+        if not failed and t.name == 'fh_saas-events': failed.append(1); raise RuntimeError("can't start new thread")
+        start(t)
+    monkeypatch.setattr(threading.Thread, 'start', fails_once)
+    hub.on()(lambda e: got.append(e.job_id))
+    def tell(id): hub.tell(Event('started', 't', id, 't', 't', 'running', timestamp()))
+    tell('first')
+    assert failed and got == [] and "can't start" in caplog.text
+    tell('second')
+    assert hub.settled(3) and got == ['first', 'second']
+
 def test_filters_and_bad_subscribers():
     hub, got = Events(), []
     hub.on('finished', tenant='a', job_type='x')(f := lambda e: got.append(e.job_id))

@@ -173,6 +173,26 @@ def test_a_claim_that_lands_while_the_engine_stops_lets_its_response_go(make, mo
     job = m.get_job(id)
     assert (job.status, job.retry_count) == ('pending', 0)
 
+@pytest.mark.parametrize('f', ['sync', 'async'])
+def test_nothing_begins_after_the_stop_though_its_claim_lands_late(make, monkeypatch, f):
+    "It had waited for a lock: its job was begun without being told to stop, and cut off when the grace was over"
+    m, begun = make(concurrency=4, handoff=0, poll=3600), []
+    e, desk, claimed, emptied = m.engine, m.engine._desks[m.store], threading.Event(), threading.Event()
+    def sync(): begun.append(1); time.sleep(0.5)
+    async def coroutine(): begun.append(1); await asyncio.sleep(0.5)
+    turn, pull = desk.turn, e.line.pull
+    def late(*args):
+        said = turn(*args)
+        if said[1]: claimed.set(); emptied.wait(10)
+        return said
+    monkeypatch.setattr(desk, 'turn', late)
+    monkeypatch.setattr(e.line, 'pull', lambda *args: (pull(*args), emptied.set())[0])
+    id, _ = m.submit('t', sync if f == 'sync' else coroutine, 1)
+    assert claimed.wait(10)
+    e.stop(0.5)
+    job = m.get_job(id)
+    assert (begun, job.status, job.attempt, job.retry_count, m.attempts(id)) == ([], 'pending', 0, 0, [])
+
 def test_a_claim_that_comes_after_the_engine_has_let_its_response_go_is_given_back(make):
     m = make()
     async def f(): raise AssertionError('it is run')
@@ -443,6 +463,119 @@ def test_an_outcome_that_another_has_recorded_is_dropped(make, monkeypatch, ours
     a.desk.ends.clear()
     m.engine._one_by_one([a])
     assert done.result(5) is None and m.engine.stale == 1 and m.get_job(id).status == ('failed' if ours.kind == 'failed' else 'pending')
+
+# --- Errors at odd moments
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, SystemExit])
+def test_an_outcome_whose_record_is_interrupted_is_written_all_the_same(make, monkeypatch, error):
+    "Ctrl-C in a notebook: the job ran for ever, as far as anybody could see"
+    m, write, done = make(lease=60, poll=3600), None, []
+    write = m.store.write
+    id, bg = m.submit('t', lambda: 7, 1)
+    def interrupted(op):
+        if not done and threading.current_thread() is threading.main_thread() and m.get_job(id).status == 'running': done.append(1); raise error
+        return write(op)
+    monkeypatch.setattr(m.store, 'write', interrupted)
+    with pytest.raises(error): bg.func(*bg.args)
+    job = m.wait(id, 4)
+    assert done and (job.status, job.result, [a['outcome'] for a in m.attempts(id)]) == ('completed', '7', ['completed'])
+    calm(m)
+
+def claims(m, *ids):
+    "Attempts of these jobs that have come to their end, which is not written"
+    found = [m.engine._desks[m.store].claim(id) for id in ids]
+    for a in found: a.outcome = Outcome('completed')
+    return found
+
+def test_what_was_claimed_is_run_though_something_fails_right_after_that(make, monkeypatch):
+    "Nobody else knows of it, and its lease was renewed for ever"
+    m = make(lease=60, poll=3600, concurrency=2)
+    e, desk, told = m.engine, m.engine._desks[m.store], m.engine._all_written
+    first, second = (m.submit('t', lambda: 7, 1)[0] for _ in range(2))
+    def fails_once(*args): monkeypatch.setattr(e, '_all_written', told); raise RuntimeError("can't start new thread")
+    monkeypatch.setattr(e, '_all_written', fails_once)
+    m.store.write(lambda cur, now: cur.execute(f"UPDATE tenant_jobs SET run_at = '2020-01-01T00:00:00.000000' WHERE id = '{second}'") and None)
+    desk.ends += claims(m, first)
+    desk.hungry = True
+    e._turn(desk)
+    for id in (second, first):
+        job = m.wait(id, 4)
+        assert (job.status, job.attempt, [a['outcome'] for a in m.attempts(id)]) == ('completed', 1, ['completed'])
+    calm(m)
+
+def test_leases_are_renewed_on_after_an_error_while_outcomes_are_tried_again(make, monkeypatch):
+    m = make(concurrency=0)
+    e, desk = m.engine, m.engine._desks[m.store]
+    claims(m, m.submit('t', print)[0])
+    def fails(desk): raise MemoryError
+    monkeypatch.setattr(e, '_try_again', fails)
+    desk.beating = True  # as the thread of heartbeats says it
+    with pytest.raises(MemoryError): e._beat(desk)
+    assert e._to_beat() == [desk]
+
+def test_outcomes_that_find_a_lock_wait_for_it_once(make, monkeypatch, caplog):
+    "One of thirty was stale, and then the file was locked: a thread waited for it thirty times"
+    m = make(concurrency=0)
+    e, desk, write, tries = m.engine, m.engine._desks[m.store], m.store.write, []
+    ends = claims(m, *[m.submit('t', print)[0] for _ in range(5)])
+    def locks(op):
+        tries.append(1)
+        if len(tries) > 2: raise DatabaseBusy('locked')
+        return write(op)
+    with monkeypatch.context() as mp:
+        mp.setattr(m.store, 'write', locks)
+        e._one_by_one(ends)
+    assert len(tries) == 3 and [*desk.unwritten] == ends[2:] and all(a.tried for a in ends[2:])
+    assert [m.get_job(a.row['id']).status for a in ends] == ['completed']*2 + ['running']*3
+    assert [r.getMessage().split(': ', 1)[1] for r in caplog.records] == ["its outcome 'completed' cannot be written yet, nor can those of 2 others: locked"]
+    desk.unwritten.clear()
+    e._one_by_one(ends[2:])
+    assert {j.status for j in m.list_jobs()} == {'completed'} and not desk.live
+
+def test_one_line_says_that_many_outcomes_cannot_be_written(make, monkeypatch, caplog):
+    "Sixteen thousand lines in a quarter of a minute, of one locked file"
+    m = make(concurrency=0)
+    e, desk, turn = m.engine, m.engine._desks[m.store], m.engine._desks[m.store].turn
+    desk.ends += (ends := claims(m, *[m.submit('t', print)[0] for _ in range(4)]))
+    def busy(*args): raise DatabaseBusy('locked')
+    monkeypatch.setattr(desk, 'turn', busy)
+    e._turn(desk)
+    assert [*desk.unwritten] == ends and [r.getMessage() for r in caplog.records if 'its outcome' in r.getMessage()] == [f"{ends[0]}: its outcome 'completed' cannot be written yet, nor can those of 3 others: locked"]
+    monkeypatch.setattr(desk, 'turn', turn)
+    e._try_again(desk)
+    wait_until(lambda: {j.status for j in m.list_jobs()} == {'completed'} and not desk.live, 5)
+
+# --- Leases of databases of which some do not answer
+
+def test_databases_that_do_not_answer_leave_threads_to_those_that_do(make, monkeypatch):
+    "Forty that were locked held every thread, and the jobs of others were taken back"
+    e, now = make(concurrency=0).engine, time.monotonic()
+    def desks(n, **kw): return [SimpleNamespace(**dict(live=[1], unwritten=[], beating=False, beat_at=0.0) | kw) for _ in range(n)]
+    sick, well = desks(40, beat_at=now - 1), [*desks(3), *desks(1, live=[], unwritten=[1])]
+    others = [*desks(2, beat_at=now + 60), *desks(2, live=[]), *desks(1, beating=True)]  # not yet; nothing to say; on its way
+    monkeypatch.setattr(e, '_desks', dict(enumerate([*sick, *well, *others])))
+    asked = e._to_beat()
+    assert asked == well + asked[4:] and len(asked) == 4 + 16 and all(d in sick for d in asked[4:])
+    for d in asked[4:]: d.beating = True
+    assert e._to_beat() == well
+    for d in asked[4:9]: d.beating, d.beat_at = False, now + 60  # five have waited in vain
+    assert len(again := e._to_beat()) == 4 + 5 and not any(d is a for d in again[4:] for a in asked[4:])
+    monkeypatch.undo()
+
+def test_who_could_not_renew_its_leases_keeps_no_thread_until_it_tries_again(make, monkeypatch):
+    m = make(concurrency=0, lease=20)
+    e, desk, beat, begun = m.engine, m.engine._desks[m.store], m.engine._desks[m.store].beat, time.monotonic()
+    claims(m, m.submit('t', print)[0])
+    monkeypatch.setattr(e, '_try_again', lambda desk: None)
+    def busy(): raise DatabaseBusy('locked')
+    monkeypatch.setattr(desk, 'beat', busy)
+    e._beat(desk)
+    assert time.monotonic() < begun + 1 and begun + 2 <= desk.beat_at < begun + 3 and e._to_beat() == []
+    desk.beat_at -= 3
+    assert e._to_beat() == [desk]
+    monkeypatch.setattr(desk, 'beat', lambda: None)
+    e._beat(desk)
+    assert desk.beat_at == 0.0
 
 # --- A task that has got another name
 

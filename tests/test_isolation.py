@@ -8,6 +8,7 @@ from fastsql import Database
 from fh_saas.db_connect import show_url, writing
 from fh_saas.db_host import HostDatabase
 from fh_saas.db_tenant import TenantMismatch, delete_tenant, get_or_create_tenant_db, suspend_tenant
+from fh_saas.jobs.desk import Slot
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.tasks import task
 from fh_saas.utils_bgtsk import BackgroundTaskManager, TenantJob
@@ -194,6 +195,17 @@ def test_tenants_take_turns_at_the_slot_of_suspects(new_sqlite, new_engine):
     wait_until(lambda: len(ran) == 9, 40, f'{ran}')
     assert all(x != y for x, y in zip(ran[:6], ran[1:6])), ran
     for m in managers: m.db.conn.close(); m.db.engine.dispose()
+
+def test_some_of_those_that_wait_for_the_slot_are_told_at_once_that_it_is_free():
+    "After a crash hundreds wait, each came at each end, and one of them had it"
+    slot, desks = Slot(), [object() for _ in range(20)]
+    assert slot.take(first := object())
+    assert not any(slot.take(d) for d in desks)
+    assert slot.give() == desks[:8]
+    assert slot.take(desks[0]) and not any(slot.take(d) for d in desks[1:8])
+    assert slot.give() == desks[8:16]
+    assert slot.take(desks[8])
+    assert slot.give() == desks[16:] + desks[1:5]  # those that came in vain are behind the others
 
 def test_desks_that_waited_for_the_slot_of_a_suspect_come_to_rest(two):
     e, ids = two[0].engine, []

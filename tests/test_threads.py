@@ -15,7 +15,7 @@ from fh_saas.jobs.desk import Desk
 from fh_saas.jobs.pool import Crew, Pool
 from fh_saas.jobs.allotment import reserve
 from fh_saas.jobs.rounds import Rounds, brief, most_turns
-from fh_saas.jobs.line import batch
+from fh_saas.jobs.line import Line, batch
 from fh_saas.jobs.states import Outcome
 from fh_saas.jobs.store import Adding, Store
 from fh_saas.utils_bgtsk import BackgroundTaskManager
@@ -262,6 +262,74 @@ def test_an_engine_keeps_nothing_by_the_name_of_a_database_that_was_forgotten(ne
     e = new_engine()
     for _ in range(5): e.forget(e.store(new_sqlite()))
     assert not e._stores and not e._desks and not e._gates
+
+def test_the_thread_of_the_agenda_outlives_an_error(new_engine, new_sqlite, monkeypatch, caplog):
+    "Nothing that was due later was begun any more"
+    e, looks = new_engine(), []
+    desk = e._desks[e.store(new_sqlite())]
+    def errand(d):
+        looks.append(d)
+        if len(looks) == 1: raise MemoryError
+    monkeypatch.setattr(e, '_errand', errand)
+    e._start()
+    for n in (1, 2):
+        e._at(desk, time.monotonic())
+        wait_until(lambda: len(looks) == n, 3)
+    assert looks == [desk, desk] and 'goes on to be begun' in caplog.text
+
+@pytest.mark.parametrize('which', ['fh_saas-schedule', 'fh_saas-heartbeat'])
+def test_a_thread_that_could_not_be_started_is_started_by_the_next_call(new_engine, monkeypatch, which):
+    e, start, begun = new_engine(), threading.Thread.start, []
+    def fails_once(t):
+        begun.append(t.name)
+        if begun.count(which) == 1 and t.name == which: raise RuntimeError("can't start new thread")
+        start(t)
+    monkeypatch.setattr(threading.Thread, 'start', fails_once)
+    with pytest.raises(RuntimeError): e._start()
+    for _ in range(2): e._start()
+    begun.remove(which)
+    assert sorted(begun) == ['fh_saas-heartbeat', 'fh_saas-schedule']
+
+def test_threads_that_were_given_up_count_on_when_the_size_changes(new_engine, new_sqlite, new_manager):
+    e = new_engine(concurrency=4)
+    m = new_manager(new_sqlite(), e)
+    a = e._claim(m.store, m.submit('t', print, timeout=60)[0], None)
+    e._abandon(a)
+    assert e.crew.size == 4 + 1 + 32
+    e.resize(6)
+    assert (e.line.size, e.crew.size) == (6, 6 + 1 + 32)
+    e._too_late(a, None)
+    assert e.crew.size == 6 + 32
+
+class a_job:
+    is_async, counted, lane = False, False, None
+    def __init__(self, queue='q'): self.row = dict(queue=queue, task='t')
+
+class its_desk: weight = 1
+
+def test_a_place_is_given_back_once():
+    "By its end, and by whoever gives it up in the same moment: both have seen that it holds one"
+    line, (a, b, c) = Line(4), [a_job() for _ in range(3)]
+    line.put(its_desk(), [a, b, c])
+    assert [line.take(), line.take()] == [a, b] and line.free() == 1
+    for _ in range(2): line.done(a)
+    assert (line.running, line.free(), a.counted, b.counted) == (1, 2, False, True)
+    assert line.pull() == [c] and not c.counted
+    line.done(c)  # nor by one that never had a place
+    assert (line.running, line.waiting, line.free()) == (1, 0, 3)
+    line.done(b)
+    assert (line.running, line._by_queue) == (0, {})
+
+def test_a_job_whose_queue_is_full_is_not_ready():
+    "Threads were woken for it again and again"
+    line = Line(4, dict(q=1, other=1))
+    line.put(its_desk(), [first := a_job(), a_job()])
+    assert line.ready() and line.take() is first
+    assert not line.ready() and line.take() is None
+    line.put(its_desk(), [other := a_job('other')])
+    assert line.ready() and line.take() is other
+    line.done(first)
+    assert line.ready()
 
 @pytest.mark.parametrize('how', ['by rate', 'by id'])
 def test_who_has_waited_to_count_counts_what_began_meanwhile(new_pg, how):

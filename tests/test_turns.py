@@ -1,6 +1,7 @@
 "What one database's turn, job, lock or server does to the others of the same process."
-import os, sqlite3, subprocess, sys, threading, time, urllib.request
+import asyncio, os, sqlite3, subprocess, sys, threading, time, urllib.request
 from collections import Counter
+from concurrent.futures import Future
 from types import SimpleNamespace
 import pytest
 import sqlalchemy as sa
@@ -79,6 +80,94 @@ def test_responses_of_one_tenant_keep_no_other_from_its_turn(made, new_sqlite, n
         now = Counter(ran)
     finally: over.set(); t.join()
     assert turns() - before < 3000 and now['first'] - at['first'] > 30  # 12,000 turns a second, and none for the first
+
+def test_a_response_gets_the_place_of_a_job_that_wrote_its_own_end(made, new_sqlite, new_manager):
+    "Such an end has no turn of its own: the response waited for the next look"
+    e = made(concurrency=1, handoff=60)
+    m, inside, go_on = new_manager(new_sqlite(), e), threading.Event(), threading.Event()
+    desk = e._desks[m.store]
+    def holds(job):
+        inside.set(); go_on.wait(10)
+        with job.begin() as conn: job.complete(conn, 1)
+    async def main():
+        first = asyncio.create_task(m.submit('t', holds)[1]())
+        await asyncio.to_thread(inside.wait, 10)
+        second = asyncio.create_task(m.submit('t', work, n='brought', s=0)[1]())
+        await asyncio.to_thread(wait_until, lambda: desk in e._ring and not desk.turning)  # it was asked for, and there is no room
+        assert desk.wanted and not desk.hungry
+        desk.due = None  # no look that comes anyway
+        go_on.set()
+        await asyncio.wait([first, second], timeout=5)
+    try: asyncio.run(asyncio.wait_for(main(), 15))
+    finally: go_on.set()
+    assert ran == ['brought']
+
+def test_what_is_due_has_its_part_beside_more_responses_than_there_is_room_for(made, new_sqlite, new_manager):
+    "A page that brought more than its threads could do kept all else of that tenant waiting"
+    e = made(concurrency=1, handoff=60)
+    e.crew.call = lambda *args: None  # nobody goes on by itself
+    m, got = new_manager(new_sqlite(), e), []
+    brought, desk = [m.submit('t', work, n=n)[0] for n in range(6)], e._desks[m.store]
+    due = m.submit_many('t', work, [dict(n='due')]*3)
+    desk.wanted, desk.hungry = [(id, None, Future(), True) for id in brought], True
+    for _ in range(10):  # in one of them it learns that nothing else is due any more
+        e._turn(desk)
+        if a := e.line.take(): got.append(a.row['id']); e.line.done(a)
+    assert [n for n, id in enumerate(got) if id in due] == [0, 2, 4] and [id for id in got if id in brought] == brought
+
+# --- What is due later
+
+def test_a_database_that_was_forgotten_is_looked_at_no_more(made, new_sqlite, new_manager):
+    "It claimed beside the one of the same place that came after it, and nobody renewed its leases"
+    url, e = new_sqlite(), made(concurrency=2)
+    old, away = e._desks[e.store(url)], new_manager(url, made(concurrency=0))
+    e.forget(old.store)
+    away.submit('t', work, n=1)
+    e._at(old, time.monotonic() + 60)
+    assert old.due is None and not any(d is old for *_, d in e._agenda)
+    old.hungry = True
+    e._turn(old)
+    assert not (old.live or ran) and {j.status for j in away.list_jobs()} == {'pending'} and not any(d is old for *_, d in e._agenda)
+
+def test_who_forgets_a_database_again_leaves_the_next_of_its_name_alone(made, new_sqlite):
+    e, url = made(), new_sqlite()
+    old = e.store(url)
+    e.forget(old)
+    new = e.store(url)
+    e.forget(old)
+    assert e.store(url) is new and e.stores() == [new]
+
+def test_what_is_far_away_is_left_to_the_host_that_rings(made, new_sqlite):
+    "Each retry of an hour was remembered for that hour"
+    e = made(concurrency=2)
+    rung, other = (e._desks[e.store(new_sqlite())] for _ in range(2))
+    rung.rung = True
+    for d in (rung, other): e.attend(d.store, 3600)
+    assert rung.due is None and other.due is not None and [d for *_, d in e._agenda] == [other]
+    e.attend(rung.store, 59)
+    assert rung.due is not None
+
+@pytest.mark.parametrize('new_url', ['sqlite'], indirect=True)
+def test_a_rule_that_changes_has_those_looked_at_at_once_that_wait(host, made, monkeypatch):
+    "Thousands that had nothing to do kept the next job waiting"
+    e, dbs = made(concurrency=2), [get_or_create_tenant_db(f'rule{n}', host=host) for n in range(5)]
+    monkeypatch.setattr(e, '_start', lambda: None)
+    monkeypatch.setattr(e.crew, 'call', lambda *args: None)  # nobody goes on by itself
+    desks = [e._desks[BackgroundTaskManager(db, e).store] for db in dbs]
+    def looks(*which):
+        e._errands.clear(); e._agenda.clear()
+        for d in desks: d.hungry, d.due, d.tenancy.read = False, None, time.monotonic()
+        desks[1].hungry, desks[3].paused = True, True
+        e._blocked = {desks[4]}
+        begun = time.monotonic()
+        e.reconsider(*which)
+        return [desks.index(d) for d in e._errands], {n: d.due - begun for n, d in enumerate(desks) if d.due}, [n for n, d in enumerate(desks) if not d.tenancy.read]
+    at_once, later, asked = looks()
+    assert (at_once, [*later], asked) == ([0, 1, 3, 4], [2], [0, 1, 2, 3, 4])
+    assert 0.01 <= later[2] < 1
+    assert looks({'rule2'}) == ([2], {}, [2])
+    e._blocked = set()
+    for db in dbs: db.close()
 
 def test_a_lease_that_runs_out_while_its_row_is_held_is_looked_for_now_and_then(made, new_pg, new_manager, turns):
     e = made(concurrency=2, lease=1)
