@@ -55,7 +55,8 @@ def test_an_argument_comes_back_as_its_type(lite, typ, value):
 
 @pytest.mark.parametrize('typ,value', [
     (int, '3'), (int, 2.5), (int, True), (int, None), (str, 3), (bool, 1), (float, 'x'), (list[int], ['a']), (list[int], 'a'), (date, 'soon'), (date, 7), (uuid.UUID, 'x'), (Decimal, 'x'), (Path, 3), (Colour, 'green'), (Literal['a'], 'b'),
-    (Order, {'id': 'x'}), (Customer, {'name': 1}), (Item, Customer(name='a', since=date(2026, 1, 1))), (Annotated[int, msgspec.Meta(gt=0)], -1), (tuple[int, str], (1,)), (dict[int, str], {'a': 'b'}), (Size, {})], ids=lambda v: str(v)[:40])
+    (Order, {'id': 'x'}), (Customer, {'name': 1}), (Item, Customer(name='a', since=date(2026, 1, 1))), (Annotated[int, msgspec.Meta(gt=0)], -1), (tuple[int, str], (1,)), (dict[int, str], {'a': 'b'}), (Size, {}),
+    (str, b'x'), (str | None, date(2026, 1, 1)), (list[str], ['a', Decimal(1)]), (dict[str, int], {uuid.UUID(int=1): 1}), (str, Path('a')), (Customer, {'name': b'x', 'since': '2026-01-01'})], ids=lambda v: str(v)[:40])
 def test_a_wrong_type_is_refused_with_its_name_and_nothing_is_stored(lite, typ, value):
     def f(value): pass
     f.__annotations__ = dict(value=typ)
@@ -116,6 +117,9 @@ def test_rerun_with_a_changed_argument_is_checked(lite):
     with pytest.raises(BadPayload, match="at=5"): lite.rerun(id, at=5)
     assert json.loads(lite.get_job(lite.rerun(id, at=date(2026, 1, 9))).payload) == dict(at='2026-01-09')
     assert json.loads(lite.get_job(lite.rerun(id)).payload) == dict(at='2026-01-01')
+    def g(job): return 1
+    id, bg = lite.submit('t', g)
+    with pytest.raises(BadPayload, match="'job' is filled when the job begins"): lite.rerun(id, job=5)
 
 def test_none_will_do_where_it_is_the_default(lite):
     def f(n:int=None): return n

@@ -112,10 +112,10 @@ def command(shop, capsys, monkeypatch):
 def test_what_a_worker_cannot_run_with_is_told_apart_from_what_may_come_yet(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'path', [*sys.path])
-    for name, text in dict(cli_odd_import='import nonexistent_thing', cli_odd_syntax='def', cli_odd_url="from fh_saas import HostDatabase\nhost = HostDatabase('mysql://x/y')", cli_odd_disk="open('/nowhere/at/all')").items():
+    for name, text in dict(cli_odd_import='import nonexistent_thing', cli_odd_syntax='def', cli_odd_url="from fh_saas import HostDatabase\nhost = HostDatabase('mysql://x/y')", cli_odd_disk="open('/nowhere/at/all')", cli_odd_key="import os; os.environ['NOWHERE_AT_ALL']", cli_odd_name='nowhere', cli_odd_task="from fh_saas.jobs.tasks import task\ntask('x', priority=9)").items():
         (tmp_path/f'{name}.py').write_text(text)
         code, _, said = command('worker', f'{name}:host', host=False)
-        assert code == (1 if name == 'cli_odd_disk' else 78) and said, name
+        assert code == (1 if name == 'cli_odd_disk' else 78) and said and ('Traceback' in said) == (name not in ('cli_odd_url', 'cli_odd_task')), (name, code, said)
     for odd, what in (('*=2', 'leave -q out'), ('x=0', 'name=number')):
         code, _, said = command('worker', 'cli_odd_disk:host', '-q', odd, host=False)
         assert code == 78 and what in said
@@ -159,6 +159,8 @@ def test_an_option_that_is_given_empty_does_not_mean_everything(shop, command):
         for option in ('--tenant', '--queue', '--task'):
             code, out, err = command(name, option, '')
             assert code == 1 and f'{option} is empty' in err and not out
+    code, out, err = command('tenants', '--host', '', host=False)  # as of a variable that is not set
+    assert code == 1 and '--host is empty' in err and not out
     assert command('rules', 'weight=2', '--tenant', '')[0] == 1 and command('rules')[1] == 'there are no rules\n'
 
 def test_rules_of_a_tenant_go_with_it(shop, command):

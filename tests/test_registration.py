@@ -168,6 +168,10 @@ def test_plausible_mistakes_are_told_what_was_meant(m):
     with pytest.raises(BadPayload, match="did you mean 'account'[?]$"): m.submit(sync, acount='a')
     with pytest.raises(BadPayload, match="did you mean 'seconds'[?]$"): m.submit(sync, account='a', second=2)
     with pytest.raises(BadPayload, match="unexpected keyword argument 'zzz'[^?]*$"): m.submit(sync, account='a', zzz=2)
+    with pytest.raises(BadPayload, match="missing a required argument: 'account'.*; 'acount' is none of these; did you mean 'account'[?]$"): m.submit(sync, acount='a')
+    with pytest.raises(InvalidJob, match="^'a.csv' is no task: the arguments of a job go by keyword"): m.submit(plain, 'a.csv')
+    def told(name, job): pass
+    with pytest.raises(BadPayload, match="argument 'jobs'[^?]*$"): m.submit(told, name='x', jobs=5)  # the context is not what was meant
     with pytest.raises(InvalidJob, match='the function itself'): m.submit(co())
     with pytest.raises(TypeError, match='BackgroundTaskManager'): plain.submit(n=1)
     with pytest.raises(TypeError, match='BackgroundTaskManager'): plain.submit(m.db)

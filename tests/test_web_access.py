@@ -650,6 +650,24 @@ def test_rules_of_tenants_and_tasks_are_seen_and_taken_away(web):
     n = len(web.jobs.audit.entries())
     assert ask(r, 'POST', '/jobs/workers/rule', form=dict(tenant='acme')).status_code == 303 and len(web.jobs.audit.entries()) == n  # somebody was quicker
 
+def test_a_held_tenant_of_which_nothing_can_be_decided_here_says_what_to_do(web):
+    "It said that the database cannot answer, and to try again"
+    r = web.client('root')
+    def act(id): return ask(r, 'POST', '/jobs/tenants/act', form=dict(do='release', id=id))
+    assert (a := act('acme')).status_code == 409 and 'is not held' in a.text
+    db = web.m['acme'].store
+    assert web.host.hold('acme', 'its file was replaced')
+    with db.cursor() as cur: cur.execute("INSERT INTO fh_saas_meta (key, value) VALUES ('tenant_id', 'globex') ON CONFLICT (key) DO UPDATE SET value = 'globex'")
+    assert (a := act('acme')).status_code == 409 and 'fh-saas release acme --adopt' in a.text
+
+def test_an_app_is_told_at_once_what_it_said_wrong():
+    app = FastHTML(secret_key='x')
+    for odd, said in ((dict(rate=5), 'calls, seconds'), (dict(rate=('x', 1)), 'calls, seconds'), (dict(rate=(0, 1)), 'calls, seconds'), (dict(tokens={5: Access('admin')}), 'int as a token'), (dict(tokens={'': Access('admin')}), 'empty'), (dict(local='/nowhere/at/all'), 'no folder')):
+        before = len(app.routes)
+        with pytest.raises((ValueError, TypeError), match=said): setup_jobs(app, None, Settings(concurrency=0), **odd)
+        assert len(app.routes) == before
+    setup_jobs(app, None, Settings(concurrency=0))
+
 def test_what_only_an_admin_may_is_no_act_of_the_tenant_whose_page_was_open(web):
     rules_of(web.host).set('globex', weight=2)
     ask(web.client('root'), 'POST', '/jobs/workers/rule?tenant=acme', form=dict(tenant='globex'))
