@@ -57,6 +57,7 @@ class BackgroundTaskManager(Asking, Steering):
         db, # A fastsql `Database`, such as `get_or_create_tenant_db` gives, or a `HostDatabase` for its system jobs
         engine:Engine=None, # What runs the jobs; the engine of this process if left out
     ):
+        if engine is not None and not isinstance(engine, Engine): raise TypeError(f"engine is {type(engine).__name__}: leave it out, or pass an Engine")
         self.db, self._engine, self._opened = db, engine, None
         self._host = getattr(db, 'job_table', None) is not None
         self._url = db.url if self._host else getattr(getattr(db, 'engine', None), 'url', None)
@@ -291,6 +292,7 @@ def submit_many(self:BackgroundTaskManager,
     (engine, store), registry = here, here[0].registry
     if stands_for_itself(task_func) or captures(task_func): raise InvalidJob(f"{task_func!r} has no name under which other processes find it: give submit_many a function with @task")
     if payloads is None: raise InvalidJob("submit_many: payloads are missing: a list with a dict of arguments for each job; it may be empty")
+    if isinstance(payloads, (str, bytes, dict)) or not hasattr(payloads, '__iter__'): raise BadPayload(f"payloads is {type(payloads).__name__}: use a list with a dict of arguments for each job")
     t, filed, payloads = registry.meet(task_func), text('job_type', job_type, 200), [*payloads]
     if unknown := options.keys() - {'triggered_by', 'queue', 'priority', 'run_at', 'timeout', 'tags', 'concurrency_key'}: raise InvalidJob(f"submit_many: {', '.join(sorted(unknown))} is no option here; arguments come in payloads")
     common = _by() | t.defaults | _attempts(t, max_retries) | checked(**options)

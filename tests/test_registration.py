@@ -12,7 +12,7 @@ from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.options import InvalidJob, Unique
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.tasks import BadPayload, Registry, TaskNameTaken, UnknownTask, task
-from fh_saas.utils_bgtsk import BackgroundTaskManager
+from fh_saas.utils_bgtsk import BackgroundTaskManager, JobNotFound
 from fh_saas.workers.fleet import Fleet
 
 
@@ -263,3 +263,13 @@ def test_a_function_that_only_this_process_has_is_not_waited_for(new_manager):
     ids = [m.submit('t', f, run_at='2100-01-01')[0] for f in (nested, lambda: 1)]
     assert [m.state(m.get_job(id)) for id in ids] == ['scheduled', 'scheduled']
     assert {m.get_job(id).task for id in ids} <= m.engine.able
+
+def test_arguments_of_another_kind_are_refused_with_what_they_are(m):
+    @task('kinds')
+    def kinds(n=1): return n
+    id, _ = m.submit(kinds)
+    for call, said in ((lambda: m.submit_many(kinds, 5), 'payloads is int'), (lambda: m.submit_many(kinds, 'abc'), 'payloads is str'), (lambda: m.rerun(id, [1]), 'changes are list'),
+        (lambda: BackgroundTaskManager(m.db, 5), 'engine is int'), (lambda: Unique(by=5), 'by=5'), (lambda: Unique(by=(1,)), 'names of arguments')):
+        with pytest.raises((TypeError, ValueError), match=said): call()
+    for call in (m.state, m.why_waiting):
+        with pytest.raises(JobNotFound): call(5)

@@ -55,7 +55,7 @@ def state(self:Asking,
 ) -> str:
     "The job's state in words: its status, or `waiting` (for a task that no living process has registered), `scheduled`, `retrying`, `snoozed`, `cancelling`"
     engine, store = self.here
-    if isinstance(job, str): job = self.get_job(job)
+    if not isinstance(job, JobRecord): job = self.get_job(job)
     shown = shown_state(job, timestamp(time.time() + store.kind.ahead), _known(engine, store, job) if job.status == Status.pending else None)
     # a job that waits for its response has no moment of its own
     return 'pending' if shown == 'scheduled' and _for_response(job, engine.settings.handoff) else shown

@@ -19,7 +19,7 @@ from .options import InvalidJob, checked, moment, text, word
 from .payload import clean, from_json, to_json
 from .states import Status
 from .store import Adding
-from .tasks import filled
+from .tasks import BadPayload, filled
 from .unique import under_names
 
 # %% ../../nbs/jobs/20_steering.ipynb #01a535f5
@@ -93,6 +93,7 @@ def rerun(self:Steering, job_id:str,
 ) -> str: # The id of the new job, due at once
     "Submit a job again, whatever became of it"
     self._runnable(old := self.get_job(job_id))
+    if not isinstance(_changes, (dict, type(None))): raise BadPayload(f"rerun: the changes are {type(_changes).__name__}: use keywords, or a dict of arguments")
     args = {**from_json(old.payload), **(_changes or {}), **changes}
     t = self._task_of(old)
     if t and t.job_param in {*(_changes or ()), *changes}: raise filled(t)

@@ -111,7 +111,7 @@ def why_waiting(self:Asking,
 ) -> list[str]: # Empty if it is not pending, or is about to start
     "What keeps a pending job from running now"
     engine, store = self.here
-    if isinstance(job, str): job = self.get_job(job)
+    if not isinstance(job, JobRecord): job = self.get_job(job)
     if job.status != Status.pending: return []
     tenancy, limits, named = engine.tenancy(store), engine.limits(store), engine.registry.named_as
     task = named(job.task, job.job_type) or job.job_type

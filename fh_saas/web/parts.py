@@ -19,7 +19,7 @@ from fastcore.xml import to_xml
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from ..jobs.control import WrongState
 from ..jobs.pages import only_these
-from .components import JobBanner, JobList, JobProgress, JobStatus, meant
+from .components import JobBanner, JobList, JobProgress, JobStatus, meant, most_listed
 from .problems import Problem
 from .serving import Asked, Jobs, secure
 from .tags import A, Body, H1, Head, Html, Link, Main, Meta, Noscript, P, Script, Title
@@ -37,7 +37,7 @@ def _status(a:Asked): return html(JobStatus(a.manager, a.path['job_id'], _live(a
 
 def _list(a:Asked):
     n = a.query.get('limit', '')
-    return html(JobList(a.manager, _live(a), min(500, int(n)) if n.isascii() and n.isdecimal() and 0 < len(n) < 4 and int(n) else 10, **{k: a.query[k] for k in only_these if a.query.get(k)}))
+    return html(JobList(a.manager, _live(a), min(most_listed, int(n)) if n.isascii() and n.isdecimal() and 0 < len(n) < 4 and int(n) else 10, **{k: a.query[k] for k in only_these if a.query.get(k)}))
 
 def _names(a, name): return [x for x in a.query.get(name, '')[:2000].split(',') if x][:20]
 
