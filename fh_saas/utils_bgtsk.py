@@ -86,9 +86,8 @@ def here(self:BackgroundTaskManager) -> tuple: # The engine, and the store of th
     # a fork or a stopped engine leaves a store behind that belongs to it
     e = self.engine
     if self._opened is None or self._opened[0] is not e or not e.knows(self._opened[1]):
-        tenant = getattr(self.db, 'tenant_id', None)
-        self._opened = e, (store := e.store(self._url, self.db.job_table if self._host else 'tenant_jobs', tenant))
-        if host := getattr(self.db, 'host', None): e.tie(store, host, tenant)
+        tenant, host, table = getattr(self.db, 'tenant_id', None), getattr(self.db, 'host', None), self.db.job_table if self._host else 'tenant_jobs'
+        self._opened = e, e.tied(self._url, table, host, tenant) if host else e.store(self._url, table, tenant)
     return self._opened
 
 @patch(as_prop=True)

@@ -372,6 +372,31 @@ def test_a_suspect_is_not_trusted_before_it_has_begun(make):
     assert a.suspect and e.slot.taken
     desk.give_back([a])
 
+def test_what_waits_for_a_thread_is_not_said_to_run(make):
+    m = make(concurrency=1)
+    m.engine.quiet = True
+    go, begun = threading.Event(), threading.Event()
+    def hold(): begun.set(); go.wait(20)
+    ids = [m.submit('t', hold, run_at='2020-01-01')[0] for _ in range(3)]
+    e, desk = m.engine, m.engine._desks[m.store]
+    attempts = desk.turn([], [], e._room(desk, 3))[1]
+    e.line.put(desk, attempts)
+    e.crew.call()
+    assert begun.wait(10)
+    wait_until(lambda: len(e.running_jobs()) == 1, 10)
+    go.set()
+    wait_until(lambda: m.store.by_status() == {'completed': 3}, 20)
+
+def test_a_job_whose_function_is_gone_has_failed_at_once(make):
+    "It failed three times, for `NoneType` cannot be called"
+    m = make()
+    id, bg = m.submit('t', lambda: 7, run_at='2100-01-01')
+    a = m.engine._desks[m.store].claim(id)
+    a.func = None
+    o = a.call()
+    assert o.kind == 'failed' and 'submit it again' in o.error
+    m.engine._desks[m.store].give_back([a])
+
 def test_one_host_that_fails_in_another_way_keeps_no_retry_from_being_told(make):
     m, rung = make(), []
     class Host:

@@ -267,6 +267,21 @@ def acme(host):
     e.stop(0)
 
 @pytest.mark.parametrize('new_url', ['sqlite'], indirect=True)
+def test_whoever_comes_while_a_database_is_forgotten_opens_it_anew(host, acme):
+    e, tenant = Engine(Settings(concurrency=0)), acme.db.tenant_id
+    url = host.url_of(host.find(tenant))
+    before = e.tied(url, 'tenant_jobs', host, tenant, rung=True)
+    assert e._desks[before].retire()  # as `tidy` does, and is held up
+    came = []
+    t = threading.Thread(target=lambda: came.append(e.tied(url, 'tenant_jobs', host, tenant))); t.start()
+    time.sleep(0.1)
+    assert not came
+    e.forget(before)
+    t.join(10)
+    assert came[0] is not before and e.knows(came[0]) and not e._desks[came[0]].retire()  # a manager works with it
+    e.stop(0)
+
+@pytest.mark.parametrize('new_url', ['sqlite'], indirect=True)
 def test_a_visit_to_a_locked_tenant_sets_it_aside(host, acme):
     "It only looked whether something is due, which a locked file answers, and came again each second"
     acme.submit('turns_work', work, n=1)

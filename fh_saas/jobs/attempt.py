@@ -72,6 +72,7 @@ def _call(self:Attempt):
 
 @patch
 def _begins(self:Attempt):
+    if self.func is None: raise Permanent("its function was known to the process that submitted it alone, and is gone: submit it again")
     if self.ctx.should_stop: self.ctx.leave_if_cancelled()
     if events.subscribers: events.tell(event_of('started', self.store.tenant, self.row))
     if self.row['timeout']: self.deadline = time.monotonic() + self.row['timeout']

@@ -36,6 +36,7 @@ class Desk(Marks, Renewal):
     # rung: the host says when there is something to do here; met: a manager works with it
     rung, met, only, _free = False, False, None, Limits()
     suspected, looked = 0.0, None  # when a suspect was looked for in vain; when it was last looked for what a backlog would keep waiting
+    retired = False  # had it its last turn?
     proven = False  # was a claim made here? The first one waits for the disk: what took the machine along is met again after its start, and counted then
     def __init__(self, store:Store, registry:Registry, settings:Settings, worker:str):
         self.store, self.registry, self.settings, self.worker = store, registry, settings, worker
@@ -313,10 +314,18 @@ def rest(self:Desk,
     return max(0.05, min(known)) if known else None
 
 @patch
+def meet(self:Desk, rung:bool) -> bool: # False: it is about to be forgotten
+    "A visit, or, if not `rung`, a manager begins to work with it"
+    with self._lock:
+        if self.retired: return False
+        self.rung, self.met = self.rung or rung, self.met or not rung
+        return True
+
+@patch
 def retire(self:Desk) -> bool:
     "Is there nothing here that only this process knows? Then it has no further turn"
     with self._lock:
         busy = self.turning or self.hungry or self.beating or self.live or self.ends or self.wanted or self.unwritten or self.doubtful or self.functions or self._own or self.local.names[0] or self.tenancy and self.tenancy.untold
         if busy or self.met or not self.rung: return False
-        self.turning = True
+        self.turning = self.retired = True
         return True

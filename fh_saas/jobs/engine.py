@@ -86,11 +86,11 @@ def store(self:Engine, url, table:str='tenant_jobs', tenant:str=None) -> Store:
         return store
 
 @patch
-def tie(self:Engine, store:Store, host:HostDatabase, tenant_id:str, rung:bool=False, facts:dict=None):
-    "Let the host say what holds for this database, and whether it is the right one"
-    desk = self._desks[store]
-    desk.rung, desk.met = desk.rung or rung, desk.met or not rung
+def tied(self:Engine, url, table:str, host:HostDatabase, tenant_id:str, rung:bool=False, facts:dict=None) -> Store:
+    "As `store`, of a tenant: the host says what holds for it, and whether it is the right database"
+    while (desk := self._desks.get(store := self.store(url, table, tenant_id))) is None or not desk.meet(rung): time.sleep(0.001)  # it is forgotten at this moment
     if desk.tenancy is None: desk.tenancy = Tenancy(host, tenant_id, facts)
+    return store
 
 # %% ../../nbs/jobs/14_engine.ipynb #058ee7b1
 @patch(as_prop=True)
@@ -119,7 +119,8 @@ def idle(self:Engine) -> bool:
 @patch
 def running_jobs(self:Engine) -> list: # Tenant, job id and job type of each
     "What runs here"
-    return [(a.store.tenant, a.row['id'], a.row['job_type']) for a in self._live() if a.counted]
+    waiting = self.line.jobs()
+    return [(a.store.tenant, a.row['id'], a.row['job_type']) for a in self._live() if a.counted and a not in waiting]
 
 @patch
 def limits(self:Engine, store:Store) -> Limits:

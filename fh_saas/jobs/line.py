@@ -212,6 +212,11 @@ def even(self:Line):
     with self._lock: self._ring.even()
 
 @patch
+def jobs(self:Line) -> set:
+    "Those that wait for a thread"
+    with self._lock: return {a for jobs in self._jobs.values() for a in jobs}
+
+@patch
 def of(self:Line, desk) -> int:
     "Jobs of `desk` in line"
     return len(self._jobs.get(desk, ()))

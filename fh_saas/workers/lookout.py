@@ -116,9 +116,7 @@ def _visit(self:Lookout, id):
 def _store_of(self:Lookout, id, e): # None if the tenant is gone
     if (store := self._stores.get(id)) is not None and e.knows(store): return store
     if (facts := self.wakes.facts(id)) is None: return self.wakes.drop(id)
-    store = e.store(self.host.url_of(facts['url']), 'tenant_jobs', id)
-    e.tie(store, self.host, id, True, facts)
-    self._stores[id] = store  # others take it from here: not before its tenant is known
+    self._stores[id] = store = e.tied(self.host.url_of(facts['url']), 'tenant_jobs', self.host, id, True, facts)  # others take it from here: not before its tenant is known
     return store
 
 @patch
