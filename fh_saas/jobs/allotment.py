@@ -143,7 +143,7 @@ def _kept(self:Allotment, desk, longest):
     return False
 
 # %% ../../nbs/jobs/12_allotment.ipynb #56789841
-untaken, most_offers = 0.05, 8 # seconds after which another may have a place that nobody has taken; databases that are asked one after the other
+untaken, most_offers = 0.2, 8 # seconds after which another may have a place that nobody has taken; databases that are asked one after the other
 
 @patch
 def _next_for(self:Allotment, queue, but=None):
