@@ -506,6 +506,25 @@ def test_an_outcome_whose_record_is_interrupted_is_written_all_the_same(make, mo
     assert done and (job.status, job.result, [a['outcome'] for a in m.attempts(id)]) == ('completed', '7', ['completed'])
     calm(m)
 
+def test_an_outcome_whose_record_is_interrupted_one_by_one_is_written_all_the_same(make, monkeypatch):
+    m, done = make(poll=3600), []
+    desk, write = m.engine._desks[m.store], m.store.write
+    desk.ends += claims(m, *(ids := [m.submit('t', print)[0] for _ in range(2)]))
+    def one_is_stale(*args): monkeypatch.undo(); monkeypatch.setattr(m.store, 'write', interrupted); raise Stale
+    def interrupted(op):
+        if not done and threading.current_thread() is threading.main_thread(): done.append(1); raise KeyboardInterrupt
+        return write(op)
+    monkeypatch.setattr(desk, 'turn', one_is_stale)
+    with pytest.raises(KeyboardInterrupt): m.engine._turn(desk)
+    for id in ids: assert m.wait(id, 5).status == 'completed'
+    calm(m)
+
+def test_an_interrupt_of_one_thread_is_not_that_of_another(make):
+    "It was put into the event loop of a server, which ended"
+    m, future = make(concurrency=0), Future()
+    m.engine._troubled(m.engine._desks[m.store], [], [('an id', None, future, True)], KeyboardInterrupt())
+    assert future.done() and future.exception() is None
+
 def claims(m, *ids):
     "Attempts of these jobs that have come to their end, which is not written"
     found = [m.engine._desks[m.store].claim(id) for id in ids]
@@ -516,27 +535,34 @@ def test_what_was_claimed_is_run_though_something_fails_right_after_that(make, m
     "Nobody else knows of it, and its lease was renewed for ever"
     m = make(lease=60, poll=3600, concurrency=2)
     e, desk, told = m.engine, m.engine._desks[m.store], m.engine._all_written
-    first, second = (m.submit('t', lambda: 7, 1)[0] for _ in range(2))
+    first, second, third = (m.submit('t', lambda: 7, 1)[0] for _ in range(3))
     def fails_once(*args): monkeypatch.setattr(e, '_all_written', told); raise RuntimeError("can't start new thread")
     monkeypatch.setattr(e, '_all_written', fails_once)
     m.store.write(lambda cur, now: cur.execute(f"UPDATE tenant_jobs SET run_at = '2020-01-01T00:00:00.000000' WHERE id = '{second}'") and None)
     desk.ends += claims(m, first)
-    desk.hungry = True
+    desk.hungry, desk.wanted, desk.odd = True, [(third, None, Future(), True)], 1  # what a response brings, too
     e._turn(desk)
-    for id in (second, first):
+    for id in (second, third, first):
         job = m.wait(id, 4)
         assert (job.status, job.attempt, [a['outcome'] for a in m.attempts(id)]) == ('completed', 1, ['completed'])
     calm(m)
 
-def test_leases_are_renewed_on_after_an_error_while_outcomes_are_tried_again(make, monkeypatch):
+def test_an_error_while_outcomes_are_tried_again_loses_none_and_keeps_no_lease_from_being_renewed(make, monkeypatch, caplog):
     m = make(concurrency=0)
-    e, desk = m.engine, m.engine._desks[m.store]
-    claims(m, m.submit('t', print)[0])
-    def fails(desk): raise MemoryError
-    monkeypatch.setattr(e, '_try_again', fails)
+    e, desk, record, failed = m.engine, m.engine._desks[m.store], m.engine._record, []
+    desk.unwritten += claims(m, *(ids := [m.submit('t', print)[0] for _ in range(3)]))
+    def fails_once(*args):
+        if not failed: failed.append(1); raise MemoryError
+        return record(*args)
+    monkeypatch.setattr(e, '_record', fails_once)
     desk.beating = True  # as the thread of heartbeats says it
-    with pytest.raises(MemoryError): e._beat(desk)
-    assert e._to_beat() == [desk]
+    e._beat(desk)
+    assert 'could not be tried again' in caplog.text and len(desk.unwritten) == 3 and e._to_beat() == [desk]
+    desk.retry_at = 0.0
+    e._beat(desk)
+    e._turn(desk)
+    wait_until(lambda: {m.get_job(id).status for id in ids} == {'completed'}, 5)
+    calm(m)
 
 def test_outcomes_that_find_a_lock_wait_for_it_once(make, monkeypatch, caplog):
     "One of thirty was stale, and then the file was locked: a thread waited for it thirty times"
@@ -549,7 +575,7 @@ def test_outcomes_that_find_a_lock_wait_for_it_once(make, monkeypatch, caplog):
         return write(op)
     with monkeypatch.context() as mp:
         mp.setattr(m.store, 'write', locks)
-        e._one_by_one(ends)
+        e._one_by_one([*ends])
     assert len(tries) == 3 and [*desk.unwritten] == ends[2:] and all(a.tried for a in ends[2:])
     assert [m.get_job(a.row['id']).status for a in ends] == ['completed']*2 + ['running']*3
     assert [r.getMessage().split(': ', 1)[1] for r in caplog.records] == ["its outcome 'completed' cannot be written yet, nor can those of 2 others: locked"]
@@ -585,6 +611,8 @@ def test_databases_that_do_not_answer_leave_threads_to_those_that_do(make, monke
     assert e._to_beat() == well
     for d in asked[4:9]: d.beating, d.beat_at = False, now + 60  # five have waited in vain
     assert len(again := e._to_beat()) == 4 + 5 and not any(d is a for d in again[4:] for a in asked[4:])
+    sick[-1].beat_at = now - 100
+    assert e._to_beat()[4] is sick[-1]  # who waits longest comes first, or the last ones would never be asked
     monkeypatch.undo()
 
 def test_who_could_not_renew_its_leases_keeps_no_thread_until_it_tries_again(make, monkeypatch):

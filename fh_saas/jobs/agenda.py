@@ -192,7 +192,8 @@ def _remember(self:Agenda):
             at, _, only_ends, desk = heapq.heappop(self._agenda)
             if not desk.ends if only_ends else desk.due != at: continue  # it was made earlier, and had its turn
             if not only_ends: desk.due, desk.asked = None, True
-            self._errand(desk)
+            try: self._errand(desk)
+            except BaseException: self._at(desk, now + 1); raise
         self._wake.wait(min(60, self._agenda[0][0] - now) if self._agenda else 60)
 
 # %% ../../nbs/jobs/12_agenda.ipynb #3e859bca

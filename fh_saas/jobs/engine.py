@@ -223,11 +223,11 @@ def run_job(self:Engine, store:Store, job_id:str, func=None) -> Outcome: # None 
 
 @patch
 def _claim(self:Engine, store, job_id, func) -> Attempt:
+    self._start()  # a lease must be renewed
     self._claims.add(me := object())
     try: a = self._desks[store].claim(job_id, func)
     except BaseException: self._desks[store].unsure and self.attend(store); raise  # the next turn gives it back
     finally: self._claims.discard(me)
-    if a: self._start()  # from here on the lease must be renewed
     if not a or not self.stopping: return a
     self._release([a])
 

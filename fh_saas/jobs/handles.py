@@ -39,8 +39,8 @@ async def handle(self:Handles, store:Store, job_id:str, func):
 def _want(self:Handles, store, job_id, func, here:bool):
     "Have a job claimed in the next turn of its desk, with those of other requests; `here`: and run in the crew"
     desk, loop = self._desks[store], asyncio.get_running_loop()
-    with desk._lock: desk.wanted.append((job_id, func, future := loop.create_future(), here))
     self._start()
+    with desk._lock: desk.wanted.append((job_id, func, future := loop.create_future(), here))
     if desk.called is not loop: desk.called = loop; loop.call_soon(self._called, desk)
     return future
 
@@ -71,14 +71,15 @@ def bring(self:Handles, store:Store,
     if self.manual or self.stopping or desk is None or job.status != 'pending' or not self.serves(job.queue): return
     if not waits_for_response(job, self.settings.handoff): return  # it has a moment of its own
     if job.id not in desk.functions and (job.task or job.job_type) not in self.able_in(store): return
-    with desk._lock: desk.wanted.append((job.id, None, Future(), True))
     self._start()
+    with desk._lock: desk.wanted.append((job.id, None, Future(), True))
     self._errand(desk)
 
 # %% ../../nbs/jobs/13_handles.ipynb #598e54ba
 @patch
 async def _handle_async(self:Handles, store, job_id, func):
     a = await self._handed(self._want(store, job_id, func, False), self._desks[store])
+    if a and self.stopping: self.house.submit(self._undo, [a]); return  # its claim landed late
     if a and not self.line.begin(a):
         a.waiter = asyncio.get_running_loop().create_future()
         self.line.put(a.desk, [a])

@@ -60,7 +60,7 @@ most_sick = 16 # databases that do not answer, and are asked at once: half the t
 def _to_beat(self:Heartbeats) -> list: # Desks
     "Whose leases are to be renewed now"
     some, now = [d for d in list(self._desks.values()) if d.live or d.unwritten], time.monotonic()
-    sick = [d for d in some if d.beat_at and not d.beating and now >= d.beat_at]
+    sick = sorted((d for d in some if d.beat_at and not d.beating and now >= d.beat_at), key=lambda d: d.beat_at)  # who waits longest first
     return [d for d in some if not (d.beat_at or d.beating)] + sick[:max(0, most_sick - sum(d.beating and d.beat_at > 0 for d in some))]
 
 # %% ../../nbs/jobs/12_heartbeats.ipynb #1ccc794b
@@ -102,6 +102,7 @@ def _beat(self:Heartbeats, desk):
     except Exception: log.exception('tenant=%s: heartbeat failed', desk.store.tenant)
     finally:
         try: self._try_again(desk)
+        except Exception: log.exception('tenant=%s: outcomes could not be tried again', desk.store.tenant)
         finally: desk.beating = False
 
 @patch

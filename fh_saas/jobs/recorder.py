@@ -149,13 +149,15 @@ def _on_record(self:Recorder, a) -> bool:
 
 @patch
 def _one_by_one(self:Recorder, ends):
-    "Not all could be written together: find out which"
-    for n, a in enumerate(ends):
+    "Not all could be written together: find out which; what remains in `ends` is nobody's yet"
+    while ends:
+        a = ends[0]
         try: written = a.store.write(a.store.finishing(a.row, a.outcome, a.last_note)) or self._on_record(a)
-        except (DatabaseBusy, DatabaseUnavailable) as e: return self._unwritten(ends[n:], e)  # each of them would wait as long
+        except (DatabaseBusy, DatabaseUnavailable) as e: self._unwritten(ends, e); return ends.clear()  # each of them would wait as long
         except FhSaasError as e: self._unwritten([a], e)
         except Exception as e: self._refused(a, e)
         else: self._written(a, written)
+        del ends[0]
 
 # %% ../../nbs/jobs/12_recorder.ipynb #e49cce53
 last_words, most_stuck = 1.0, 32 # seconds between a timeout and giving up; threads that may run on into the void
@@ -212,10 +214,12 @@ def _try_again(self:Recorder, desk):
     elif time.monotonic() > desk.retry_at:
         desk.pause = min(2.0, max(tick, desk.pause*2))
         desk.retry_at = time.monotonic() + desk.pause
-        again = [desk.unwritten.popleft() for _ in range(len(desk.unwritten))]
-        for a in again:
-            if a.ctx.lost or time.monotonic() > a.lease_until: self._written(a, self._on_record(a))
+        for _ in range(len(desk.unwritten)):
+            if not desk.unwritten: break  # it was forgotten
+            desk.unwritten.rotate(-1)  # one at which something goes wrong keeps no other waiting
+            if (a := desk.unwritten[-1]).ctx.lost or time.monotonic() > a.lease_until: self._written(a, self._on_record(a))
             else: self._record(a, a.outcome)
+            if a in desk.unwritten: desk.unwritten.remove(a)
         self._errand(desk)
 
 @patch

@@ -169,7 +169,8 @@ def _turned(self:Rounds, desk, crew, attempts, again):
     waits = False
     try:
         if attempts:
-            self.line.put(desk, attempts)
+            if self.stopping: self.house.submit(self._undo, attempts); attempts = []
+            else: self.line.put(desk, attempts)
             if self.stopping: self.house.submit(self._undo, self.line.pull())  # `stop` may have looked already
         with self._lock:
             self._reserved.pop(desk, None)
@@ -199,7 +200,7 @@ def _come_again(self:Rounds):
 @patch
 def _troubled(self:Rounds, desk, ends, wanted, e) -> float:
     self._unwritten(ends, e)
-    for _, _, future, _ in wanted: settle(future) if isinstance(e, Held) else settle(future, error=e)
+    for _, _, future, _ in wanted: settle(future) if isinstance(e, Held) or not isinstance(e, Exception) else settle(future, error=e)  # an interrupt is of this thread
     desk.failing = str(e) or repr(e)
     if isinstance(e, FhSaasError) and not isinstance(e, Held): desk.sound, desk.ailing = False, desk.ailing or time.monotonic()
     self._unbar(desk)
@@ -249,12 +250,12 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
     if room: desk.hungry = False  # who calls from here on may mean a job, or a place, that this claim does not see
     if (said := self._write_and_claim(desk, ends, wanted, room)) is None: return None
     got, found, due = said
-    attempts += found  # whatever comes: nobody else knows of them
-    self._all_written(desk, ends)
-    ends.clear()
     refused = any(w[0] not in got for w in wanted)
+    attempts += found  # first of all: nobody else knows of what was claimed
     attempts += [a for w in wanted if (a := self._given(desk, got, *w))]
     wanted.clear()
+    self._all_written(desk, ends)
+    ends.clear()
     if due: view.append(due)
     return self._after(desk, room, found, due, attempts, offers) if room else self._bar(desk) if refused else None
 
@@ -278,7 +279,7 @@ def _write_and_claim(self:Rounds, desk, ends, wanted, room) -> tuple: # As `Desk
         desk.hungry = desk.hungry or bool(room)
         if isinstance(e, FhSaasError) or not ends: raise
         with desk._lock: desk.wanted[:0], wanted[:], desk.again = wanted, [], True
-        self._one_by_one([ends.pop(0) for _ in range(len(ends))])
+        self._one_by_one(ends)
 
 # %% ../../nbs/jobs/13_rounds.ipynb #1211845d
 @patch
