@@ -260,6 +260,17 @@ def test_the_lock_of_a_file_is_waited_for_longer_the_longer_that_lasts(made, new
     d.sound, d.ailing = True, None
     assert d.patience is None
 
+def test_a_turn_at_a_file_that_was_never_written_to_waits_for_its_lock_no_longer_than_that(made, new_sqlite):
+    e, url = made(busy=10), new_sqlite()
+    d = e._desks[e.store(url)]
+    room = e._room(d, 1)
+    lock = sqlite3.connect(url.removeprefix('sqlite:///'), isolation_level=None)
+    lock.execute('BEGIN IMMEDIATE')
+    begun = time.monotonic()
+    with pytest.raises(DatabaseBusy): d.turn([], [], room)
+    assert time.monotonic() - begun < 6
+    lock.close()
+
 @pytest.fixture
 def acme(host):
     ran.clear()
