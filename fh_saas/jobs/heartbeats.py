@@ -92,6 +92,7 @@ def _adopt(self:Heartbeats, a):
     if placed: a.handed = False; self._run(a)
     else: self.line.hand(a, -1); self.line.put(a.desk, [a]); self.crew.call()
 
+# %% ../../nbs/jobs/12_heartbeats.ipynb #631aa646
 @patch
 def _beat(self:Heartbeats, desk):
     try:

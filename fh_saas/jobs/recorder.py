@@ -141,6 +141,7 @@ def _free_key(self:Recorder, a):
     self.attend(a.store)
     if a.desk.tenancy: self.rings.put(a.desk)
 
+# %% ../../nbs/jobs/12_recorder.ipynb #3dfe6412
 @patch
 def _on_record(self:Recorder, a) -> bool:
     "Was its outcome committed by a server that could not say so?"
