@@ -540,7 +540,7 @@ def test_what_was_claimed_is_run_though_something_fails_right_after_that(make, m
     monkeypatch.setattr(e, '_all_written', fails_once)
     m.store.write(lambda cur, now: cur.execute(f"UPDATE tenant_jobs SET run_at = '2020-01-01T00:00:00.000000' WHERE id = '{second}'") and None)
     desk.ends += claims(m, first)
-    desk.hungry, desk.wanted, desk.odd = True, [(third, None, Future(), True)], 1  # what a response brings, too
+    desk.hungry, desk.wanted, desk.responses_first = True, [(third, None, Future(), True)], True  # what a response brings, too
     e._turn(desk)
     for id in (second, third, first):
         job = m.wait(id, 4)

@@ -92,7 +92,7 @@ def test_a_place_that_was_offered_is_kept_from_others_for_a_moment(offers):
     e._unblock(c, 'q')
     assert (asked(b), places(b), places(c)) == (8, 1, 0)
     for d in (b, a): answers(e, d, 'q')
-    assert (places(c), e._asked) == (1, {})
+    assert (places(c), e._offered) == (1, {})
 
 def test_a_place_that_somebody_else_has_taken_is_offered_to_nobody(offers):
     e, a, b, c = offers

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import sqlalchemy as sa
 from conftest import free_port, wait_until
-from fh_saas.db_connect import DatabaseBusy
+from fh_saas.db_connect import DatabaseBusy, FhSaasError
 from fh_saas.db_host import gen_id, timestamp
 from fh_saas.db_tenant import get_or_create_tenant_db
 from fh_saas.jobs.engine import Engine
@@ -268,6 +268,8 @@ def test_a_turn_at_a_file_that_was_never_written_to_waits_for_its_lock_no_longer
     lock.execute('BEGIN IMMEDIATE')
     begun = time.monotonic()
     with pytest.raises(DatabaseBusy): d.turn([], [], room)
+    assert d.ailing is None
+    with pytest.raises(FhSaasError, match='write lock|locked|busy'): e.take_turn(d.store)  # whoever visits it hears of that at once
     assert time.monotonic() - begun < 6
     lock.close()
 

@@ -168,14 +168,13 @@ def forget(self:Agenda, store:Store):
 # %% ../../nbs/jobs/12_agenda.ipynb #ca371269
 @patch
 def _start(self:Agenda):
-    if self._running or self.closed: return
+    if len(self._begun) == 2 or self.closed: return
     with self._lock:
-        if self._running or self.closed: return
+        if self.closed: return
         for f, name in ((self._schedule, 'fh_saas-schedule'), (self._beats, 'fh_saas-heartbeat')):
             if name in self._begun: continue  # when the other could not be started
             threading.Thread(target=f, name=name, daemon=True).start()
             self._begun += name,
-        self._running = True
 
 @patch
 def _schedule(self:Agenda):

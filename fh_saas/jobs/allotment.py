@@ -78,10 +78,10 @@ def _room(self:Allotment, desk, n, **kw):
 @patch
 def _free_of(self:Allotment, desk) -> dict: # As `Room.by_queue`
     "What others were offered a moment ago is theirs, though a rate or another process's end has this one look, too"
-    if not (free := self.line.free_of()) or not self._asked: return free
+    if not (free := self.line.free_of()) or not self._offered: return free
     late = time.monotonic() - untaken
     with self._lock:
-        for q in free.keys() & self._asked.keys(): free[q] -= sum(o.places for d in self._asked[q] if d is not desk and (o := d.offered.get(q)) and o.at > late)
+        for q in free.keys() & self._offered.keys(): free[q] -= sum(o.places for d in self._offered[q] if d is not desk and (o := d.offered.get(q)) and o.at > late)
     return free
 
 @patch
@@ -173,7 +173,7 @@ def _offer(self:Allotment, desk, queue, others, errand=True):
     old, line = desk.offered.get(queue), self._lines.get(queue, {})
     new = Offer(others) if old is None else Offer(others, old.places + 1, old.at)  # another object: it is another offer
     desk.hungry, desk.offered = True, desk.offered | {queue: new}
-    self._asked.setdefault(queue, set()).add(desk)
+    self._offered.setdefault(queue, set()).add(desk)
     if desk in line and line[desk] < 1 + new.places: line.move_to_end(desk)
     if errand: self._errands[desk] = None
 
@@ -189,8 +189,8 @@ def _answered(self:Allotment, desk,
     with self._lock:
         desk.offered = {q: o for q, o in desk.offered.items() if offers.get(q) is not o}
         for q in offers.keys() - desk.offered.keys():
-            if not (who := self._asked.get(q, set()) - {desk}): self._asked.pop(q, None)
-            else: self._asked[q] = who
+            if not (who := self._offered.get(q, set()) - {desk}): self._offered.pop(q, None)
+            else: self._offered[q] = who
         for q in {*took, *offers}:
             line, n, o = self._lines.get(q, {}), took[q], offers.get(q) or Offer(0, 0)
             if new := desk.offered.get(q): new.places, new.at = max(1, new.places - o.places), time.monotonic()  # what came meanwhile

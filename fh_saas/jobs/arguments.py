@@ -110,9 +110,9 @@ def _leaves(kinds, v):
         for x in v: _leaves(kinds, x)
     elif kind := next((t for t in _texts if isinstance(v, t)), None): kinds[kind] += 1
 
-def _kinds(v) -> Counter:
-    "How many there are of each kind that has another form in JSON"
-    _leaves(kinds := Counter(), msgspec.to_builtins(v, enc_hook=partial(_counted, kinds), builtin_types=_texts))
+def _native(v) -> Counter:
+    "How many there are in `v` of each of these, wherever; models and paths are counted on their way to JSON"
+    _leaves(kinds := Counter(), msgspec.to_builtins(v, enc_hook=lambda v: None, builtin_types=_texts))
     if more := kinds.pop(bytearray, 0): kinds[bytes] += more
     return kinds
 
@@ -131,12 +131,14 @@ class Wire:
     def pack(self, v):
         "`v` as what JSON has; TypeError if it is not of this type"
         if self.same is not None and type(v) is self.same: return v
-        plain = v if self.open else msgspec.to_builtins(v, enc_hook=_argument)
+        given, got = Counter(), Counter()
+        plain = v if self.open else msgspec.to_builtins(v, enc_hook=partial(_counted, given))
         there = self.unpack(plain)
         if self.open: return plain
         # what was understood, so that equal arguments look the same: 1 as 1.0 where a float is wanted, a set in one order
-        as_type = msgspec.to_builtins(there, enc_hook=_argument, str_keys=True, order='deterministic')
-        if lost := next(iter(_kinds(v) - _kinds(there)), None): raise TypeError(f'`{lost.__name__}` would come back as something else: convert it, or annotate the argument as what it is')
+        as_type = msgspec.to_builtins(there, enc_hook=partial(_counted, got), str_keys=True, order='deterministic')
+        if native := _native(v): given, got = given + native, got + _native(there)
+        if lost := next(iter(given - got), None): raise TypeError(f'`{lost.__name__}` would come back as something else: convert it, or annotate the argument as what it is')
         if odd := _unknown(self.shape, msgspec.to_builtins(plain, str_keys=True)): raise TypeError(f'Object contains unknown field `{odd}`')
         return as_type
 

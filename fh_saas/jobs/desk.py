@@ -46,7 +46,7 @@ class Desk(Marks, Renewal):
         self.due, self.asked, self.turning, self.again, self.beating = None, False, False, False, False  # the engine's schedule
         self.ends, self.wanted, self.since, self.called = [], [], 0.0, None  # outcomes and claims by id that wait for the next turn
         self.unwritten, self.retry_at, self.pause = deque(), 0.0, 0.0  # outcomes the database did not take yet
-        self.odd = 0  # do responses get the odd place of its next turn?
+        self.responses_first = False  # of an odd number of places, in its next turn
         self.beat_at = 0.0  # when its leases are renewed again, if they could not be the last time
         self.sparing = False  # are its jobs in their last attempt, so that none is claimed ahead?
         self.ended, self.seen = 0, ({}, 0)  # a mark of its last end; as of the begin of its turn, with that of each queue

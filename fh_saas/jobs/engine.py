@@ -56,8 +56,8 @@ class Engine(Recorder, Rounds, Handles, Stopping):
         self._stores, self._desks, self._open, self._reserved, self._turning = {}, {}, {}, {}, {}
         self._gates = weakref.WeakValueDictionary()  # there as long as somebody is at one
         self._ended = {}  # queue -> mark of the last end in it, for those with a limit
-        self._errands, self._later, self._blocked, self._lines, self._asked, self._agenda, self._watched = OrderedDict(), {}, set(), {}, {}, [], (0.0, False)
-        self._waiting, self._claims, self._running, self._begun, self._loop = set(), set(), False, (), None
+        self._errands, self._later, self._blocked, self._lines, self._offered, self._agenda, self._watched = OrderedDict(), {}, set(), {}, {}, [], (0.0, False)
+        self._waiting, self._claims, self._begun, self._loop = set(), set(), (), None
         self._stuck, self._again = 0, {}  # threads of attempts that were given up; desk -> when a job that goes back is due there, until the host knows
         self._mute, self._stoppers = {}, set()  # hosts that did not answer while it ends, and until when nobody waits for them; threads that have it end
         # what the host is told: it may not answer, and each of these waits for it in one thread

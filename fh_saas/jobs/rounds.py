@@ -263,8 +263,8 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
 @patch
 def _brought(self:Rounds, desk, n) -> list: # As many of what it was asked for by id
     "What responses have brought; while anything else is due, half of the room is for that"
-    most = (n + desk.odd)//2 if desk.hungry else n
-    desk.odd ^= desk.hungry
+    most = (n + desk.responses_first)//2 if desk.hungry else n
+    desk.responses_first ^= desk.hungry
     with desk._lock: these, desk.wanted[:most] = desk.wanted[:most], []
     return these
 

@@ -68,12 +68,11 @@ def setup_jobs(app:FastHTML,
     if not isinstance(app, FastHTML): raise TypeError(f"setup_jobs takes a FastHTML app, not a {type(app).__name__}; for another Starlette app use Runner(host).lifespan")
     if any(f is carry_tasks for f in listify(app.after)): raise ValueError("this app is set up for jobs already")
     if isinstance(tasks, dict): exposed(tasks)  # before anything is added to the app
-    if local and not Path(local).is_dir(): raise ValueError(f"local={str(local)!r} is no folder")
     runner = Runner(host, settings, queues)
     jobs = Jobs(app, Gate(tenant, role, user, tokens), Directory(host), api, pages, tasks, rate)
     jobs.runner = runner
+    if local: jobs.serve_local(Path(local))  # first: what is wrong with it is said before anything is added
     for add in (jobs.add_api, jobs.add_openapi, jobs.add_parts, jobs.add_live, jobs.add_overview, jobs.add_joblist, jobs.add_jobpage, jobs.add_operations): add()
-    if local: jobs.serve_local(Path(local))
     app.after = [*listify(app.after), carry_tasks]
     app.lifespan.startup += [jobs.warn_of_hidden, jobs.add_rest]
     runner.attach(app)
