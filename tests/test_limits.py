@@ -353,6 +353,14 @@ def test_the_rate_of_a_task(new_url, new_manager):
     time.sleep(0.5)
     assert len(done) == 2
 
+def test_the_next_job_of_a_task_begins_when_its_rate_lets_it(new_url, new_manager):
+    m, began = new_manager(new_url(), handoff=0), []
+    def letter(n): began.append(time.monotonic())
+    m.engine.registry.add(letter, letter.__qualname__, rate=(1, 4))
+    for n in range(2): m.submit('t', letter, n=n)
+    wait_until(lambda: len(began) == 2, 15)
+    assert 3.9 < began[1] - began[0] < 5.5  # looks that only become rarer are 0.2, 0.6, 1.4, 3 and 6.2 s after the first
+
 @pytest.mark.parametrize('bad', [5, (1,), (0, 1), (1, 0), ('1', 1), '10/m'])
 def test_a_bad_rate(bad):
     with pytest.raises(InvalidJob, match='rate'): task('x', rate=bad)

@@ -107,7 +107,8 @@ def _bar(self:Allotment, desk,
         desk.hungry = True
         return 0.0
     desk.barred = min(max(5.0, 0.05*len(self._blocked)), max(0.2, 2*desk.barred))
-    return desk.barred
+    opens = desk.store.opens_in(rates) if (rates := rates_of(self.registry, desk.limits)) else None
+    return desk.barred if opens is None else min(desk.barred, max(0.2, opens))
 
 @patch
 def _unbar(self:Allotment, desk):

@@ -151,7 +151,7 @@ def _limits(self:Store, cur, now, room) -> tuple:
         running = self._running(cur)
         if room.most is not None: n = min(n, room.most - sum(running.values()))
         most = {q: m - running.get(q, 0) for q, m in room.most_by_queue.items()}
-    if room.rates: left = {task: rate - self._started(cur, now, task, per) for task, (rate, per) in room.rates.items()}
+    if room.rates: left = {task: rate - self._started(cur, now, task, per)[0] for task, (rate, per) in room.rates.items()}
     return n, most, left
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #ba6fdb2d
@@ -209,11 +209,12 @@ def _running(self:Store, cur) -> dict:
     return dict(self.statement(('running', j.name), lambda: sa.select(j.c.queue, sa.func.count()).where(j.c.status == RUNNING).group_by(j.c.queue))(cur).fetchall())
 
 @patch
-def _started(self:Store, cur, now, task, per) -> int:
+def _started(self:Store, cur, now, task, per) -> tuple: # A number, and of the first of them when it was
     "How often a task began in the last `per` seconds"
     s = self.t.starts
-    stmt = self.statement(('started', s.name), lambda: sa.select(sa.func.coalesce(sa.func.sum(s.c.n), 0)).where(s.c.task == bind('task'), s.c.at > bind('since'), s.c.at <= bind('until')))
-    return int(stmt(cur, task=task, since=timestamp(now-per), until=timestamp(now+1)).fetchone()[0])
+    stmt = self.statement(('started', s.name), lambda: sa.select(sa.func.coalesce(sa.func.sum(s.c.n), 0), sa.func.min(s.c.at)).where(s.c.task == bind('task'), s.c.at > bind('since'), s.c.at <= bind('until')))
+    n, first = stmt(cur, task=task, since=timestamp(now-per), until=timestamp(now+1)).fetchone()
+    return int(n), first
 
 @patch
 def _start(self:Store, cur, now, task, n, per):
@@ -233,6 +234,15 @@ def kept_in(self:Store, rates:dict,
     stmt = self.statement(('kept in', j.name), lambda: sa.select(j.c.queue).where(j.c.status == PENDING, j.c.run_at <= bind('now'), self._among(sa.func.coalesce(j.c.task, j.c.job_type))).distinct())
     with self.cursor() as cur:
         now = self.kind.now(cur)
-        flowing = {t for t, (_, per) in rates.items() if self._started(cur, now, t, per + lately)}
+        flowing = {t for t, (_, per) in rates.items() if self._started(cur, now, t, per + lately)[0]}
         names = [n for n, t in named.items() if t in flowing]
         return [q for q, in stmt(cur, now=timestamp(now), ids=dumps(names)).fetchall()] if names else []
+
+# %% ../../nbs/jobs/05_store_claims.ipynb #fa6f30e1
+@patch
+def opens_in(self:Store, rates:dict) -> float: # Seconds; None if no rate is used up
+    "When the first of these tasks, of those whose rate is used up, may begin again"
+    with self.cursor(brief=True) as cur:
+        now = self.kind.now(cur)
+        starts = {task: self._started(cur, now, task, per) for task, (_, per) in rates.items()}
+    return min((seconds(starts[task][1]) + per - now for task, (n, per) in rates.items() if starts[task][0] >= n), default=None)
