@@ -50,10 +50,10 @@ def queue_limits(pairs:list) -> dict: # None: all queues, without limits of thei
 def worker(
     target:str, # Whose jobs: module:attribute, what `setup_jobs` gave, a HostDatabase, a Runner, or a function that returns one
     Queue:Annotated[str, "Serve this queue, with so many jobs at once: -q imports=4; may be repeated; all queues if left out", dict(action='append')]=None,
-    concurrency:int=None, # Jobs at once in a process; the sum of -q, or FH_SAAS_CONCURRENCY, if left out
-    processes:int=1, # How many processes
+    concurrency:int=None, # Jobs at once in each process; the sum of -q, or FH_SAAS_CONCURRENCY, if left out
+    processes:int=1, # How many processes; one that dies is started again
     grace:float=None, # Seconds that running jobs get to end after SIGTERM or SIGINT; FH_SAAS_GRACE if left out. Beside locked databases the end takes up to 21 s more
-    health:str=None, # A file that is renewed every second while all is well
+    health:str=None, # A file that is renewed every second while the host can be read
     once:bool=False, # Leave when nothing is due any more
 ):
     "Run the jobs of all tenants of a host"
@@ -84,8 +84,8 @@ def _alone(target, queues, concurrency, grace, health, once) -> list:
 
 # %% ../../nbs/ops/01_cli.ipynb #6b0e2e8e
 def workers(
-    host:str=None, # The host's URL
-    jobs:bool=False, # What runs there, too
+    host:str=None, # The URL of the host database; that of the environment if left out
+    jobs:bool=False, # Show the jobs that run there, too
 ):
     "The processes that run jobs, since when, and when they were last heard of"
     found = Fleet(the_host(host)).workers()
@@ -96,9 +96,9 @@ def workers(
 def _to_seconds(at): return f'{at[:19]}Z'
 
 def ask(
-    worker:str, # Its id, or the end of it
-    what:str, # quiet (start nothing), run (start again), stop, or a number: jobs at once
-    host:str=None, # The host's URL
+    worker:str, # Its id, or the end of it, as `fh-saas workers` shows it
+    what:str, # quiet (start nothing more), run (start again), stop, or a number: run so many jobs at once
+    host:str=None, # The URL of the host database; that of the environment if left out
 ):
     "Ask something of one process; it does so within a few seconds"
     h = the_host(host)
@@ -134,11 +134,11 @@ def _numbers(values:list) -> dict:
 
 # %% ../../nbs/ops/01_cli.ipynb #eec294f2
 def rules(
-    *values:str, # concurrency=, pending=, starts= and period=, weight=, mode=paused or mode=draining; without any, the rules are shown
-    tenant:str=None, # Of this tenant; * for each
-    queue:str=None, # Of this queue
-    task:str=None, # Of this task
-    host:str=None, # The host's URL
+    *values:str, # What is to hold, as name=number: concurrency, pending, starts and period, weight; or mode=paused, mode=draining; name= takes one away; without any, the rules are shown
+    tenant:str=None, # Of this tenant; '*': of each tenant by itself
+    queue:str=None, # Of this queue; of all tenants if none is named
+    task:str=None, # Of this task; of all tenants if none is named
+    host:str=None, # The URL of the host database; that of the environment if left out
 ):
     "Limits, weights, quotas and pauses: shown, or changed while everything runs"
     scope = _scope(tenant=tenant, queue=queue, task=task)
@@ -154,10 +154,10 @@ def rules(
 # %% ../../nbs/ops/01_cli.ipynb #e4b73791
 def _mode(mode, done):
     def command(
-        tenant:str=None, # Of this tenant; * for each
-        queue:str=None, # Of this queue
-        task:str=None, # Of this task
-        host:str=None, # The host's URL
+        tenant:str=None, # Of this tenant; '*': of each tenant by itself
+        queue:str=None, # Of this queue; of all tenants if none is named
+        task:str=None, # Of this task; of all tenants if none is named
+        host:str=None, # The URL of the host database; that of the environment if left out
     ):
         scope = _scope(tenant=tenant, queue=queue, task=task)
         r, where, t = rules_of(h := the_host(host, scope['tenant'])), _where(**scope), scope['tenant']
@@ -175,17 +175,23 @@ for _f, _name, _doc in ((pause, 'pause', 'Start nothing of a tenant, queue or ta
 def tenants(
     wrong:bool=False, # Only those that are held, set aside, kept from running by a rule, or not active
     count:bool=False, # Count open jobs; that opens each database
-    host:str=None, # The host's URL
+    host:str=None, # The URL of the host database; that of the environment if left out
 ):
     "All tenants, and what is wrong with them"
     table(tenant_report(the_host(host), wrong, count), 'there are none')
 
-def suspend(tenant:str, host:str=None):
+def suspend(
+    tenant:str, # Its id
+    host:str=None, # The URL of the host database; that of the environment if left out
+):
     "Start no job of a tenant, and let the app open its database no more"
     suspend_tenant(tenant, h := the_host(host))
     did(h, 'suspend', f'tenant {tenant!r}', f'tenant {tenant!r} is suspended')
 
-def unsuspend(tenant:str, host:str=None):
+def unsuspend(
+    tenant:str, # Its id
+    host:str=None, # The URL of the host database; that of the environment if left out
+):
     "Make a suspended tenant active again"
     resume_tenant(tenant, h := the_host(host))
     did(h, 'unsuspend', f'tenant {tenant!r}', f'tenant {tenant!r} is active')
@@ -193,8 +199,8 @@ def unsuspend(tenant:str, host:str=None):
 # %% ../../nbs/ops/01_cli.ipynb #1c82c52e
 def release(
     tenant:str, # A tenant that is held
-    adopt:bool=False, # Also if the database says that it is another tenant's: who opens this one sees what is in it
-    host:str=None, # The host's URL
+    adopt:bool=False, # Even if the database says that it is another tenant's: who sees this tenant's pages will see what is in it
+    host:str=None, # The URL of the host database; that of the environment if left out
 ):
     "The database of a held tenant is right: its open jobs go on"
     settle_held(h := the_host(host), tenant, False, adopt)
@@ -202,14 +208,18 @@ def release(
 
 def discard(
     tenant:str, # A tenant that is held
-    adopt:bool=False, # As for `release`
-    host:str=None, # The host's URL
+    adopt:bool=False, # Even if the database says that it is another tenant's, as for `release`
+    host:str=None, # The URL of the host database; that of the environment if left out
 ):
     "The database of a held tenant is right: cancel the jobs that were open in it"
     n = settle_held(h := the_host(host), tenant, True, adopt)
     did(h, 'discard', f'tenant {tenant!r}: {n} jobs cancelled', f'{n} jobs cancelled')
 
-def export(tenant:str, path:str, host:str=None):
+def export(
+    tenant:str, # Its id
+    path:str, # The copy, a file that is not there yet; on PostgreSQL an archive for pg_restore
+    host:str=None, # The URL of the host database; that of the environment if left out
+):
     "Copy a tenant's database while it is in use"
     there = export_tenant(h := the_host(host), tenant, path)
     did(h, 'export', f'tenant {tenant!r}: {there}', str(there))
@@ -218,8 +228,8 @@ def export(tenant:str, path:str, host:str=None):
 def restore(
     tenant:str, # Its id
     path:str, # A copy that `export` has made
-    yes:bool=False, # Yes, over what is there now
-    host:str=None, # The host's URL
+    yes:bool=False, # Do it: what is there now is gone then
+    host:str=None, # The URL of the host database; that of the environment if left out
 ):
     "Put a copy of a tenant's database back, while it is in use; its open jobs are held"
     if not yes: raise CliError(f"this puts {path} over the database of tenant {tenant!r}, and what is there now is gone: `fh-saas export` it first, then say --yes")
@@ -228,9 +238,9 @@ def restore(
 
 def delete(
     tenant:str, # Its id
-    yes:bool=False, # Yes, with all its data
-    force:bool=False, # Although jobs run, or it cannot be read
-    host:str=None, # The host's URL
+    yes:bool=False, # Do it: all its data is gone then
+    force:bool=False, # Even if jobs run, or the database cannot be read
+    host:str=None, # The URL of the host database; that of the environment if left out
 ):
     "Delete a tenant and its database, for good"
     if not yes: raise CliError(f"this deletes tenant {tenant!r} and all its data: say --yes")
@@ -239,8 +249,8 @@ def delete(
 
 # %% ../../nbs/ops/01_cli.ipynb #6a9e1f0c
 def migrate(
-    at_once:int=8, # Databases at once
-    host:str=None, # The host's URL
+    at_once:int=8, # So many databases at once
+    host:str=None, # The URL of the host database; that of the environment if left out
 ) -> int:
     "Bring the job tables of every tenant to this version; can be interrupted and started again"
     if at_once < 1: raise CliError(f"--at-once {at_once}: use 1 or more")

@@ -36,12 +36,12 @@ _stored_as = dict(cancelling='running') | dict.fromkeys(('waiting', 'scheduled',
 
 def jobs(
     tenant:str, # Its id
-    status:str=None, # Only with this status
+    status:str=None, # Only with this status: pending, running, completed, completed_with_warnings, failed, cancelled
     type:str=None, # Only of this job type
     queue:str=None, # Only in this queue
     tag:str=None, # Only with this tag
     limit:int=20, # At most so many, the newest first
-    host:str=None, # The host's URL
+    host:str=None, # The URL of the host database; that of the environment if left out
 ):
     "The jobs of a tenant, the newest first"
     if status and status not in [*Status]: raise CliError(f"--status {plain(status)}: " + (f"jobs in that state are stored as {stored}: use --status {stored}" if (stored := _stored_as.get(status)) else f"use one of {', '.join(Status)}"))
@@ -51,7 +51,11 @@ def jobs(
 def _brief(text): return text if not text or len(text) <= 100 else f'{text[:99]}…'
 
 # %% ../../nbs/ops/01_cli_jobs.ipynb #6d0b8240
-def job(tenant:str, job_id:str, host:str=None):
+def job(
+    tenant:str, # Its id
+    job_id:str, # The job's id, in full
+    host:str=None, # The URL of the host database; that of the environment if left out
+):
     "One job: its row, why it waits, its attempts and its log"
     with _manager(host, tenant) as m: j, attempts, logs, args, why = (j := m.get_job(job_id)), m.attempts(job_id), m.logs(job_id), m.arguments(job_id), m.why_waiting(j)
     secrets = secret_values(j.payload)
@@ -66,7 +70,10 @@ def job(tenant:str, job_id:str, host:str=None):
 def _seconds(v): return v if not isinstance(v, (int, float)) else f'{v:,.0f} s' if v >= 100 else f'{v:.3g} s'
 def _cell(k, v): return shown(v) if k == 'at' or k.endswith('_at') else _seconds(v) if k == 'waited' else v
 
-def stats(tenant:str, host:str=None):
+def stats(
+    tenant:str, # Its id
+    host:str=None, # The URL of the host database; that of the environment if left out
+):
     "Queues and tasks of a tenant in numbers"
     with _manager(host, tenant) as m: s = m.stats()
     table([dict(queue=q, **v | dict(oldest_due=_seconds(v['oldest_due']))) for q, v in sorted(s['queues'].items())], 'no job is open')
@@ -92,16 +99,16 @@ def _each(m, action, ids, done):
 def _bulk(action, done):
     def command(
         tenant:str, # Its id
-        *job_ids:str, # These jobs; or those that match:
-        type:str=None, # of this job type
-        queue:str=None, # in this queue
-        status:str=None, # with this status
-        tag:str=None, # with this tag
-        since:str=None, # created since then, ISO 8601
-        until:str=None, # created before then
-        everything:bool=False, # All jobs
-        yes:bool=False, # Do it; else their number is shown
-        host:str=None, # The host's URL
+        *job_ids:str, # The ids of the jobs; leave them out to name jobs by what they have in common
+        type:str=None, # Those of this job type
+        queue:str=None, # Those in this queue
+        status:str=None, # Those with this status
+        tag:str=None, # Those with this tag
+        since:str=None, # Those created from this moment on: ISO 8601, in UTC if no zone is named
+        until:str=None, # Those created before this moment
+        everything:bool=False, # All jobs of the tenant
+        yes:bool=False, # Do it to all that match, whose number is only shown otherwise; jobs named by id need none
+        host:str=None, # The URL of the host database; that of the environment if left out
     ):
         only = dict(job_type=type, queue=queue, status=status, tag=tag, since=since, until=until)
         if job_ids and (everything or any(only.values())): raise CliError("name jobs or a filter, not both")
@@ -118,10 +125,16 @@ def _bulk(action, done):
     return command
 
 cancel, retry, remove = _bulk('cancel', 'cancelled, or asked to end'), _bulk('retry', 'due again'), _bulk('delete', 'deleted')
-for _f, _name, _doc in ((cancel, 'cancel', 'Cancel jobs, or those that match'), (retry, 'retry', 'Run failed or cancelled jobs again, or those that match'), (remove, 'remove', 'Delete jobs that do not run, or those that match')): _f.__name__, _f.__doc__ = _name, _doc
+for _f, _name, _doc in ((cancel, 'cancel', 'Cancel jobs: those that are named, or all that match'), (retry, 'retry', 'Run failed or cancelled jobs again: those that are named, or all that match'), (remove, 'remove', 'Delete jobs that do not run: those that are named, or all that match')): _f.__name__, _f.__doc__ = _name, _doc
 
 # %% ../../nbs/ops/01_cli_jobs.ipynb #5d140353
-def move(tenant:str, job_id:str, queue:str=None, priority:int=None, host:str=None):
+def move(
+    tenant:str, # Its id
+    job_id:str, # The job's id, in full
+    queue:str=None, # Wait in this queue
+    priority:int=None, # With this priority: 1 LOW, 2 NORMAL, 3 HIGH, 4 CRITICAL
+    host:str=None, # The URL of the host database; that of the environment if left out
+):
     "Let a pending job wait in another queue, or with another priority"
     with _manager(host, tenant) as m:
         j = m.move(job_id, queue, priority)
@@ -129,9 +142,9 @@ def move(tenant:str, job_id:str, queue:str=None, priority:int=None, host:str=Non
 
 def rerun(
     tenant:str, # Its id
-    job_id:str, # The job
+    job_id:str, # The job's id, in full
     *changes:str, # Arguments that are to differ, as name=JSON; whether the task takes them is seen when it runs
-    host:str=None, # The host's URL
+    host:str=None, # The URL of the host database; that of the environment if left out
 ):
     "Submit a job again, perhaps with other arguments"
     new = {}
