@@ -25,7 +25,7 @@ from .db_host import HostDatabase, TenantCatalog, TenantNotFound, catalog_table,
 log = logging.getLogger('fh_saas.jobs')
 
 # %% ../nbs/01_db_tenant.ipynb #a08e43f4
-class InvalidTenantId(FhSaasError, ValueError): "The text can not be a tenant's id."
+class InvalidTenantId(FhSaasError, ValueError): "The text cannot be a tenant's id."
 
 _reserved = {'con', 'prn', 'aux', 'nul', 'host', 'system', 'default', 'postgres', 'template0', 'template1',
     *(f'{d}{n}' for d in ('com', 'lpt') for n in range(10))}
@@ -240,6 +240,7 @@ def _host(host):
 
 # %% ../nbs/01_db_tenant.ipynb #d947e57f
 _way_back = dict(paused='resume it with resume_tenant (fh-saas unsuspend)', migrating='wait until its upgrade has ended; if that has failed or was cut off, have the app migrate again (its call of migrate_tenants)', deleting='delete it again, or take that back with resume_tenant (fh-saas unsuspend)')
+def _in_words(state): return 'suspended' if state == 'paused' else state  # `paused` is said of rules
 
 def open_tenant_db(
     tenant_id:str, # The tenant's id
@@ -249,7 +250,7 @@ def open_tenant_db(
     host, tenant_id = _host(host), tenant_id if isinstance(tenant_id, str) else check_tenant_id(tenant_id)
     tenant = host.find(tenant_id)
     if tenant is None: raise TenantNotFound(f"no tenant {check_tenant_id(tenant_id)!r}: create it with get_or_create_tenant_db")
-    if not tenant.is_active: raise TenantSuspended(f"tenant {tenant.id!r} is {tenant.state}: {_way_back[tenant.state]}")
+    if not tenant.is_active: raise TenantSuspended(f"tenant {tenant.id!r} is {_in_words(tenant.state)}: {_way_back[tenant.state]}")
     return host.open_db(tenant)
 
 def get_or_create_tenant_db(
@@ -340,7 +341,7 @@ def _move(host, tenant_id, state, *expected):
     if any(host.set_state(tenant_id, state, e) for e in expected): return
     if (now := host.find(tenant_id)) is None: raise TenantNotFound(f"no tenant {tenant_id!r} any more: it is deleted by now")
     if now.state == state: return
-    raise TenantSuspended(f"tenant {tenant_id!r} is {now.state}, not {' or '.join(expected)}: {_way_back.get(now.state, 'look at it')}; nothing was changed")
+    raise TenantSuspended(f"tenant {tenant_id!r} is {_in_words(now.state)}, not {' or '.join(map(_in_words, expected))}: {_way_back.get(now.state, 'look at it')}; nothing was changed")
 
 # %% ../nbs/01_db_tenant.ipynb #db904863
 def _open_jobs(host, url) -> tuple: # How many run, with a lease that has not run out; and whether any other is open

@@ -163,7 +163,7 @@ def test_what_has_ended_is_not_cancelled(manager):
     id, bg = manager.submit('t', lambda: 1)
     bg.func(*bg.args)
     before = manager.get_job(id)
-    with pytest.raises(WrongState, match='completed: has ended'): manager.cancel(id)
+    with pytest.raises(WrongState, match='completed: it has ended'): manager.cancel(id)
     assert manager.get_job(id) == before
     for odd in ("x' OR '1'='1", 'a\x00b', '\ud800', 'x'*100_000, None, 7):
         for do in (manager.cancel, manager.retry, manager.delete, manager.rerun, lambda i: manager.move(i, priority=1)):

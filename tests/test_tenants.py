@@ -306,7 +306,7 @@ def test_a_suspended_tenant_is_not_opened_until_it_is_resumed(host, prefix):
     with get_or_create_tenant_db(prefix, host=host) as db: put(db, 'x')
     suspend_tenant(prefix, host)
     for f in (open_tenant_db, get_or_create_tenant_db):
-        with pytest.raises(TenantSuspended, match='paused.*resume'): f(prefix, host=host)
+        with pytest.raises(TenantSuspended, match='suspended.*resume'): f(prefix, host=host)
     assert [t.id for t in list_tenants(host, 'paused')] == [prefix] and list_tenants(host, 'active') == []
     resume_tenant(prefix, host)
     with open_tenant_db(prefix, host) as db: assert names(db) == ['x']

@@ -140,7 +140,7 @@ async def await_job(self:Asking, job_id:str, timeout:float=None) -> JobRecord:
 
 # %% ../../nbs/jobs/19_asking.ipynb #9e4b9cfb
 class JobFailed(FhSaasError):
-    "The job has ended without a result"
+    "The job has ended without a result."
     def __init__(self, job):
         super().__init__(f"job {job.id} ({job.job_type}) is {job.status}: {job.error_message or 'it says nothing'}")
         self.job = job

@@ -118,7 +118,7 @@ def deleting(self:Store):
     return lambda cur, now, ids: dict(stmt(cur, ids=dumps(ids)).fetchall())
 
 # %% ../../nbs/jobs/05_store_control.ipynb #56101761
-_why = dict(cancel='has ended', retry='only a failed or cancelled one is tried again, a completed one is run again as a new job, by `rerun`', delete='cancel it first, and wait for its end', move='only a pending one can be moved')
+_why = dict(cancel='it has ended', retry='only a failed or cancelled one is tried again, a completed one is run again as a new job, by `rerun`', delete='cancel it first, and wait for its end', move='only a pending one can be moved')
 
 @patch
 def _op(self:Store, action, new): return dict(cancel=self.cancelling, retry=self.retrying, delete=self.deleting, move=self.moving)[action](**new)

@@ -20,7 +20,7 @@ from .store import PENDING, Adding, Busy, Store, bind, dated, unique_lock
 
 # %% ../../nbs/jobs/05_store_unique.ipynb #9e8fa80b
 class NotUnique(FhSaasError):
-    "The same job is there already"
+    "The same job is there already."
     def __init__(self, job_id, status):
         super().__init__(f"the same job is there already: {job_id} is {status}; nothing was submitted")
         self.job_id, self.status = job_id, status
