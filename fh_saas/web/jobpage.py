@@ -24,7 +24,7 @@ from .layout import form, page, problem_page, row, table
 from .overview import held_note
 from .problems import Problem
 from .serving import Asked, Jobs
-from .tags import A, Button, Dd, Details, Div, Dl, Dt, Form, H2, Hidden, Label, Li, P, Pre, Progress, Span, Summary, Textarea, Time, Ul
+from .tags import A, Button, Dd, Details, Div, Dl, Dt, Form, H2, Hidden, Label, Li, P, Pre, Progress, Span, Summary, Textarea, Time, Ul, told
 
 log = logging.getLogger('fh_saas.jobs')
 
@@ -96,7 +96,7 @@ def _now(job, state, why=()):
     text = ' · '.join(filter(None, (f'{job.progress_percent} %' if job.progress_percent is not None else '', job.progress_message, left(job)))) if job.status not in final else ''
     due = ('Next try ' if state == 'retrying' else 'Starts ', Time(since(job.run_at), datetime=shown(job.run_at), data_until='1'), '. ') if state in ('retrying', 'scheduled', 'snoozed') else ''
     waits = "No living process has registered its task: it runs once one does. " if state == 'waiting' and not why else ''
-    return P(Span(words(state), cls=f'fs-status fs-{state}'), ' ', due, waits, text, **said(job, state)), Ul(*(Li(f"{w[0].upper()}{w[1:].rstrip('.')}.") for w in why), aria_label='Why it waits', cls='fs-said') if why else '', bar, P(job.error_message, cls='fs-why') if job.error_message and job.status not in ('completed', 'completed_with_warnings') else ''
+    return P(Span(words(state), cls=f'fs-status fs-{state}'), ' ', due, waits, text, **said(job, state)), Ul(*(Li(*told(f"{w[0].upper()}{w[1:].rstrip('.')}.")) for w in why), aria_label='Why it waits', cls='fs-said') if why else '', bar, P(job.error_message, cls='fs-why') if job.error_message and job.status not in ('completed', 'completed_with_warnings') else ''
 
 def _buttons(a, job):
     at = f'{a.jobs.pages}/job/{job.id}'

@@ -17,7 +17,7 @@ from .parts import head, problem_page  # noqa: F401 what the pages of the dashbo
 from ..db_connect import FhSaasError
 from .problems import log
 from .serving import Asked, secure
-from .tags import A, Body, Button, Dd, Dialog, Div, Dl, Dt, Form, H1, H2, Header, Hidden, Html, Label, Li, Line, Main, Nav, Option, P, Rect, Select, Span, Strong, Svg, Table, Tbody, Td, Text, Th, Thead, Tr, Ul
+from .tags import A, Body, Button, Dd, Dialog, Div, Dl, Dt, Form, H1, H2, Header, Hidden, Html, Label, Li, Line, Main, Nav, Option, P, Rect, Select, Span, Strong, Svg, Table, Tbody, Td, Text, Th, Thead, Tr, Ul, told
 
 # %% ../../nbs/web/10_layout.ipynb #3e6e6eed
 _paces = {'1': 'every second', '2': 'every 2 s', '5': 'every 5 s', '15': 'every 15 s', '0': 'off'}
@@ -68,7 +68,7 @@ def table(heads:dict, rows, empty:str, # Heading -> class of its cells
 ):
     "A table, or what to do while there is nothing in it"
     rows = [*rows]
-    if not rows: return P(empty, cls='fs-empty')
+    if not rows: return P(*told(empty), cls='fs-empty')
     return Div(Table(Thead(Tr(*(Th(h, scope='col', cls=c) for h, c in heads.items()))), Tbody(*rows), cls='fs-stack' if stack else None), cls='fs-scroll')
 
 def row(heads:dict, cells, **kw): return Tr(*(Td(x, cls=c, data_name=h.strip() or None) for (h, c), x in zip(heads.items(), cells)), **kw)

@@ -23,7 +23,7 @@ from .layout import form, page, problem_page, row, table
 from .overview import many
 from .problems import Problem
 from .serving import Asked, Jobs
-from .tags import A, Button, Div, Form, H2, Hidden, Input, Nav, P, Span, Strong
+from .tags import A, Button, Div, Form, H2, Hidden, Input, Nav, P, Span, Strong, told
 
 # %% ../../nbs/web/14_operations.ipynb #618a0530
 _worker = {'Worker': None, 'State': None, 'Machine': None, 'Queues': None, 'Running': 'fs-num', 'Last beat': None, 'Jobs': None, '': None}
@@ -62,7 +62,7 @@ def _said(r): # As the command line takes it
 def _own_rules(a, rules):
     found = [r for r in rules if r.tenant or r.task]
     def one(r): return row(_own_rule, ('each' if r.tenant == '*' else r.tenant, r.queue, r.task, Span(_said(r), cls='fs-status' + (' fs-retrying' if r.mode else '')), form(a, f'{a.jobs.pages}/workers/rule', 'Take away', tenant=r.tenant, queue=r.queue, task=r.task)))
-    more = P(f'and {len(found) - each_page:,} more: `fh-saas rules` shows them all', cls='fs-said') if len(found) > each_page else ''
+    more = P(*told(f'and {len(found) - each_page:,} more: `fh-saas rules` shows them all'), cls='fs-said') if len(found) > each_page else ''
     return table(_own_rule, map(one, sorted(found, key=lambda r: r.mode is None)[:each_page]), 'There are none: `fh-saas rules` and `fh-saas pause` make them.'), more
 
 # %% ../../nbs/web/14_operations.ipynb #d5f6d1de

@@ -22,7 +22,7 @@ from ..jobs.pages import only_these
 from .components import JobBanner, JobList, JobProgress, JobStatus, meant, most_listed
 from .problems import Problem
 from .serving import Asked, Jobs, secure
-from .tags import A, Body, H1, Head, Html, Link, Main, Meta, Noscript, P, Script, Title
+from .tags import A, Body, H1, Head, Html, Link, Main, Meta, Noscript, P, Script, Title, told
 
 # %% ../../nbs/web/08_parts.ipynb #9943b02d
 def html(ft, status:int=200, headers:dict=None, task=None) -> HTMLResponse:
@@ -48,7 +48,7 @@ def _part_problem(asked_to, req, p:Problem):
     if asked_to != 'look' and 'hx-request' not in req.headers: return problem_page(req, p)
     if asked_to == 'look' and p.status in (429, 503): return p.response()
     said = "This job is not there any more." if p.status == 404 and asked_to != 'start' else "Sign in again to see this." if p.status == 401 else p.detail
-    return html(P(said, cls='fs-why', role='alert'), 286 if asked_to == 'look' else 200, {} if asked_to == 'look' else {'HX-Reswap': 'innerHTML' if asked_to == 'start' else 'beforeend'})
+    return html(P(*told(said), cls='fs-why', role='alert'), 286 if asked_to == 'look' else 200, {} if asked_to == 'look' else {'HX-Reswap': 'innerHTML' if asked_to == 'start' else 'beforeend'})
 
 # %% ../../nbs/web/08_parts.ipynb #35a8faf2
 def back(a:Asked, otherwise:str) -> RedirectResponse:
@@ -107,7 +107,7 @@ def head(jobs, title, reload):
 def problem_page(req, p:Problem) -> HTMLResponse:
     "A problem as a page, for somebody who may see no more than this"
     jobs = req.app.state.jobs
-    body = Body(Main(H1(p.title), P(p.detail, role='alert'), P(A('Back to the jobs', href=jobs.pages)), id='main'), cls='fs-page')
+    body = Body(Main(H1(p.title), P(*told(p.detail), role='alert'), P(A('Back to the jobs', href=jobs.pages)), id='main'), cls='fs-page')
     return HTMLResponse(to_xml(Html(head(jobs, p.title, False), body, lang='en'), indent=False), p.status, secure | p.headers)
 
 # %% ../../nbs/web/08_parts.ipynb #a0ef5c81
