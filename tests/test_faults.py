@@ -235,7 +235,7 @@ def _in_line(ms) -> list:
     e.quiet, room, e.line.size = True, e._room(e._desks[ms[0].store], 1), 0  # nothing is begun
     ids = [m.submit('t', lambda: 1, run_at='2020-01-01')[0] for m in ms]
     for m in ms:
-        _, attempts, _ = (desk := e._desks[m.store]).turn([], [], room)
+        _, attempts, *_ = (desk := e._desks[m.store]).turn([], [], room)
         e.line.put(desk, attempts)
         for a in attempts: a.counted = True
     return ids

@@ -1,5 +1,7 @@
 "What ends an attempt: its time, its memory, its own completion; and what an exception means."
 import asyncio, json, logging, os, subprocess, sys, threading, time
+from collections import Counter
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 import pytest
@@ -7,6 +9,7 @@ import sqlalchemy as sa
 from hypothesis import given, settings, strategies as st
 from fastsql import Database
 from tenacity import wait_fixed
+from fh_saas.db_host import gen_id, timestamp
 from fh_saas.jobs import recorder, tasks
 from fh_saas.jobs.masking import hide, mask, masked, secret_values
 from fh_saas.jobs.options import InvalidJob
@@ -360,6 +363,47 @@ def test_the_next_job_of_a_task_begins_when_its_rate_lets_it(new_url, new_manage
     for n in range(2): m.submit('t', letter, n=n)
     wait_until(lambda: len(began) == 2, 15)
     assert 3.9 < began[1] - began[0] < 5.5  # looks that only become rarer are 0.2, 0.6, 1.4, 3 and 6.2 s after the first
+
+def due(store, task, n, **kw): store.add_many([dict(id=gen_id(), job_type=task or 'rated', task=task, payload='{}', max_retries=3) | kw for _ in range(n)])
+
+def test_rows_of_0_9_14_whose_rate_is_used_up_keep_nobody_waiting(store):
+    for _ in range(30): due(store, None, 1)
+    due(store, 'free', 5)
+    def named(task, job_type=None): return task or job_type
+    limits = dict(rates={'rated': (3, 60)}, named=named)
+    rows = store.claim(('rated', 'free'), ('rated',), 't1', 'me', 30, 8, **limits)
+    assert Counter(named(r['task'], r['job_type']) for r in rows) == dict(rated=3, free=5)
+    due(store, 'free', 2)
+    assert [r['task'] for r in store.claim(('rated', 'free'), ('rated',), 't2', 'me', 30, 8, **limits)] == ['free', 'free']
+
+def test_a_job_with_a_rate_is_not_claimed_before_it_can_start(store):
+    "It counts as begun from its claim on, and would begin beside those of the next period"
+    due(store, 'rated', 5)
+    due(store, 'free', 5)
+    rows = store.claim(('rated', 'free'), (), 't1', 'me', 30, 8, rates={'rated': (4, 60)}, sure=2)
+    assert Counter(r['task'] for r in rows) == dict(rated=2, free=3)
+
+def test_when_a_rate_opens(store):
+    def opens(**rates):
+        with store.cursor() as cur: return store.opens_in(cur, now := store.kind.now(cur), rates), now
+    def begin(n, ago):
+        due(store, 'rated', n)
+        assert len(store.claim(('rated',), (), gen_id(), 'me', 30, n, rates={'rated': (1000, 60)})) == n
+        with store.engine.begin() as conn: conn.execute(store.t.starts.update().where(store.t.starts.c.n == n).values(at=timestamp(time.time() - ago)))
+    begin(3, 50); begin(4, 30); begin(5, 10)
+    def in_(n):
+        at, now = opens(rated=(n, 60))
+        return at if at is None else round(at - now)
+    assert in_(13) is None and in_(12) == 10 and in_(10) == 10 and in_(9) == 30 and in_(6) == 30 and in_(5) == 50 and in_(1) == 50
+    assert opens(other=(1, 60))[0] is None and round(opens(other=(1, 60), rated=(12, 60))[0] - time.time()) == 10
+
+def test_a_rate_is_looked_at_when_it_opens_and_not_before(lite):
+    e, desk = lite.engine, lite.engine._desks[lite.store]
+    desk.seen = e._ended.copy(), desk.ended
+    assert [e._bar(desk, ['default'], 3.0) for _ in range(3)] == [3.0]*3 and e._bar(desk, ['default'], -1.0) == 0.02
+    assert [e._bar(desk, ['default']) for _ in range(2)] == [0.2, 0.4] and e._bar(desk, ['default'], 60) == 5.0
+    desk._free = replace(desk._free, most=1)
+    assert e._bar(desk, ['default'], 3.0) == 0.8  # it may be another process's end that it waits for
 
 @pytest.mark.parametrize('bad', [5, (1,), (0, 1), (1, 0), ('1', 1), '10/m'])
 def test_a_bad_rate(bad):

@@ -95,6 +95,7 @@ def _may_claim(self:Allotment, desk) -> bool:
 @patch
 def _bar(self:Allotment, desk,
     queues=None, # In which its jobs wait, if known
+    opens:float=None, # Seconds until a rate that is used up lets the next job begin, if there is one
 ) -> float: # Seconds until the next look
     "A limit keeps it out: the end of a job calls it, a rate or another process does not"
     ended, own = desk.seen
@@ -106,9 +107,10 @@ def _bar(self:Allotment, desk,
     if desk.ended != own or any(self._ended.get(q) != ended.get(q) for q in limited):  # while this turn thought that there was no room
         desk.hungry = True
         return 0.0
-    desk.barred = min(max(5.0, 0.05*len(self._blocked)), max(0.2, 2*desk.barred))
-    opens = desk.store.opens_in(rates) if (rates := rates_of(self.registry, desk.limits)) else None
-    return desk.barred if opens is None else min(desk.barred, max(0.2, opens))
+    most, l = max(5.0, 0.05*len(self._blocked)), desk.limits
+    if opens is not None and queues is not None and not (limited or l.most_by_queue or l.most is not None): return min(most, max(0.02, opens))  # nothing but that rate
+    desk.barred = min(most, max(0.2, 2*desk.barred))
+    return desk.barred if opens is None else min(desk.barred, max(0.02, opens))
 
 @patch
 def _unbar(self:Allotment, desk):

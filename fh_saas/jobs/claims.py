@@ -11,6 +11,7 @@ __all__ = ['reach', 'Room', 'Picked']
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #e0bc2ecb
 from dataclasses import dataclass, field
+from itertools import groupby
 import sqlalchemy as sa
 from fastcore.basics import patch
 from ..db_host import seconds, timestamp
@@ -31,17 +32,20 @@ class Room:
     most_by_queue:dict = field(default_factory=dict) # The same for each of these queues
     rates:dict = field(default_factory=dict) # Task name -> (starts, seconds)
     age:float = 300 # Waiting so many seconds is worth one step of priority
-    sure:int = None # At most so many in their last attempt: they are not claimed before they can start
+    sure:int = None # At most so many in their last attempt, or with a rate: they are not claimed before they can start
     suspects:bool = False # Those that were lost with a process before, or those that were not?
     off:frozenset = frozenset() # Tasks that are paused
     by_task:dict = field(default_factory=dict) # At most so many of each of these tasks,
-    sure_of_task:dict = field(default_factory=dict) # and of those so many in their last attempt
+    sure_of_task:dict = field(default_factory=dict) # and so many that are not claimed before they can start
     sure_of_queue:dict = field(default_factory=dict) # The same for each of these queues
     named:object = lambda task, job_type=None: task # The name that `rates` and `off` have for what a row calls its task
 
     @property
     def free(self) -> bool: # Is there no limit but `n`?
         return self.by_queue is None and self.most is None and not (self.closed or self.most_by_queue or self.rates or self.off or self.by_task)
+
+    def may_wait(self, row) -> bool: # May it be claimed before it can start?
+        return not (last_attempt(row) or self.rates and self.named(row['task'], row['job_type']) in self.rates)
 
     @property
     def counts(self) -> bool: return self.most is not None or bool(self.most_by_queue or self.rates) # Must a claim know what others claim at this moment?
@@ -102,10 +106,11 @@ def claiming(self:Store,
     "An operation for `write`: move due jobs to running, the most urgent first; the rows"
     def op(cur, now):
         n, most, left = self._limits(cur, now := self._alone(cur, now, room), room)
-        able = names if not left else tuple(t for t in names if left.get(room.named(t), 1) > 0)
         got, picked, new = [], Picked(), n > 0
+        def able(name): return left.get(name, 1) > picked.starts.get(name, 0)
         while new and len(got) < n:
-            rows = self._due(cur, now, room, n - len(got), most, (able, old_types, room.suspects))
+            which = (tuple(t for t in names if able(room.named(t))), tuple(t for t in old_types if able(room.named(None, t)))) if left else (names, old_types)
+            rows = self._due(cur, now, room, n - len(got), most, (*which, room.suspects))
             got += (new := self._mine(cur, now, self._chosen(cur, rows, room, n, most, left, picked), token, worker, lease))
             if not picked.passed: break  # else those behind them are due, too
         self._begun(cur, now, room, picked)
@@ -151,7 +156,9 @@ def _limits(self:Store, cur, now, room) -> tuple:
         running = self._running(cur)
         if room.most is not None: n = min(n, room.most - sum(running.values()))
         most = {q: m - running.get(q, 0) for q, m in room.most_by_queue.items()}
-    if room.rates: left = {task: rate - self._started(cur, now, task, per)[0] for task, (rate, per) in room.rates.items()}
+    if room.rates:
+        started = self._started(cur, now, room.rates)
+        left = {task: rate - started.get(task, 0) for task, (rate, _) in room.rates.items()}
     return n, most, left
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #ba6fdb2d
@@ -162,7 +169,7 @@ class Picked:
     counts:dict = field(default_factory=dict) # Of each queue
     starts:dict = field(default_factory=dict) # Of each task
     keys:set = field(default_factory=set) # Concurrency keys
-    passed:bool = False # Was one left because of its key?
+    passed:bool = False # Was one left because of its key, or its rate?
 
 @patch
 def _chosen(self:Store, cur, rows, room, n, most, left, picked):
@@ -177,8 +184,9 @@ def _chosen(self:Store, cur, rows, room, n, most, left, picked):
         q, task, key = r['queue'], r['task'], r['concurrency_key']
         name = room.named(task, r['job_type'])
         if picked.n >= n: break
-        if name in room.off or last_attempt(r) and (room.sure is not None and picked.n >= room.sure or starts.get(task, 0) >= room.sure_of_task.get(task, n) or counts.get(q, 0) >= room.sure_of_queue.get(q, n)): continue
-        if counts.get(q, 0) >= min(room.of(q), most.get(q, n)) or starts.get(name, 0) >= left.get(name, n) or starts.get(task, 0) >= room.by_task.get(task, n): continue
+        if name in room.off or not room.may_wait(r) and (room.sure is not None and picked.n >= room.sure or starts.get(task, 0) >= room.sure_of_task.get(task, n) or counts.get(q, 0) >= room.sure_of_queue.get(q, n)): continue
+        if counts.get(q, 0) >= min(room.of(q), most.get(q, n)) or starts.get(task, 0) >= room.by_task.get(task, n): continue
+        if starts.get(name, 0) >= left.get(name, n): picked.passed = True; continue
         if key is not None and (key in held or key in picked.keys): picked.passed = True; continue
         if key is not None: picked.keys.add(key)
         for t in {task, name}: starts[t] = starts.get(t, 0) + 1
@@ -209,12 +217,13 @@ def _running(self:Store, cur) -> dict:
     return dict(self.statement(('running', j.name), lambda: sa.select(j.c.queue, sa.func.count()).where(j.c.status == RUNNING).group_by(j.c.queue))(cur).fetchall())
 
 @patch
-def _started(self:Store, cur, now, task, per) -> tuple: # A number, and of the first of them when it was
-    "How often a task began in the last `per` seconds"
+def _started(self:Store, cur, now, rates:dict) -> dict:
+    "How often each of these tasks began in the seconds of its rate; who has not begun is left out"
     s = self.t.starts
-    stmt = self.statement(('started', s.name), lambda: sa.select(sa.func.coalesce(sa.func.sum(s.c.n), 0), sa.func.min(s.c.at)).where(s.c.task == bind('task'), s.c.at > bind('since'), s.c.at <= bind('until')))
-    n, first = stmt(cur, task=task, since=timestamp(now-per), until=timestamp(now+1)).fetchone()
-    return int(n), first
+    stmt = self.statement(('started', s.name), lambda: sa.select(s.c.task, sa.func.sum(s.c.n)).where(self._among(s.c.task), s.c.at > bind('since'), s.c.at <= bind('until')).group_by(s.c.task))
+    found, periods = {}, groupby(sorted(rates, key=lambda t: rates[t][1]), lambda t: rates[t][1])
+    for per, tasks in periods: found |= stmt(cur, ids=dumps([*tasks]), since=timestamp(now-per), until=timestamp(now+1)).fetchall()
+    return found
 
 @patch
 def _start(self:Store, cur, now, task, n, per):
@@ -234,15 +243,20 @@ def kept_in(self:Store, rates:dict,
     stmt = self.statement(('kept in', j.name), lambda: sa.select(j.c.queue).where(j.c.status == PENDING, j.c.run_at <= bind('now'), self._among(sa.func.coalesce(j.c.task, j.c.job_type))).distinct())
     with self.cursor() as cur:
         now = self.kind.now(cur)
-        flowing = {t for t, (_, per) in rates.items() if self._started(cur, now, t, per + lately)[0]}
+        flowing = self._started(cur, now, {t: (n, per + lately) for t, (n, per) in rates.items()})
         names = [n for n, t in named.items() if t in flowing]
         return [q for q, in stmt(cur, now=timestamp(now), ids=dumps(names)).fetchall()] if names else []
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #fa6f30e1
 @patch
-def opens_in(self:Store, rates:dict) -> float: # Seconds; None if no rate is used up
-    "When the first of these tasks, of those whose rate is used up, may begin again"
-    with self.cursor(brief=True) as cur:
-        now = self.kind.now(cur)
-        starts = {task: self._started(cur, now, task, per) for task, (_, per) in rates.items()}
-    return min((seconds(starts[task][1]) + per - now for task, (n, per) in rates.items() if starts[task][0] >= n), default=None)
+def opens_in(self:Store, cur, now, rates:dict) -> float: # Seconds since the epoch; None if no rate was used up
+    "When the first of these tasks, of those whose rate was used up at the moment `now`, may begin again"
+    s, started = self.t.starts, self._started(cur, now, rates)
+    def build():
+        gone = sa.func.sum(s.c.n).over(order_by=s.c.at).label('gone')
+        of = sa.select(s.c.at, gone).where(s.c.task == bind('task'), s.c.at > bind('since'), s.c.at <= bind('until')).subquery('of')
+        return sa.select(sa.func.min(of.c.at)).where(of.c.gone > bind('extra', type_=sa.Integer))
+    def leaves(task, n, per): # The moment of the start whose place is the next one's
+        [at] = self.statement(('leaves', s.name), build)(cur, task=task, since=timestamp(now-per), until=timestamp(now+1), extra=started[task] - n).fetchone()
+        return seconds(at) + per
+    return min((leaves(task, n, per) for task, (n, per) in rates.items() if started.get(task, 0) >= n), default=None)

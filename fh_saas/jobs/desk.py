@@ -215,13 +215,18 @@ def _may_be_lost(said) -> bool:
 
 # %% ../../nbs/jobs/11_desk.ipynb #14fa4a5c
 @patch
+def _opens_in(self:Desk, cur, now, room) -> float:
+    at = self.store.opens_in(cur, now, room.rates) if room.rates else None  # as of the claim's moment: one that opens meanwhile is told, too
+    return None if at is None else at - self.store.kind.now(cur)
+
+@patch
 def turn(self:Desk,
     ends:list, # Attempts whose outcomes are to be written
     wanted:list, # Ids of jobs to claim, whenever they are due
     room:Room, # What else may be claimed; None: nothing
     spare:Room=Room(0), # The limits for `wanted`, if there is no `room`
     by_hand:bool=False, # Is `wanted` to be run though its tenant is paused?
-) -> tuple: # Attempts of `wanted`, other attempts to run, and, if there were fewer than there is room for, as `Store.due_in`
+) -> tuple: # Attempts of `wanted`, other attempts to run, and, if there were fewer than there is room for, as `Store.due_in` and in how many seconds a rate opens
     "Everything there is to write, in one transaction"
     names, me = self.names, (token := gen_id(), self.worker, self.settings.lease)
     done = self.store.finishing_all([(a.row, a.outcome, a.last_note) for a in ends]) if ends else None
@@ -233,22 +238,24 @@ def turn(self:Desk,
         for t in doubts: self.store.unclaim(cur, now, t)
         if done: done(cur, now)
         (notes, facts), may = check(cur) if check else (None, None), bool(these or claim) and self._still_open(by_hand)
-        got, rows, due = these(cur, now) if these and may else [], claim(cur, now) if claim and may else [], None
-        if claim and may and len(rows) < room.n: due = self.store.due_in(cur, now, *names, room.closed, self.only)
+        got, rows, due, opens = these(cur, now) if these and may else [], claim(cur, now) if claim and may else [], None, None
+        if claim and may and len(rows) < room.n:
+            due = self.store.due_in(cur, now, *names, room.closed, self.only)
+            opens = self._opens_in(cur, now, room)
         if stepped := bool(notes is not None and (got or rows or ends)): self.store.step(cur, notes)  # who has nothing to say writes nothing
-        return got, rows, due, (notes, facts, stepped)
+        return got, rows, due, opens, (notes, facts, stepped)
     op.single = done is not None and done.single and not (these or claim or check or doubts)
     op.alone = bool(these or claim) and (room or spare).counts
     op.patience = None if ends or wanted else self.patience
     op.lazy = None if done or doubts or (room or spare).rates or not self.proven else _may_be_lost
-    got, rows, due, said = self._claimed(op, token) if these or claim else self.store.write(op)
+    got, rows, due, opens, said = self._claimed(op, token) if these or claim else self.store.write(op)
     attempts = self._take(rows)  # from here on they are known
     self._unclaimed(doubts)
     lazy, some = getattr(op, 'unsynced', False), bool(got or rows)
     if check: self._checked(*said, lazy)
     self.proven = self.proven or some
     self._flushed(before, lazy and some, bool(done))
-    return {r['id']: r for r in got}, attempts, due
+    return {r['id']: r for r in got}, attempts, due, opens
 
 # %% ../../nbs/jobs/11_desk.ipynb #26b78819
 @patch(as_prop=True)

@@ -20,7 +20,6 @@ from .attempt import Attempt
 from .heartbeats import Heartbeats
 from .line import batch, linger
 from .pool import call_in, settle
-from .retries import last_attempt
 from .tenancy import Held
 
 log = logging.getLogger('fh_saas.jobs')
@@ -249,7 +248,7 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
     offers = desk.offered
     if room: desk.hungry = False  # who calls from here on may mean a job, or a place, that this claim does not see
     if (said := self._write_and_claim(desk, ends, wanted, room)) is None: return None
-    got, found, due = said
+    got, found, due, opens = said
     refused = any(w[0] not in got for w in wanted)
     attempts += found  # first of all: nobody else knows of what was claimed
     attempts += [a for w in wanted if (a := self._given(desk, got, *w))]
@@ -257,7 +256,7 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
     self._all_written(desk, ends)
     ends.clear()
     if due: view.append(due)
-    return self._after(desk, room, found, due, attempts, offers) if room else self._bar(desk) if refused else None
+    return self._after(desk, room, found, due, opens, attempts, offers) if room else self._bar(desk) if refused else None
 
 # %% ../../nbs/jobs/13_rounds.ipynb #ff1e4542
 @patch
@@ -299,10 +298,10 @@ def _settle_wanted(self:Rounds, desk):
 
 # %% ../../nbs/jobs/13_rounds.ipynb #122eb61e
 @patch
-def _after(self:Rounds, desk, room, found, due, attempts, offers):
+def _after(self:Rounds, desk, room, found, due, opens, attempts, offers):
     "The claim found as many as there was room for, or fewer: when is the next one?"
     if offers or found and self._blocked: self._answered(desk, found, offers)
-    if found: desk.barred, desk.sparing = 0.0, len(found) >= room.sure and all(last_attempt(a.row) for a in found)
+    if found: desk.barred, desk.sparing = 0.0, len(found) >= room.sure and not any(room.may_wait(a.row) for a in found)
     if due is None and found and all(a.row['task'] in room.by_task for a in found): return self._bar(desk)  # its lanes have something to do
     if due is None:
         self._look_beside(desk, attempts)
@@ -314,7 +313,7 @@ def _after(self:Rounds, desk, room, found, due, attempts, offers):
         lapse = 1.0  # who is about to end it holds its row
     if due is None or due > 0: return self._rest(desk, due, lapse, bool(found))
     if not found and room.sure <= 0: desk.sparing = desk.hungry = True; return None  # it stays in the ring until a job could start now
-    return 0.0 if self._suspects(desk, attempts) else self._bar(desk, queues)
+    return 0.0 if self._suspects(desk, attempts) else self._bar(desk, queues, opens)
 
 @patch
 def _rest(self:Rounds, desk, *seen):

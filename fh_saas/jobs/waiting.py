@@ -78,7 +78,8 @@ def standing(self:Store, job:JobRecord, age:float,
     with self.cursor() as cur:
         now = self.kind.now(cur)
         at = {f'at{p}': timestamp(min(253402300799.0, max(-62135596800.0, _due(job) + age*(p - job.priority)))) for p in range(1, 5)}  # years 1 to 9999
-        used = {t for t, (n, per) in (rates or {}).items() if self._started(cur, now, t, per) >= n}
+        started = self._started(cur, now, rates or {})
+        used = {t for t, (n, _) in (rates or {}).items() if started.get(t, 0) >= n}
         if names is not None: names = [n for n in names if named(n) not in used]
         return dict(running=self._running(cur), used=used, holders=[id for id, in holder(cur, key=job.concurrency_key).fetchall()] if job.concurrency_key else [],
             before=before(cur, queue=job.queue, **at, id=job.id, now=timestamp(now), n=most_counted+1, **{} if names is None else dict(ids=dumps([*names]))).fetchone()[0])
