@@ -120,7 +120,7 @@ def test_a_process_that_has_served_its_most_requests_tells_its_jobs_at_once(site
     try: wait_until(lambda: site.said('told'), 5, 'the job was not told')
     finally: client.close()
 
-@pytest.mark.parametrize('kind', [pytest.param('asgi', marks=pytest.mark.xfail(strict=True, reason='it cancels what a response waits for three seconds after the client has gone, and the job with it')), 'uvicorn_worker'])
+@pytest.mark.parametrize('kind', ['asgi', 'uvicorn_worker'])
 def test_an_async_job_runs_on_when_its_client_has_gone(site, kind):
     assert site.start(site.serve(kind, '--preload', '--workers', '1', there=1), 'anap', 4)
     site.all_ended(15)

@@ -90,7 +90,9 @@ async def _handle_async(self:Handles, store, job_id, func):
     if a.outcome is not None or a.ctx.lost: return self._passed_over(a)
     running = asyncio.create_task(self._arun_told(a))
     try: await self._until_stop(running)
-    except asyncio.CancelledError: running.cancel(); await asyncio.wait({running}, timeout=2); raise
+    except asyncio.CancelledError:
+        if self.stopping: running.cancel(); await asyncio.wait({running}, timeout=2)
+        raise  # who waited has gone: the job goes on
 
 @patch
 async def _handed(self:Handles, future, desk) -> Attempt: # None if the job is not to be run here
