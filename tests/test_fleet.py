@@ -1330,3 +1330,13 @@ def test_what_an_app_gave_setup_jobs_can_be_served(tmp_path):
 def test_a_signal_that_comes_while_processes_are_started_reaches_all_of_them():
     done = subprocess.run([sys.executable, '-c', watching], capture_output=True, text=True, timeout=20)
     assert done.stdout == '2 0 [False, False]\n', done.stdout + done.stderr
+
+def test_rows_that_somebody_has_written_keep_no_worker_from_saying_that_it_lives(host):
+    "Its beat names what it runs; one that could not be written kept it from hearing of any tenant"
+    e, fleet = Engine(Settings(concurrency=1), Registry()), Fleet(host)
+    e.running_jobs = lambda: [('acme', b'\xff\x00', 'x'*1_000_000), ('acme', 'an id', None), ('acme', 'a\x00b', '\ud800')]
+    try:
+        fleet.beat(e)
+        [w] = fleet.workers()
+        assert w.running == 3 and [len(j) for j in w.jobs] == [3, 3, 3] and len(w.jobs[0][2]) == 200 and w.jobs[1][1] == 'an id'
+    finally: fleet.leave(e.worker); e.stop(0)

@@ -156,6 +156,24 @@ def test_a_damaged_row_is_claimed_like_its_neighbours(new_sqlite, damage):
     got = claim(store)
     assert [r['id'] for r in got] == ['a', 'b', 'c'] and got[1]['payload'] == was == got[1]['triggered_by']
 
+def test_a_row_whose_id_is_no_text_is_nobodys(new_sqlite):
+    "SQLite keeps what it is given; an update finds such a row by no text, and it would be begun again and again"
+    store = Store(new_sqlite())
+    add_ids(store, 'a', 'b')
+    sql(store, "UPDATE tenant_jobs SET id = x'ff01' WHERE id = 'a'")
+    assert claimed(store) == ['b'] and claimed(store) == []
+    store.close()
+
+@pytest.mark.parametrize('new_url', ['sqlite'], indirect=True)
+def test_a_job_whose_row_does_not_change_is_not_begun(new_url):
+    store = Store(new_url())
+    add_ids(store, 'a', 'b')
+    sql(store, "CREATE TRIGGER keep BEFORE UPDATE ON tenant_jobs WHEN old.id = 'a' BEGIN SELECT RAISE(IGNORE); END")
+    with pytest.raises(DatabaseCorrupt, match='1 of 2 jobs could be claimed'): claim(store)
+    with pytest.raises(DatabaseCorrupt): store.claim_one('a', 't', 'w', 30)
+    assert store.get('b')['status'] == 'pending' and store.claim_one('b', 't', 'w', 30)['status'] == 'running'
+    store.close()
+
 def test_rows_that_are_too_long_for_one_text_are_claimed(new_sqlite):
     store = Store(new_sqlite())
     add_ids(store, 'a', 'b', 'c', payload='x'*50_000)

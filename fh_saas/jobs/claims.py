@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 import sqlalchemy as sa
 from fastcore.basics import patch
+from ..db_connect import DatabaseCorrupt
 from ..db_host import seconds, timestamp
 from .candidates import columns
 from .drivers import SQLite
@@ -59,12 +60,14 @@ class Room:
 @patch
 def _mine(self:Store, cur, now, rows, token, worker, lease):
     "Make `rows`, which this transaction holds, this worker's"
+    rows = [r for r in rows if isinstance(r['id'], str)]  # a file takes anything for an id, and no statement would find it
     if not rows: return []
     j = self.t.jobs
     stmt = self.statement(('mine', j.name), lambda: j.update().where(self._among(), in_state(j, 'pending')).values(status='running', claim_token=bind('token'),
         lease_until=bind('lease'), worker=bind('worker'), started_at=bind('now'), attempt=j.c.attempt + 1))
     new = dict(status='running', claim_token=token, lease_until=timestamp(now+lease), worker=worker, started_at=timestamp(now))
-    stmt(cur, ids=dumps([r['id'] for r in rows]), token=token, worker=worker, lease=new['lease_until'], now=new['started_at'])
+    n = stmt(cur, ids=dumps([r['id'] for r in rows]), token=token, worker=worker, lease=new['lease_until'], now=new['started_at']).rowcount
+    if n != len(rows): raise DatabaseCorrupt(f"{self.tenant}: {n} of {len(rows)} jobs could be claimed, though all are pending: something in the database keeps their rows as they are, a trigger perhaps; none was begun")
     for r in rows: r |= new; r['attempt'] += 1
     return rows
 

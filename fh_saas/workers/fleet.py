@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from ..db_connect import FhSaasError, add_columns, db_errors, lock_schema, writing
 from ..db_host import HostDatabase, seconds, timestamp
 from ..jobs.engine import Engine
+from ..jobs.payload import clean
 from ..jobs.registered import lost_after, names_as_text, names_of, workers_table
 from ..jobs.store import bind, rows_of
 from ..jobs.wake import wakes_of
@@ -112,7 +113,7 @@ def beat(self:Fleet,
 ) -> dict: # What is asked of it: `asked`, `asked_concurrency`
     "This process is alive, and does this; it gets its share of each limit"
     w, live = workers_table, e.running_jobs()
-    row = dict(id=e.worker, kind=kind, machine=socket.gethostname(), pid=os.getpid(), queues=json.dumps(e.line.queues), concurrency=e.line.size, state=state, running=len(live), jobs=json.dumps(live[:50]), tasks=names_as_text(e.able))
+    row = dict(id=e.worker, kind=kind, machine=socket.gethostname(), pid=os.getpid(), queues=json.dumps(e.line.queues), concurrency=e.line.size, state=state, running=len(live), jobs=json.dumps([[clean(str(x), 200) for x in job] for job in live[:50]]), tasks=names_as_text(e.able))
     def build():
         new = self.db.kind.insert(w).values({c.name: bind(c.name, type_=c.type) for c in w.c if not c.name.startswith('asked')})
         return new.on_conflict_do_update(index_elements=[w.c.id], set_={c: new.excluded[c] for c in ('beat_at', 'state', 'running', 'jobs', 'holds', 'tasks', 'concurrency')}).returning(w.c.asked, w.c.asked_concurrency)
