@@ -8,7 +8,7 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/db_host.html.md"""
 
 # %% auto #0
 __all__ = ['tenant_states', 'catalog_table', 'timestamp', 'shown', 'seconds', 'gen_id', 'SeedRecord', 'JobRecord', 'SystemJob',
-           'TenantCatalog', 'env_url', 'HostDatabase', 'NotAHost', 'TenantNotFound']
+           'in_words', 'TenantCatalog', 'env_url', 'HostDatabase', 'NotAHost', 'TenantNotFound']
 
 # %% ../nbs/00_db_host.ipynb #6698e33c
 import os, secrets, sqlite3, struct, threading, time
@@ -116,6 +116,8 @@ class SystemJob(JobRecord): "A job of the host itself, in `sys_jobs`."
 
 # %% ../nbs/00_db_host.ipynb #66639599
 tenant_states = ('active', 'paused', 'migrating', 'deleting')
+
+def in_words(state:str) -> str: return 'suspended' if state == 'paused' else state  # `paused` is said of rules
 
 @dataclass
 class TenantCatalog:

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from fastcore.basics import patch
 from fastsql import Database
 from .db_connect import (DatabaseCorrupt, DatabaseUnavailable, FhSaasError, check_url, db_errors, inherited, lock_schema, meta_table, open_engine, read_meta, reading, show_url, write_meta, writing)
-from .db_host import HostDatabase, TenantCatalog, TenantNotFound, catalog_table, env_url, seconds, timestamp
+from .db_host import HostDatabase, TenantCatalog, TenantNotFound, catalog_table, env_url, in_words, seconds, timestamp
 
 log = logging.getLogger('fh_saas.jobs')
 
@@ -240,7 +240,6 @@ def _host(host):
 
 # %% ../nbs/01_db_tenant.ipynb #d947e57f
 _way_back = dict(paused='resume it with resume_tenant (fh-saas unsuspend)', migrating='wait until its upgrade has ended; if that has failed or was cut off, have the app migrate again (its call of migrate_tenants)', deleting='delete it again, or take that back with resume_tenant (fh-saas unsuspend)')
-def _in_words(state): return 'suspended' if state == 'paused' else state  # `paused` is said of rules
 
 def open_tenant_db(
     tenant_id:str, # The tenant's id
@@ -250,7 +249,7 @@ def open_tenant_db(
     host, tenant_id = _host(host), tenant_id if isinstance(tenant_id, str) else check_tenant_id(tenant_id)
     tenant = host.find(tenant_id)
     if tenant is None: raise TenantNotFound(f"no tenant {check_tenant_id(tenant_id)!r}: create it with get_or_create_tenant_db")
-    if not tenant.is_active: raise TenantSuspended(f"tenant {tenant.id!r} is {_in_words(tenant.state)}: {_way_back[tenant.state]}")
+    if not tenant.is_active: raise TenantSuspended(f"tenant {tenant.id!r} is {in_words(tenant.state)}: {_way_back[tenant.state]}")
     return host.open_db(tenant)
 
 def get_or_create_tenant_db(
@@ -341,7 +340,7 @@ def _move(host, tenant_id, state, *expected):
     if any(host.set_state(tenant_id, state, e) for e in expected): return
     if (now := host.find(tenant_id)) is None: raise TenantNotFound(f"no tenant {tenant_id!r} any more: it is deleted by now")
     if now.state == state: return
-    raise TenantSuspended(f"tenant {tenant_id!r} is {_in_words(now.state)}, not {' or '.join(map(_in_words, expected))}: {_way_back.get(now.state, 'look at it')}; nothing was changed")
+    raise TenantSuspended(f"tenant {tenant_id!r} is {in_words(now.state)}, not {' or '.join(map(in_words, expected))}: {_way_back.get(now.state, 'look at it')}; nothing was changed")
 
 # %% ../nbs/01_db_tenant.ipynb #db904863
 def _open_jobs(host, url) -> tuple: # How many run, with a lease that has not run out; and whether any other is open

@@ -280,7 +280,7 @@ def main():
     "fh-saas <command>"
     name = sys.argv[1] if len(sys.argv) > 1 else ''
     if name not in commands:
-        if name[:1] not in ('', '-'): print(f"fh-saas: there is no command {name!r}", file=sys.stderr)
+        if name not in ('', '-h', '--help'): print(f"fh-saas: there is no command {name!r}", file=sys.stderr)
         print('usage: fh-saas <command> …   (fh-saas <command> --help explains one)\n')
         for k, f in commands.items(): print(f'  {k:10} {f.__doc__}')
         return 0 if name in ('', '-h', '--help') else 2

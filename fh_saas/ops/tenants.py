@@ -12,7 +12,7 @@ __all__ = ['suspended', 'tenant_report']
 # %% ../../nbs/ops/00_tenants.ipynb #6524a9c9
 import sqlalchemy as sa
 from ..db_connect import FhSaasError
-from ..db_host import HostDatabase
+from ..db_host import HostDatabase, in_words
 from ..jobs.rules import kept_by
 from ..jobs.store import Store
 from ..jobs.tenancy import open_jobs, rules_of
@@ -35,7 +35,7 @@ def tenant_report(
     with wakes.cursor() as cur: errors = {t: f'{error} ({fails} visits failed)' for t, fails, error in stmt(cur).fetchall()}
     tenants = host.tenants()
     rules = rules_of(host).all()
-    rows = [dict(id=t.id, name=t.name, state='held' if t.held else t.state, why=t.held or errors.get(t.id) or (set_aside.get(t.state) or kept_by(rules, t.id))) for t in tenants]
+    rows = [dict(id=t.id, name=t.name, state='held' if t.held else in_words(t.state), why=t.held or errors.get(t.id) or (set_aside.get(t.state) or kept_by(rules, t.id))) for t in tenants]
     if count: rows = [r | _counted(host, t) for r, t in zip(rows, tenants)]
     return [r for r in rows if not wrong or r['state'] != 'active' or r['why']]
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 import sqlalchemy as sa
 from fastcore.basics import patch
 from ..db_connect import FhSaasError, meta_table
-from ..db_host import HostDatabase, gen_id, seconds, timestamp
+from ..db_host import HostDatabase, gen_id, in_words, seconds, timestamp
 from ..db_tenant import check_host, heeded, read_notes, turn_lasts, write_notes  # with this module a host has `url_of`
 from ..jobs.store import Store, bind
 from ..jobs.wake import wakes_of
@@ -173,7 +173,7 @@ def _migrate(host, t, upgrade, version, turn, places) -> bool: # False: there is
             go_on()
             if (now := host.find(t.id)) is None or now.state == 'deleting': return False
             done = done or read_notes(url, host).get('app_version') == version  # another process may have come to it meanwhile
-            if not done and now.state not in ('migrating', 'paused'): raise FhSaasError(f"tenant {t.id!r} is {now.state} again: nothing was upgraded; migrate again")
+            if not done and now.state not in ('migrating', 'paused'): raise FhSaasError(f"tenant {t.id!r} is {in_words(now.state)} again: nothing was upgraded; migrate again")
             if not done:
                 turn.mine()
                 with host.open_db(t) as db:

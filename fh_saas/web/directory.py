@@ -13,7 +13,7 @@ __all__ = ['log', 'known_for', 'Whereabouts', 'Directory']
 import logging, time
 from types import SimpleNamespace
 from fastcore.basics import patch
-from ..db_host import HostDatabase, TenantCatalog
+from ..db_host import HostDatabase, TenantCatalog, in_words
 from ..db_tenant import TenantSuspended
 from ..jobs.process import default_engine
 from ..jobs.payload import clean
@@ -84,5 +84,5 @@ def taking(self:Directory, tenant) -> BackgroundTaskManager:
     "As `manager`, for a new job; `TenantSuspended` if the tenant takes none"
     m = self.manager(tenant)
     state = getattr(m.db, 'state', 'active')  # a database of no host has none
-    if state in ('paused', 'deleting'): raise TenantSuspended(f"tenant {m.db.tenant_id!r} is {'suspended' if state == 'paused' else state} and takes no new jobs: nothing was submitted{'; an operator can take that back' if state == 'paused' else ''}")
+    if state in ('paused', 'deleting'): raise TenantSuspended(f"tenant {m.db.tenant_id!r} is {in_words(state)} and takes no new jobs: nothing was submitted{'; an operator can take that back' if state == 'paused' else ''}")
     return m

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from fastcore.basics import patch
 from starlette.responses import RedirectResponse
 from ..db_connect import FhSaasError
-from ..db_host import shown
+from ..db_host import in_words, shown
 from ..db_tenant import TenantMismatch, resume_tenant, suspend_tenant
 from ..jobs.rules import kept_by
 from ..jobs.tenancy import rules_of, settle_held
@@ -110,7 +110,7 @@ def _tenant_row(a, t, ruled):
     own, at = f'{a.jobs.pages}?tenant={t.id}', f'{a.jobs.pages}/tenants/act'
     failed = _numbers(a, t)
     failed = (*failed[:2], A(failed[2], href=f'{a.jobs.pages}/list?tenant={t.id}&q=status:failed') if failed[2] else '')
-    state = Span('held', cls='fs-status fs-failed', title=t.held) if t.held else Span(t.state, cls='fs-status' + ('' if t.state == 'active' else ' fs-retrying'))
+    state = Span('held', cls='fs-status fs-failed', title=t.held) if t.held else Span(in_words(t.state), cls='fs-status' + ('' if t.state == 'active' else ' fs-retrying'))
     acts = Div(form(a, at, 'Resume', id=t.id, do='resume') if t.state == 'paused' else form(a, at, 'Suspend', id=t.id, do='suspend') if t.state == 'active' else '', *((form(a, at, 'Let the open jobs go on', id=t.id, do='release'), form(a, at, 'Discard them', danger=True, id=t.id, do='discard')) if t.held else ()), cls='fs-bar')
     return row(_tenant, (A(t.name or t.id, href=own), (state, *(P(why, cls='fs-why') for why in (t.held, ruled) if why)), *failed, acts), id=f'tenant-{t.id}')
 
