@@ -258,7 +258,7 @@ _each_sees_the_last = r'-c default_transaction_isolation=read\ committed' # what
 
 def _pg_args(u, busy, brief, lazy):
     limits = dict(lock_timeout=busy) | (dict(idle_in_transaction_session_timeout=stalled) if brief else {})
-    own = [_each_sees_the_last, *(f'-c {k}={round(v*1000)}' for k, v in limits.items()), '-c timezone=UTC', *['-c synchronous_commit=off']*lazy]
+    own = [_each_sees_the_last, *(f'-c {k}={round(v*1000)}' for k, v in limits.items()), '-c timezone=UTC', '-c jit=off', *['-c synchronous_commit=off']*lazy]
     its = [o] if isinstance(o := u.query.get('options', ()), str) else [*o]  # of two the later holds
     return dict(connect_timeout=max(2, round(busy)), application_name='fh_saas') | u.query | dict(options=' '.join([*own, *its, *[_each_sees_the_last]*brief]))
 

@@ -1079,6 +1079,15 @@ def test_a_url_may_say_options_of_its_own_and_they_do_not_take_ours_away(new_pg)
     with eng.connect() as conn: assert [conn.exec_driver_sql(f'SHOW {k}').scalar() for k in ('transaction_isolation', 'TimeZone')] == ['serializable', 'UTC']
     eng.dispose()
 
+def test_no_statement_is_compiled_by_the_server_unless_the_url_says_so(new_pg):
+    "The search for suspects among 250,000 jobs took 0.04 s, and its compilation 10 s"
+    url = sa.make_url(new_pg())
+    for u, jit in ((url, 'off'), (url.update_query_dict(dict(options='-c jit=on')), 'on')):
+        with closing(db_connect.connect(u)) as conn: assert conn.execute('SHOW jit').fetchone() == (jit,)
+        eng = db_connect.open_engine(u)
+        with db_connect.reading(eng) as conn: assert conn.exec_driver_sql('SHOW jit').scalar() == jit
+        eng.dispose()
+
 def test_two_transactions_that_met_are_told_so(new_pg):
     url = sa.make_url(new_pg())
     with closing(db_connect.connect(url)) as a, closing(db_connect.connect(url)) as b:
