@@ -1088,6 +1088,16 @@ def test_no_statement_is_compiled_by_the_server_unless_the_url_says_so(new_pg):
         with db_connect.reading(eng) as conn: assert conn.exec_driver_sql('SHOW jit').scalar() == jit
         eng.dispose()
 
+@pytest.mark.skipif(not hasattr(socket, 'TCP_USER_TIMEOUT'), reason='Linux alone has such limits')
+def test_a_server_that_vanishes_is_noticed(new_pg):
+    "Nothing that it was sent is acknowledged: the statement under way would not end, and nobody else would have its turn"
+    def limits(url):
+        with closing(db_connect.connect(url)) as conn, socket.socket(fileno=os.dup(conn.fileno())) as s:
+            return [s.getsockopt(socket.IPPROTO_TCP, o) for o in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)]
+    url = sa.make_url(new_pg())
+    assert limits(url) == [10, 3, 3, 15_000]
+    assert limits(url.update_query_dict(dict(tcp_user_timeout='60000', keepalives_idle='20'))) == [20, 3, 3, 60_000]
+
 def test_two_transactions_that_met_are_told_so(new_pg):
     url = sa.make_url(new_pg())
     with closing(db_connect.connect(url)) as a, closing(db_connect.connect(url)) as b:
