@@ -263,7 +263,7 @@ def _pg_args(u, busy, brief, lazy):
     limits = dict(lock_timeout=busy) | (dict(idle_in_transaction_session_timeout=stalled) if brief else {})
     own = [_each_sees_the_last, *(f'-c {k}={round(v*1000)}' for k, v in limits.items()), '-c timezone=UTC', '-c jit=off', *['-c synchronous_commit=off']*lazy]
     its = [o] if isinstance(o := u.query.get('options', ()), str) else [*o]  # of two the later holds
-    return dict(connect_timeout=max(2, round(busy)), application_name='fh_saas', **_noticed) | u.query | dict(options=' '.join([*own, *its, *[_each_sees_the_last]*brief]))
+    return dict(connect_timeout=max(2, round(busy)), application_name='fh_saas', client_encoding='UTF8', **_noticed) | u.query | dict(options=' '.join([*own, *its, *[_each_sees_the_last]*brief]))
 
 def _pg_engine(u, busy, **kw):
     _psycopg()

@@ -207,14 +207,18 @@ def _create(host, tenant) -> bool: # Was it there, with jobs that are open?
     finally: eng.dispose()
     return bool(notes) and _open_jobs(host, url)[1]
 
+_template = 'template1' # of all databases that are made without a word about it
+
 def _create_pg(host, name):
     # CREATE DATABASE runs outside of a transaction, and two at once trip over the template database: a lock of the session's,
     # on a connection that no pool has to spare. 7306 is an arbitrary number, the same in every version.
     eng = open_engine(host.url, busy=60, poolclass=sa.NullPool, isolation_level='AUTOCOMMIT')
     with reading(eng) as conn:
         conn.exec_driver_sql('SELECT pg_advisory_lock(7306)')
-        if conn.execute(sa.text('SELECT 1 FROM pg_database WHERE datname = :name'), dict(name=name)).first(): return
-        conn.exec_driver_sql(f'CREATE DATABASE {conn.dialect.identifier_preparer.quote_identifier(name)}')
+        def encoding(name): return conn.execute(sa.text('SELECT pg_encoding_to_char(encoding) FROM pg_database WHERE datname = :name'), dict(name=name)).scalar()
+        if encoding(name): return
+        its_own = '' if encoding(_template) == 'UTF8' else " ENCODING 'UTF8' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+        conn.exec_driver_sql(f'CREATE DATABASE {conn.dialect.identifier_preparer.quote_identifier(name)}{its_own}')
 
 # %% ../nbs/01_db_tenant.ipynb #bc6bed11
 @patch

@@ -1098,6 +1098,18 @@ def test_a_server_that_vanishes_is_noticed(new_pg):
     assert limits(url) == [10, 3, 3, 15_000]
     assert limits(url.update_query_dict(dict(tcp_user_timeout='60000', keepalives_idle='20'))) == [20, 3, 3, 60_000]
 
+@pytest.mark.parametrize('how', ["ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0", 'client_encoding'])
+def test_text_is_text_whatever_encoding_a_server_has_for_its_default(new_pg, pg_server, how):
+    url, text = sa.make_url(new_pg()), 'Grüße, 你好 ☃'
+    with psycopg.connect(pg_server, autocommit=True) as conn:
+        if how == 'client_encoding': conn.execute(f"ALTER DATABASE {url.database} SET client_encoding = 'LATIN1'")
+        else: conn.execute(f'DROP DATABASE {url.database}'); conn.execute(f'CREATE DATABASE {url.database} {how}')
+    store = Store(url)
+    store.add(dict(id='a', job_type=text, task='t', payload='{}'))
+    with store.transaction() as conn: assert conn.exec_driver_sql('SELECT job_type FROM tenant_jobs').scalar() == text
+    assert store.get('a')['job_type'] == text
+    store.close()
+
 def test_two_transactions_that_met_are_told_so(new_pg):
     url = sa.make_url(new_pg())
     with closing(db_connect.connect(url)) as a, closing(db_connect.connect(url)) as b:

@@ -177,6 +177,16 @@ def _create(url, id, go, out):
     except BaseException as e: out.put(repr(e)); raise
     finally: host.close()
 
+def test_a_tenants_database_holds_the_text_of_all_languages_whatever_the_server_makes_by_itself(new_host, new_pg, pg_server, prefix, monkeypatch):
+    host, text, latin = new_host('postgresql'), 'Grüße, 你好 ☃', sa.make_url(new_pg()).database
+    with psycopg.connect(pg_server, autocommit=True) as conn:
+        conn.execute(f'DROP DATABASE {latin}')
+        conn.execute(f"CREATE DATABASE {latin} ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
+    monkeypatch.setattr('fh_saas.db_tenant._template', latin)
+    with get_or_create_tenant_db(f'{prefix}-utf', host=host) as db:
+        assert db.conn.exec_driver_sql('SHOW server_encoding').scalar() == 'UTF8'
+        assert db.conn.exec_driver_sql(f"SELECT '{text}' || (SELECT datcollate FROM pg_database WHERE datname = current_database())").scalar() == f'{text}C'
+
 @pytest.mark.parametrize('kind', ['sqlite', 'postgresql'])
 def test_sixteen_processes_create_the_same_tenant_at_once(new_host, kind, prefix):
     host, n = new_host(kind), 16
