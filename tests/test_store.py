@@ -1,8 +1,9 @@
 "One contract, two databases: every statement of the store does the same on SQLite and on PostgreSQL."
-import os, socket, sqlite3, struct, threading, time
+import os, shutil, socket, sqlite3, struct, subprocess, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 import psycopg
@@ -21,7 +22,7 @@ from fh_saas.jobs.states import Outcome, Status, final
 from fh_saas.jobs.leases import max_lease
 from fh_saas.jobs.drivers import Clock, SQLite, _compiled
 from fh_saas.jobs.store import Adding, JobNotFound, Store
-from conftest import wait_until
+from conftest import free_port, wait_until
 
 hostile = ["' OR '1'='1", "x'; DROP TABLE tenant_jobs; --", '%', '_', '\\', '"', ':a', '%s', '%(id)s', '?', '$1', '\x00', 'a\x00b', '\ud800', 'é\u202e日本', '', 'x'*10_000]
 
@@ -1109,6 +1110,68 @@ def test_text_is_text_whatever_encoding_a_server_has_for_its_default(new_pg, pg_
     with store.transaction() as conn: assert conn.exec_driver_sql('SELECT job_type FROM tenant_jobs').scalar() == text
     assert store.get('a')['job_type'] == text
     store.close()
+
+more_bins = f"{os.environ.get('PATH', '')}:/usr/sbin"  # where Debian has it
+poolers = ['one that passes over them', *['pgbouncer']*bool(shutil.which('pgbouncer', path=more_bins))]
+
+@contextmanager
+def pgbouncer(url, folder):
+    "Between us and a server, as the page on fleets says; its URL"
+    port, ini = free_port(), folder/'pgbouncer.ini'
+    ini.write_text(f"""[databases]
+        * = host={url.host} port={url.port or 5432} user={url.username} {f"password='{url.password}'" if url.password else ''}
+        [pgbouncer]
+        listen_addr = 127.0.0.1
+        listen_port = {port}
+        unix_socket_dir =
+        auth_type = any
+        pool_mode = session
+        ignore_startup_parameters = options""".replace('\n        ', '\n'))
+    server = subprocess.Popen([shutil.which('pgbouncer', path=more_bins), *['-u', 'postgres']*(os.getuid() == 0), '-q', str(ini)], cwd=folder)
+    def answers():
+        try: socket.create_connection(('127.0.0.1', port), 1).close(); return True
+        except OSError: return False
+    try: wait_until(answers, 10, 'pgbouncer did not start'); yield url.set(host='127.0.0.1', port=port)
+    finally: server.terminate(); server.wait(10)
+
+@pytest.fixture(params=poolers)
+def pooled(request, new_pg, monkeypatch):
+    "URL of a new database behind a pooler that does not pass on the options of a connection"
+    url, connects = sa.make_url(new_pg()), psycopg.connect
+    monkeypatch.setattr(db_connect, '_heard', {})
+    if request.param != 'pgbouncer':
+        monkeypatch.setattr(psycopg, 'connect', lambda *args, options=None, **kw: connects(*args, **kw))
+        yield url
+        return
+    (folder := Path(tempfile.mkdtemp())).chmod(0o755)
+    with pgbouncer(url, folder) as its: yield its
+    shutil.rmtree(folder)
+
+def test_settings_hold_behind_a_pooler(pooled):
+    names = ['default_transaction_isolation', 'lock_timeout', 'TimeZone', 'jit', 'idle_in_transaction_session_timeout', 'synchronous_commit', 'application_name']
+    url = pooled.update_query_dict(dict(options=r'--lock-timeout=1234 -c TimeZone=America/New\_York -c jit=on -c default_transaction_isolation=serializable', application_name='shop'))
+    def shown(conn): return [conn.execute(f'SHOW {k}').fetchone()[0] for k in names]
+    for _ in range(2):  # the second one may get the session of the first
+        with closing(db_connect.connect(pooled, busy=3, lazy=True)) as conn: assert shown(conn) == ['read committed', '3s', 'UTC', 'off', '5s', 'off', 'fh_saas']
+        with closing(db_connect.connect(url)) as conn: assert shown(conn) == ['read committed', '1234ms', 'America/New_York', 'on', '5s', 'on', 'shop']
+        eng = db_connect.open_engine(url)
+        with eng.connect() as conn: assert shown(own := conn.connection.driver_connection) == ['serializable', '1234ms', 'America/New_York', 'on', '0', 'on', 'shop'] and not own.autocommit
+        eng.dispose()
+
+def test_a_server_that_hears_what_it_is_asked_for_is_believed(new_pg, statements, monkeypatch):
+    monkeypatch.setattr(db_connect, '_heard', {})
+    url = new_pg()
+    statements.clear()
+    for _ in range(3): db_connect.connect(url).close()
+    assert len(statements) == 1
+    monkeypatch.setattr(db_connect, '_heard', {at: time.monotonic() - 1 for at in db_connect._heard})
+    db_connect.connect(url).close()
+    assert len(statements) == 2
+
+def test_jobs_run_behind_a_pooler(pooled, new_manager):
+    m = new_manager(pooled, handoff=0)
+    ids = [m.submit('t', lambda: 1)[0] for _ in range(5)]
+    assert {m.wait(i, 20).status for i in ids} == {'completed'}
 
 def test_two_transactions_that_met_are_told_so(new_pg):
     url = sa.make_url(new_pg())
