@@ -90,3 +90,25 @@ def test_what_is_too_large_or_no_number_is_clamped(manager):
     job, (warning, line) = manager.get_job(id), manager.logs(id)
     assert seen == [100, 0, 0, 0, 0, 0, 55] and job.status == 'completed_with_warnings' and len(job.progress_message) == 255 and job.details in (None, '{}')
     assert (len(warning['message']), len(warning['item']), len(line['message']), len(line['level'])) == (2000, 500, 2000, 20)
+
+def test_a_line_of_the_log_is_one_line(manager, caplog):
+    "Whatever a file of a stranger's has in it; what is kept with the job is what was said"
+    forged = 'row 7\n2026-01-01 ERROR tenant=globex job=0 type=pay: all is lost\r\x1b[2J\u202e'
+    def f(job): job.log(forged); job.warn('odd', item=forged); raise ValueError(forged)
+    with caplog.at_level('INFO'): id, bg = manager.submit('t\nERROR', f, max_retries=1); bg.func(*bg.args)
+    said = [r.getMessage() for r in caplog.records if r.name.startswith('fh_saas') and 'row 7' in r.getMessage()]
+    assert len(said) == 3 and all(s.isprintable() and s.startswith(f'tenant={manager.store.tenant} job={id} type=t ERROR attempt=1: ') for s in said), said
+    assert manager.logs(id)[0]['message'] == forged and manager.get_job(id).status == 'failed'
+
+def test_letters_and_emoji_that_are_joined_stay_joined(manager, caplog):
+    def f(job): job.log('می\u200cخواهم 👩\u200d🔬')
+    with caplog.at_level('INFO'): run(manager, f)
+    assert any(r.getMessage().endswith('می\u200cخواهم 👩\u200d🔬') for r in caplog.records)
+
+@pytest.mark.parametrize('left', ['['*100_000, '{"a":'*100_000, '{', '9'*5000])
+def test_details_that_are_damaged_keep_no_job_running(manager, left):
+    "Somebody else has written them"
+    id, bg = manager.submit('t', lambda: 'done')
+    manager.store.write(lambda cur, now: cur.execute(f"UPDATE tenant_jobs SET details = '{left}' WHERE id = '{id}'") and None)
+    bg.func(*bg.args)
+    assert manager.get_job(id).status == 'completed'

@@ -17,7 +17,7 @@ from ..db_connect import FhSaasError
 from .context import JobContext, current
 from .events import event_of, events
 from .isolation import in_child
-from .payload import NotJson, TooLarge, describe, from_json
+from .payload import NotJson, TooLarge, describe, from_json, plain
 from .retries import Cancel, Permanent, RetryAfter, Snooze, TaskSignal, TimedOut, last_attempt, meaning, wait_after
 from .states import Outcome
 from .store import Store
@@ -47,7 +47,7 @@ class Attempt:
         self.ctx._signature = self.task.signature
         if row['timeout']: self.gate = threading.Lock()
 
-    def __str__(self): return f"tenant={self.store.tenant} job={self.row['id']} type={self.row['job_type']} attempt={self.row['attempt']}"
+    def __str__(self): return plain(f"tenant={self.store.tenant} job={self.row['id']} type={self.row['job_type']} attempt={self.row['attempt']}")
 
     def arguments(self): return self.task.arguments(from_json(self.row['payload']), self.ctx)
 
@@ -143,7 +143,7 @@ def failed(self:Attempt, e:BaseException) -> Outcome:
     "The task raised `e`"
     try: return self._failed(e)
     except BaseException as worse:  # an attempt has an outcome, whatever its error or its policy is made of
-        log.error('%s: what its error means cannot be told: %s', self, self._said(worse)[0])
+        log.error('%s: what its error means cannot be told: %s', self, plain(self._said(worse)[0]))
         return Outcome('failed' if last_attempt(self.row) else 'retry', error=type(e).__name__, delay=2)
 
 @patch
@@ -156,7 +156,7 @@ def _failed(self:Attempt, e):
     failed = (self.row['retry_count'] or 0) + 1
     if isinstance(what, (Permanent, BadPayload, NotJson)) or last_attempt(self.row): return self._failure('failed', *self._said(e))
     try: delay = what.seconds if isinstance(what, RetryAfter) else wait_after(failed, what if isinstance(what, wait_base) else self.task.backoff)
-    except Exception as broken: log.error('%s: its backoff policy raised %s; waiting %s s instead', self, self._said(broken)[0], delay := wait_after(failed))
+    except Exception as broken: log.error('%s: its backoff policy raised %s; waiting %s s instead', self, plain(self._said(broken)[0]), delay := wait_after(failed))
     return self._failure('retry', *self._said(e), delay)
 
 # %% ../../nbs/jobs/08_attempt.ipynb #fc99ec09
@@ -165,7 +165,7 @@ def _meaning(self:Attempt, e):
     "What the task's policy makes of an exception, which may be itself"
     if isinstance(e, TaskSignal) and not isinstance(e, TimedOut) or not self.task.on_error: return e
     try: what = meaning(self.task.on_error, e)
-    except BaseException as broken: log.error('%s: its policy for %s raised %s; it fails as usual', self, type(e).__name__, self._said(broken)[0]); what = None
+    except BaseException as broken: log.error('%s: its policy for %s raised %s; it fails as usual', self, type(e).__name__, plain(self._said(broken)[0])); what = None
     return e if what is None else what
 
 @patch
@@ -176,13 +176,13 @@ def _recorded(self:Attempt, e=None) -> Outcome: # None if it has not
         if not self.store.has_ended(self.row): return None
         row = self.store.get(self.row['id'])
     except FhSaasError: return None  # it is written as usual then; if it had ended, the claim is gone and nothing is changed
-    if e is not None: log.warning('%s: raised after it was completed, which changes nothing: %s', self, self._said(e)[0])
+    if e is not None: log.warning('%s: raised after it was completed, which changes nothing: %s', self, plain(self._said(e)[0]))
     return Outcome(row['status'], result=row['result'], recorded=True)
 
 @patch
 def _failure(self:Attempt, kind, line, trace, delay=0):
     say = log.error if kind == 'failed' else log.warning
-    say('%s: %s%s', self, line, f'; next attempt in {delay:g} s' if kind == 'retry' else '')
+    say('%s: %s%s', self, plain(line), f'; next attempt in {delay:g} s' if kind == 'retry' else '')
     return Outcome(kind, error=line, log=trace or line, delay=delay)
 
 @patch

@@ -20,7 +20,7 @@ from ..db_connect import open_engine
 from ..db_host import timestamp
 from .events import event_of, events
 from .masking import mask, secret_values
-from .payload import clean, to_json
+from .payload import clean, plain, to_json
 from .retries import Cancel, Snooze, TimedOut
 from .states import Outcome
 from .store import Store
@@ -34,7 +34,7 @@ def _details(text) -> dict:
     "What an earlier attempt left; nothing if the row was damaged"
     if not text: return {}
     try: o = json.loads(text)
-    except ValueError: return {}
+    except (ValueError, RecursionError): return {}
     return o if isinstance(o, dict) else {}
 
 class JobContext:
@@ -111,7 +111,7 @@ def log(self:JobContext, message:str, item=None, level:str='info'):
 
 @patch
 def _say(self:JobContext, level, message, item):
-    said.log(logging.getLevelNamesMapping().get(level.upper(), logging.INFO), 'tenant=%s job=%s type=%s attempt=%s: %s%s', self.tenant, self.id, self.job_type, self.attempt, message, '' if item is None else f' ({item})')
+    said.log(logging.getLevelNamesMapping().get(level.upper(), logging.INFO), 'tenant=%s job=%s type=%s attempt=%s: %s%s', *map(plain, (self.tenant, self.id, self.job_type, self.attempt, message, '' if item is None else f' ({item})')))
 
 @patch
 def warn(self:JobContext, message:str, item=None):

@@ -20,6 +20,7 @@ from .attempt import Attempt
 from .claims import Room
 from .events import event_of, events
 from .marks import Marks
+from .payload import plain
 from .renewal import Renewal
 from .retries import last_attempt
 from .rules import Limits
@@ -299,7 +300,7 @@ def rescue(self:Desk) -> int: # How many
     if self.live: self.renew()  # what runs here is alive, however long the database was out of reach
     for row, o in (back := self.store.rescue()):
         if events.subscribers: events.tell(event_of('finished' if o.kind == 'failed' else 'retried', self.store.tenant, row, status=str(o.status), outcome=o.kind, error=o.error))
-        log.warning('tenant=%s job=%s type=%s attempt=%s: taken back, %s', self.store.tenant, row['id'], row['job_type'], row['attempt'], o.kind)
+        log.warning('tenant=%s job=%s type=%s attempt=%s: taken back, %s', self.store.tenant, plain(row['id']), plain(row['job_type']), row['attempt'], o.kind)
     return len(back)
 
 # %% ../../nbs/jobs/11_desk.ipynb #8c397a29

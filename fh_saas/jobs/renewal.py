@@ -12,6 +12,7 @@ __all__ = ['log', 'synced', 'Renewal']
 # %% ../../nbs/jobs/10_renewal.ipynb #f753c4df
 import logging, time
 from fastcore.basics import patch
+from .payload import plain
 from .retries import last_attempt
 from .states import Outcome
 
@@ -61,4 +62,4 @@ def _disown(self:Renewal, job_id, token):
     row = self.store.get(job_id)
     if row['claim_token'] != token: return
     self.store.finish(row, Outcome('failed' if last_attempt(row) else 'lost', error=f"worker_lost: attempt {row['attempt']} is not known to its own process any more"))
-    log.warning('tenant=%s job=%s attempt=%s: nobody works on it here; taken back', self.store.tenant, job_id, row['attempt'])
+    log.warning('tenant=%s job=%s attempt=%s: nobody works on it here; taken back', self.store.tenant, plain(job_id), row['attempt'])

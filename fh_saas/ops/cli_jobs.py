@@ -18,9 +18,10 @@ from ..db_host import shown
 from ..db_tenant import open_tenant_db
 from ..jobs.engine import Engine
 from ..jobs.masking import mask, secret_values
+from ..jobs.payload import plain
 from ..jobs.settings import Settings
 from ..jobs.states import Status
-from .terminal import did, plain, table, the_host
+from .terminal import did, table, the_host
 from ..utils_bgtsk import BackgroundTaskManager
 
 # %% ../../nbs/ops/01_cli_jobs.ipynb #09138a97

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from fastcore.basics import patch
 from ..db_connect import FhSaasError, add_columns, db_errors, lock_schema, writing
 from ..db_host import HostDatabase, gen_id, timestamp
-from ..jobs.payload import clean
+from ..jobs.payload import clean, plain
 from ..jobs.store import bind, rows_of
 from ..jobs.wake import wakes_of
 
@@ -48,7 +48,7 @@ class Audit:
     def note(self, by:str, tenant:str, action:str, what:str=''):
         "Write down one act; an error is logged, for the act is done"
         t = audit_table
-        log.info('tenant=%s by=%s: %s %s', tenant, by, action, what)
+        log.info('tenant=%s by=%s: %s %s', tenant, *map(plain, (by, action, what)))
         add = self.db.statement(('audit add',), lambda: t.insert().values({c.name: bind(c.name) for c in t.c}))
         prune = self.db.statement(('audit prune',), lambda: t.delete().where(t.c.id < bind('old')))
         def op(cur, now):

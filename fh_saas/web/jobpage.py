@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from starlette.responses import RedirectResponse
 from ..db_host import seconds, shown
 from ..jobs.masking import mask, secret_values
-from ..jobs.payload import clean
+from ..jobs.payload import clean, plain
 from ..jobs.states import final
 from .components import JobResult, said, title
 from .facts import left, read, since, took, words
@@ -110,12 +110,12 @@ def _again(a, job, args):
         method='post', action=a.url(f'{a.jobs.pages}/job/{job.id}/rerun')), id='fs-again')
 
 def _log(logs, most=200):
-    lines = [f"{shown(l['at'])[11:23]} #{l['attempt']} {l['level']:7} {l['item'] + ': ' if l['item'] else ''}{l['message']}" for l in logs[-most:]]
+    lines = [plain(f"{shown(l['at'])[11:23]} #{l['attempt']} {l['level']:7} {l['item'] + ': ' if l['item'] else ''}{l['message']}") for l in logs[-most:]]
     return _block(f'Log ({len(lines)} of {len(logs)} lines)', 'log', '\n'.join(lines)) if logs else ''
 
 def _why(m, job):
     try: return m.why_waiting(job)
-    except Exception: log.exception('job=%s: why it waits cannot be told', job.id); return ['why it waits cannot be told now: the log says why']
+    except Exception: log.exception('job=%s: why it waits cannot be told', plain(job.id)); return ['why it waits cannot be told now: the log says why']
 
 def _page(a:Asked, wrong=None, status=200):
     m, id = a.manager, a.path['job_id']
