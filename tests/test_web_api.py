@@ -463,3 +463,7 @@ def test_a_task_that_is_unique_by_some_arguments_gives_the_job_that_is_there(web
     first = web.c.post('/api/v1/stock/stock-sync', json=dict(account=7))
     again = web.c.post('/api/v1/stock/stock-sync', json=dict(account=7, full=True))
     assert (first.status_code, again.status_code) == (202, 202) and first.json()['job_id'] == again.json()['job_id']
+
+def test_a_banner_is_asked_for_what_no_database_can_hold(web):
+    id = web.start()
+    for query in (f'seen=%00,{id}&types=x', f'seen=%00,{id}&types=%00,x', f'seen=%ed%a0%80,{id}&types=x'): r = web.c.get(f'/jobs/-/banner?{query}'); assert r.status_code == 200 and r.text.count('fs-line') == 1, query

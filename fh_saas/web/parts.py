@@ -19,6 +19,7 @@ from fastcore.xml import to_xml
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from ..jobs.control import WrongState
 from ..jobs.pages import only_these
+from ..jobs.store import bound
 from .components import JobBanner, JobList, JobProgress, JobStatus, meant, most_listed
 from .problems import Problem
 from .serving import Asked, Jobs, secure
@@ -39,7 +40,7 @@ def _list(a:Asked):
     n = a.query.get('limit', '')
     return html(JobList(a.manager, _live(a), min(most_listed, int(n)) if n.isascii() and n.isdecimal() and 0 < len(n) < 4 and int(n) else 10, **{k: a.query[k] for k in only_these if a.query.get(k)}))
 
-def _names(a, name): return [x for x in a.query.get(name, '')[:2000].split(',') if x][:20]
+def _names(a, name): return [bound(x) for x in a.query.get(name, '')[:2000].split(',') if x][:20]
 
 def _banner(a:Asked): return html(JobBanner(a.manager, *_names(a, 'types'), live=_live(a), seen=_names(a, 'seen'), at=a.query.get('at')))
 
