@@ -3,6 +3,7 @@ import asyncio, itertools, json, re, shutil, threading, time
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import quote, urlsplit
 import pytest
 import sqlalchemy as sa
 from bs4 import BeautifulSoup
@@ -19,7 +20,7 @@ from fh_saas.jobs.tenancy import rules_of
 from fh_saas.testing import JobTester
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from fh_saas.web.access import Access
-from fh_saas.web.components import JobBanner, JobButton, JobList
+from fh_saas.web.components import JobBanner, JobButton, JobList, JobProgress, JobStatus
 from fh_saas.web.setup import setup_jobs
 
 API = '/api/v1/admin/background-tasks'
@@ -403,6 +404,21 @@ def test_hostile_text_is_only_text(infested, monkeypatch):
     soup = inspected(c.get('/jobs/list', params=dict(tenant='acme')), 'list')
     assert seen > 100 and 'zz-tag zz-attr' in soup.get_text() and all(e in inspected(c.get(f'/jobs/job/{web.ids[0]}', params=dict(tenant='acme')), 'job').get_text() for e in ('zz-tag', "'></title>"))
     inspected(SimpleNamespace(text=''.join(re.findall('<body.*', c.get('/home').text, re.S))), 'home')
+
+@pytest.mark.parametrize('trick', ['\\delete?tenant=globex&x=', '/delete?tenant=globex&x=', '/../../list#', '%2Fdelete', '"><zz-tag>'])
+def test_an_id_stays_its_part_of_an_address(web, trick):
+    "A row whose id somebody has chosen; an admin's click means the job it stands beside, and the tenant of the page"
+    theirs = web.m['globex'].submit('t', sync)[0]
+    id, m, c = theirs + trick, web.m['acme'], web.client('root')
+    web.set('acme', old := m.submit('t', sync)[0], triggered_by='job:../../logout', rerun_of=id)
+    m.store.write(lambda cur, now: cur.execute(f"UPDATE tenant_jobs SET id = '{id}' WHERE id = '{old}'") and None)
+    @web.app.route('/home', methods=['GET'])
+    def home(): return JobProgress(m, id), JobStatus(m, id), JobList(m)
+    part, at = quote(id, safe=''), dict(tenant='acme')
+    pages = [c.get(p, params=at) for p in ('/jobs/list', '/home', *(f'/jobs/{x}/{part}' for x in ('job', '-/progress', '-/status') if not {*'/%'} & {*trick}))]  # a server, and twice the client of these tests, reads them before they are routed
+    found = [u for x in pages for el in soup(x).find_all(True) for k in ('href', 'action', 'hx-get', 'hx-post') if theirs in (u := el.get(k, '')) or 'logout' in u]
+    assert {x.status_code for x in pages} == {200} and len(found) >= 4, found
+    for u in found: assert 'tenant=acme' in urlsplit(u).query and 'tenant=globex' not in urlsplit(u).query and (part in urlsplit(u).path.split('/') or '..%2F..%2Flogout' in u), u
 
 def test_dashboard_pages_are_secured(infested):
     web, n = infested, 0

@@ -20,7 +20,7 @@ from ..jobs.payload import clean, from_json
 from ..utils_bgtsk import BackgroundTaskManager
 from .facts import facts
 from .problems import Problem
-from .serving import Asked, Jobs
+from .serving import Asked, Jobs, in_path
 import fh_saas.jobs.pages, fh_saas.jobs.statistics  # noqa: F401 give a store `page`, `counts`, `lately`
 
 # %% ../../nbs/web/05_api.ipynb #ef7dd6a8
@@ -63,7 +63,7 @@ def _key(key, a):
 
 def accepted(a:Asked, m:BackgroundTaskManager, job_id:str, bg_task=None) -> JSONResponse:
     "A 202 that says where to watch the job; it runs after this response"
-    job, url = m.get_job(job_id), a.url(f'{a.jobs.tasks_at}/{job_id}')
+    job, url = m.get_job(job_id), a.url(f'{a.jobs.tasks_at}/{in_path(job_id)}')
     body = dict(job_id=job_id, task_type=job.job_type, status=job.status, message="Task queued successfully", status_url=url)
     return JSONResponse(body, 202, {'Location': url, 'Retry-After': '3'}, background=bg_task)
 

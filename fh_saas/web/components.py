@@ -22,7 +22,7 @@ from ..utils_bgtsk import BackgroundTaskManager
 from .access import csrf_token
 from .facts import left, read, since, summary, words
 from .problems import Problem
-from .serving import serving
+from .serving import in_path, serving
 from .tags import A, Button, Dd, Div, Dl, Dt, Form, Hidden, Li, Noscript, P, Progress, Section, Span, Strong, Table, Tbody, Td, Th, Thead, Tr, Ul
 from ..jobs.pages import sought  # with this module a store has `page`
 
@@ -61,7 +61,7 @@ def _record(m, job): return job if isinstance(job, JobRecord) else m.get_job(job
 def _fresh(m, job, part, live, every=3, **params):
     "What keeps a part up to date until its job has ended"
     if job.status in final: return {}
-    return dict(hx_get=_url(m, f'{part}/{job.id}', live=live or None, **params), hx_swap='outerHTML', hx_trigger=f'jobs-changed, every {30 if live else every}s', data_live=job.id if live else None)
+    return dict(hx_get=_url(m, f'{part}/{in_path(job.id)}', live=live or None, **params), hx_swap='outerHTML', hx_trigger=f'jobs-changed, every {30 if live else every}s', data_live=job.id if live else None)
 
 def JobStatus(
     m:BackgroundTaskManager, # Of the job's database
@@ -97,7 +97,7 @@ def _under_way(job, state):
     return bar, P(' · '.join(filter(None, parts)), cls='fs-said', **_now(job, 'percent message left'))
 
 def _buttons(m, job, state, live):
-    def to(action, label, **kw): return _post(_url(m, f'job/{job.id}/{action}', live=live or None), label, f'{action}-{job.id}', target=f'#job-{job.id}', **kw)
+    def to(action, label, **kw): return _post(_url(m, f'job/{in_path(job.id)}/{action}', live=live or None), label, f'{action}-{job.id}', target=f'#job-{job.id}', **kw)
     if job.status in ('failed', 'cancelled'): return to('retry', 'Try again')
     return '' if job.status in final or state == 'cancelling' else to('cancel', 'Cancel', danger=True)
 

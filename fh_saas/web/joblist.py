@@ -59,7 +59,7 @@ def _row(a, m, j):
     bar = (Progress(value=None if j.progress_percent is None else str(j.progress_percent), max='100', aria_label=f'Progress of {title(j)}'), ' ') if j.status == 'running' else ''
     progress = (bar, j.progress_message or '') if j.status not in final else ''
     tries = f'{j.retry_count} of {j.max_retries} failed' if j.retry_count else ''
-    return row(_heads, (box, A(title(j), href=a.url(f'{a.jobs.pages}/job/{j.id}')), Span(words(state), cls=f'fs-status fs-{state}'), progress, tries, j.queue, j.triggered_by or '', Span(since(j.created_at), title=shown(j.created_at)), summary(j, 120)), id=f'row-{j.id}')
+    return row(_heads, (box, A(title(j), href=a.url(a.jobs.page_of(j.id))), Span(words(state), cls=f'fs-status fs-{state}'), progress, tries, j.queue, j.triggered_by or '', Span(since(j.created_at), title=shown(j.created_at)), summary(j, 120)), id=f'row-{j.id}')
 
 def _tab_links(a, only, counts):
     at = lambda **status: a.url(f'{a.jobs.pages}/list', q=spoken({k: v for k, v in only.items() if k != 'status'} | status))

@@ -85,7 +85,7 @@ def _pretty(o): return json.dumps(o, indent=2, ensure_ascii=False) if not isinst
 def _block(name, id, text): return H2(name, ' ', Button('Copy', type='button', data_copy=id, data_js='1', hidden=True)), Pre(text, id=id, tabindex='0')
 
 def _facts(a, job):
-    link = lambda id: A(id, href=a.url(f'{a.jobs.pages}/job/{id}'))
+    link = lambda id: A(id, href=a.url(a.jobs.page_of(id)))
     known = dict(Id=Span(job.id, id='job-id'), Task=job.task if job.task != job.job_type else None, Queue=job.queue, Priority=f'{job.priority} of 4' if job.priority != 2 else None, By=link(job.triggered_by[4:]) if (job.triggered_by or '').startswith('job:') else job.triggered_by,
         Created=shown(job.created_at), Due=shown(job.run_at) if job.status == 'pending' else None, Started=shown(job.started_at), Ended=shown(job.completed_at), Took=took(_span(job.started_at, job.completed_at)), Timeout=took(job.timeout) if job.timeout else None,
         Attempts=f'{job.retry_count} of {job.max_retries} failed' if job.retry_count else None, **{'Rerun of': link(job.rerun_of) if job.rerun_of else None}, Tags=(job.tags or '').strip(',').replace(',', ', '))
@@ -99,7 +99,7 @@ def _now(job, state, why=()):
     return P(Span(words(state), cls=f'fs-status fs-{state}'), ' ', due, waits, text, **said(job, state)), Ul(*(Li(*told(f"{w[0].upper()}{w[1:].rstrip('.')}.")) for w in why), aria_label='Why it waits', cls='fs-said') if why else '', bar, P(job.error_message, cls='fs-why') if job.error_message and job.status not in ('completed', 'completed_with_warnings') else ''
 
 def _buttons(a, job):
-    at = f'{a.jobs.pages}/job/{job.id}'
+    at = a.jobs.page_of(job.id)
     can = dict(retry=job.status in ('failed', 'cancelled'), cancel=job.status not in final and not job.cancel_requested_at, delete=job.status != 'running')
     names = dict(retry='Try again', cancel='Cancel', delete='Delete')
     return Div(*(form(a, f'{at}/{k}', names[k], danger=k == 'delete') for k in names if can[k]), cls='fs-bar')
@@ -107,7 +107,7 @@ def _buttons(a, job):
 # %% ../../nbs/web/13_jobpage.ipynb #6fd4f92a
 def _again(a, job, args):
     return Details(Summary('Run it again, perhaps with other arguments'), Form(Hidden(a.csrf(), name='csrf'), Hidden(_pretty(args), name='shown'), Label('Arguments as JSON', Textarea(_pretty(args), name='arguments', spellcheck='false')), Button('Submit as a new job'),
-        method='post', action=a.url(f'{a.jobs.pages}/job/{job.id}/rerun')), id='fs-again')
+        method='post', action=a.url(f'{a.jobs.page_of(job.id)}/rerun')), id='fs-again')
 
 def _log(logs, most=200):
     lines = [plain(f"{shown(l['at'])[11:23]} #{l['attempt']} {l['level']:7} {l['item'] + ': ' if l['item'] else ''}{l['message']}") for l in logs[-most:]]
@@ -131,7 +131,7 @@ def _page(a:Asked, wrong=None, status=200):
 # %% ../../nbs/web/13_jobpage.ipynb #63d55d21
 def _act(action, a:Asked):
     getattr(a.manager, action)(a.path['job_id'])
-    return RedirectResponse(a.url(f'{a.jobs.pages}/list', done='delete', n=1) if action == 'delete' else a.url(f"{a.jobs.pages}/job/{a.path['job_id']}"), 303)
+    return RedirectResponse(a.url(f'{a.jobs.pages}/list', done='delete', n=1) if action == 'delete' else a.url(a.jobs.page_of(a.path['job_id'])), 303)
 
 def _rerun(a:Asked):
     m, id = a.taking, a.path['job_id']
@@ -139,7 +139,7 @@ def _rerun(a:Asked):
     try: shown_ = json.loads(a.sent.get('shown') or '{}')
     except (ValueError, RecursionError): raise Problem(422, "this form was changed on its way: load the page again", 'invalid') from None
     if shown_ != m.arguments(id): raise Problem(422, "this form is not of this job: load the page again", 'invalid')
-    return RedirectResponse(a.url(f"{a.jobs.pages}/job/{m.rerun(id, changes(shown_, a.sent.get('arguments') or ''))}"), 303)
+    return RedirectResponse(a.url(a.jobs.page_of(m.rerun(id, changes(shown_, a.sent.get('arguments') or '')))), 303)
 
 @patch
 def add_jobpage(self:Jobs):

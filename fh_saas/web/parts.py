@@ -65,7 +65,7 @@ def _start(a:Asked):
     t = m.engine.registry.named(what['task'])
     filled = {k: _typed(t, k, a.sent.get(k)) for k in what['fields'] if a.sent.get(k) not in (None, '')}
     job_id, bg_task = m.submit_with(what['type'], t.func, {**filled, **what['args']}, triggered_by=a.by)
-    response = html(JobProgress(m, job_id, what['live']), headers={'HX-Trigger': 'jobs-started'}) if a.htmx else back(a, a.url(f'{a.jobs.pages}/job/{job_id}'))
+    response = html(JobProgress(m, job_id, what['live']), headers={'HX-Trigger': 'jobs-started'}) if a.htmx else back(a, a.url(a.jobs.page_of(job_id)))
     response.background = bg_task
     return response
 
@@ -80,7 +80,7 @@ def _act(action, a:Asked):
     except WrongState:
         if not a.htmx: raise
         a.note = ()  # it has ended meanwhile: what is shown says so, and nothing was done
-    return _progress(a, **{'HX-Trigger': 'jobs-started'}) if a.htmx else back(a, a.url(f'{a.jobs.pages}/job/{job_id}'))
+    return _progress(a, **{'HX-Trigger': 'jobs-started'}) if a.htmx else back(a, a.url(a.jobs.page_of(job_id)))
 
 # %% ../../nbs/web/08_parts.ipynb #7566faf0
 _folder = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../../fh_saas/web/assets')

@@ -20,7 +20,7 @@ from ..jobs.settings import Settings
 from .access import Gate
 from .api import exposed
 from .directory import Directory
-from .serving import Jobs
+from .serving import Jobs, in_path
 from ..workers.runner import Runner
 import fh_saas.web.openapi, fh_saas.web.parts, fh_saas.web.live  # noqa: F401 give `Jobs` its routes
 import fh_saas.web.overview, fh_saas.web.joblist, fh_saas.web.jobpage, fh_saas.web.operations  # noqa: F401
@@ -87,7 +87,7 @@ def accepted(self:Jobs,
     bg_task = None
     if not isinstance(job, JobRecord): job_id, bg_task = job; job = bg_task.manager.get_job(job_id)
     tenant = getattr(bg_task and bg_task.manager.db, 'tenant_id', None)
-    url = f'{self.tasks_at}/{job.id}' + (f'?tenant={tenant}' if tenant and self.names_tenants else '')
+    url = f'{self.tasks_at}/{in_path(job.id)}' + (f'?tenant={tenant}' if tenant and self.names_tenants else '')
     body = dict(job_id=job.id, task_type=job.job_type, status=job.status, message="Task queued successfully", status_url=url)
     return JSONResponse(body, 202, {'Location': url, 'Retry-After': '3'}, background=bg_task)
 
