@@ -522,6 +522,40 @@ def test_rates(new_web):
     assert web.client('globex-viewer', token=True).get(API).status_code == 200 == web.client('acme-operator', token=True).get(API).status_code
     assert ask(web.client('acme-operator', token=True), 'POST', f'{API}/bulk', json=dict(action='delete', everything=True)).status_code == 200
 
+def test_who_guesses_tokens_is_not_told_of_a_right_one(new_web):
+    web = new_web(rate=(5, 60))
+    def come(token, host='10.0.0.1'): return TestClient(web.app, client=(host, 1), headers={'Authorization': f'Bearer {token}'} if token else {})
+    def tried(host='10.0.0.1'):
+        with come('token-acme-viewer', host).websocket_connect('/jobs/-/monitor') as ws: return ws.receive_json()['type']
+    assert [come('').get(API).status_code for _ in range(9)] == [401]*5 + [429]*4 and come('token-acme-viewer').get('/jobs/list').status_code == 200  # to have no session is no guess
+    assert tried() == 'snapshot'
+    got = [come(f'guess {n}').get('/jobs/list').status_code for n in range(3)] + [come('guess').get(API).status_code for _ in range(4)]
+    assert got == [401]*5 + [429]*2
+    x = come('token-acme-viewer').get('/jobs/list')
+    assert x.status_code == 429 and 0 < int(x.headers['retry-after']) <= 61
+    with pytest.raises(WebSocketDisconnect): tried()
+    assert come('token-acme-viewer', '10.0.0.2').get('/jobs/list').status_code == 200 and tried('10.0.0.2') == 'snapshot'
+    browser = web.client('acme-viewer')
+    assert [TestClient(web.app, client=('10.0.0.1', 1), cookies=browser.cookies).get('/jobs/list').status_code for _ in range(9)] == [200]*9
+
+def test_a_socket_that_guesses_counts(new_web):
+    web = new_web(rate=(5, 60))
+    c = web.client()
+    c.headers['Authorization'] = 'Bearer guess'
+    for _ in range(5):
+        with pytest.raises(WebSocketDisconnect), c.websocket_connect('/jobs/-/monitor'): pass
+    assert web.client('acme-viewer', token=True).get('/jobs/list').status_code == 429
+
+def test_what_a_stranger_sends_is_not_parsed(web, monkeypatch):
+    parsed, loads = [], json.loads
+    monkeypatch.setattr(json, 'loads', lambda s, *a, **kw: parsed.append(len(s)) or loads(s, *a, **kw))
+    o = json.dumps(dict(path=['x'*9_000]))
+    for kind in ('application/json', 'application/json; charset=utf-8', 'application/problem+json'):
+        for c, status in ((web.client(), 401), (web.client('acme-viewer', token=True), 403)):
+            for path in (f'/api/v1/catalog/sync', f'{API}/{nobody}/rerun', '/jobs/list'): assert c.post(path, content=o, headers={'content-type': kind}).status_code == status
+    assert not [n for n in parsed if n > 9_000]
+    assert web.client('acme-operator', token=True).post('/api/v1/catalog/sync', content=o, headers={'content-type': 'application/json'}).status_code == 422 and [n for n in parsed if n > 9_000] == [len(o)]  # once
+
 class Waits:
     "An async callable that `iscoroutinefunction` does not know"
     def __init__(self, said): self.said = said

@@ -219,7 +219,7 @@ def _snapshot(m, seen) -> tuple:
 async def _monitor(jobs, ws:WebSocket):
     try:
         if not same_site(ws): raise Problem(403, "this request comes from another site's page")
-        a = Asked(jobs, ws, await jobs.gate(ws), {})
+        a = Asked(jobs, ws, await jobs.admit(ws), {})
         m = await run_in_threadpool(lambda: a.manager)
         give_back = _take(jobs, 'sockets', a)
     except FhSaasError as e: return await ws.close(1008, problem_of(e).detail[:120])

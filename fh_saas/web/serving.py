@@ -18,13 +18,13 @@ from fastcore.basics import listify, patch
 from fasthtml.common import FastHTML
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 from ..db_connect import FhSaasError
 from ..jobs.payload import max_json
 from ..utils_bgtsk import BackgroundTaskManager
-from .access import Access, Gate, check_same_site, csrf_token, pace_of
+from .access import Access, Gate, bearer, check_same_site, csrf_token, pace_of
 from .audit import Audit
 from .directory import Directory
 from .problems import Problem, log, problem_of
@@ -149,15 +149,29 @@ def _secured(response):
 async def _sent(req): # A dict, or what a form has
     if req.method in ('GET', 'HEAD'): return {}
     if not _is_json(req.headers.get('content-type', '')): return FormData([(k, v) for k, v in (await req.form()).multi_items() if isinstance(v, str)])  # no files
-    return json.loads(body) if (body := await req.body()) else {}  # not req.json(): FastHTML has put the query into that one
+    try: o = json.loads(body) if (body := await req.body()) else {}
+    except (ValueError, RecursionError): raise Problem(400, "what was sent is not JSON") from None
+    if not isinstance(o, dict): raise Problem(422, f"what was sent is {type(o).__name__}, not an object of arguments", 'invalid')
+    return o
 
 # %% ../../nbs/web/04_serving.ipynb #5a0a73f1
+@patch
+async def admit(self:Jobs, conn:HTTPConnection, needs:str='viewer') -> Access:
+    "As the gate has it; an address that has brought too many wrong tokens brings none for a while"
+    brings = bearer(conn) is not None
+    who = 'guess', brings, conn.client and conn.client.host
+    if brings: self.pace.check(who)
+    try: return await self.gate(conn, needs)
+    except Problem as p:
+        if p.status == 401: self.pace(who)
+        raise
+
 @patch
 async def answer(self:Jobs, req:Request, f, needs:str, problem, paced:bool=False, action:str=None) -> Response:
     "Who is this, may they, was it one of our pages that asked; then the work"
     asked = None
     try:
-        access = await self.gate(req, needs)
+        access = await self.admit(req, needs)
         if paced: self.pace((access.user, str(access.tenant), req.client and req.client.host))
         asked = Asked(self, req, access, await _sent(req))
         if req.method not in ('GET', 'HEAD'):
@@ -170,9 +184,7 @@ async def answer(self:Jobs, req:Request, f, needs:str, problem, paced:bool=False
     except Exception as e:
         if action and self.audit and asked and asked.note: await run_in_threadpool(self._note, asked, action, needs)  # it was done in part
         if not isinstance(e, FhSaasError): raise
-        p = problem_of(e)
-        if p.status == 401 and (late := self._guessed(req)): p = late
-        return _secured(await run_in_threadpool(problem, req, p))
+        return _secured(await run_in_threadpool(problem, req, problem_of(e)))
 
 @patch
 def _note(self:Jobs, a, action, needs):
@@ -180,31 +192,30 @@ def _note(self:Jobs, a, action, needs):
     for what in listify(a.path.get('job_id') if a.note is None else a.note):
         self.audit.note(a.access.user or a.access.role, whose, action, what)
 
-@patch
-def _guessed(self:Jobs, req): # A `Problem`, if its client has done so too often
-    try: self.pace(('guess', req.client and req.client.host))
-    except Problem as p: return p
-
 # %% ../../nbs/web/04_serving.ipynb #e61441e4
 def _is_json(kind): return (k := kind.partition(';')[0].strip().lower()) == 'application/json' or k.endswith('+json')
 
 serving = ContextVar('fh_saas_serving', default=None) # `Jobs` and the scope of the request that this process answers in this context
 
+_later = b'application/json; charset=utf-8'  # FastHTML parses what is called just 'application/json', before anybody is asked who sent it
+
 class Guard:
-    "Reads what is sent to the job system before anybody else does: not more than `most` bytes, and JSON only if it is an object"
+    "Reads what is sent to the job system before anybody else does, and not more than `most` bytes"
     def __init__(self, app, jobs:Jobs, most:int=max_json): self.app, self.jobs, self.most, self.prefixes = app, jobs, most, (jobs.api + '/', jobs.pages + '/')
 
     async def __call__(self, scope, receive, send):
         if scope['type'] in ('http', 'websocket'): serving.set((self.jobs, scope))
         if scope['type'] != 'http' or scope['method'] in ('GET', 'HEAD') or not self._ours(scope): return await self.app(scope, receive, send)
-        headers, body, more = {k: v.decode('latin-1') for k, v in scope['headers']}, bytearray(), True
+        body, more = bytearray(), True
+        kind = next((v.decode('latin-1') for k, v in scope['headers'] if k == b'content-type'), '')
         while more and len(body) <= self.most:
             m = await receive()
             if m['type'] == 'http.disconnect': return
             body += m.get('body', b'')
             more = m.get('more_body', False)
-        if p := self._problem(body, headers.get(b'content-type', ''), scope['path']): return await p.response()(scope, receive, send)
+        if p := self._problem(body, kind, scope['path']): return await p.response()(scope, receive, send)
         messages = [dict(type='http.request', body=bytes(body), more_body=False)]
+        if _is_json(kind): scope['headers'] = [(k, _later if k == b'content-type' else v) for k, v in scope['headers']]
         await self.app(scope, lambda: _next(messages, receive), send)
 
     def _ours(self, scope): return scope['path'].startswith(self.prefixes) and any(r.matches(scope)[0] is Match.FULL for r in self.jobs.routes)
@@ -212,9 +223,5 @@ class Guard:
     def _problem(self, body, kind, path):
         if len(body) > self.most: return Problem(413, f"more than {self.most:,} bytes were sent", 'too-large', {'Connection': 'close'})
         if body and not _is_json(kind) and path.startswith(self.jobs.api + '/'): return Problem(415, "send a JSON object, with the header 'Content-Type: application/json'")
-        if body and _is_json(kind):
-            try: o = json.loads(body)
-            except (ValueError, RecursionError): return Problem(400, "what was sent is not JSON")
-            if not isinstance(o, dict): return Problem(422, f"what was sent is {type(o).__name__}, not an object of arguments", 'invalid')
 
 async def _next(messages, receive): return messages.pop() if messages else await receive()
