@@ -9,12 +9,17 @@ from fastsql import Database
 from children import tasks
 from children.launch import Child, here
 from conftest import free_port, mounted, wait_until
-from fh_saas.db_connect import (DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, NewerDatabase, UnsupportedDatabase, writing)
+from fh_saas import Permanent, db_connect
+from fh_saas.db_connect import (DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, NewerDatabase, TooManyConnections, UnsupportedDatabase, writing)
 from fh_saas.db_host import HostDatabase, seconds
 from fh_saas.db_tenant import close_tenant_db, delete_tenant, get_or_create_tenant_db, open_tenant_db
+from fh_saas.jobs import attempt
+from fh_saas.jobs.desk import Desk
+from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.store import Store
 from fh_saas.jobs.wake import Wakes
 from fh_saas.utils_bgtsk import BackgroundTaskManager
+from fh_saas.workers.worker import Worker
 
 ended = ('completed', 'completed_with_warnings', 'failed', 'cancelled')
 
@@ -543,6 +548,72 @@ def test_a_transaction_that_stalls_keeps_its_rows_from_nobody(new_pg, monkeypatc
     stopped.write(lambda cur, now: rename(cur, 'again') and None)
     assert other.get('j')['task'] == 'again'
     for s in (stopped, other): s.close()
+
+@pytest.fixture
+def few(new_pg, server):
+    "URL of a new database, for a role that may have four connections"
+    url, role = sa.make_url(new_pg()), f'fh_saas_test_{uuid.uuid4().hex[:12]}'
+    server.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'few' CONNECTION LIMIT 4")
+    server.execute(f'ALTER DATABASE {url.database} OWNER TO {role}')
+    yield url.set(username=role, password='few')
+    server.execute(f'DROP DATABASE {url.database} WITH (FORCE)')
+    server.execute(f'DROP ROLE {role}')
+
+def test_who_is_refused_a_connection_closes_those_it_does_not_use_and_waits(few, server, monkeypatch):
+    monkeypatch.setattr(db_connect, '_room_made', 0.0)
+    store, eng = Store(few), db_connect.open_engine(few)
+    store.add(dict(id='a', job_type='t', task='t', payload='{}'))
+    with db_connect.reading(eng) as conn: conn.exec_driver_sql('SELECT 1')
+    mine = [db_connect.connect(few) for _ in range(2)]
+    assert server.execute('SELECT count(*) FROM pg_stat_activity WHERE usename = %s', [few.username]).fetchone() == (4,)
+    mine += [db_connect.connect(few, busy=3) for _ in range(2)]  # in the place of the writer and of the engine's
+    with pytest.raises(TooManyConnections, match='no connection to spare'), store.cursor(): pass
+    threading.Timer(0.5, mine.pop().close).start()
+    assert store.get('a')['job_type'] == 't'
+    for c in mine: c.close()
+    store.close()
+
+@pytest.mark.parametrize('way', ['begin', 'db', 'a database of its own'])
+def test_a_job_that_gets_no_connection_comes_again_without_having_used_an_attempt(way, new_pg, open_manager, new_engine, monkeypatch):
+    monkeypatch.setattr(attempt, 'later', 0.5)
+    m, other, here, connects = open_manager(new_pg(), new_engine(handoff=0, busy=0.2)), new_pg(), threading.local(), psycopg.connect
+    def connect(*args, **kw):
+        if getattr(here, 'full', False): raise psycopg.OperationalError('connection failed: FATAL:  sorry, too many clients already')
+        return connects(*args, **kw)
+    monkeypatch.setattr(psycopg, 'connect', connect)
+    def work(job):
+        here.full = job.attempt < 3
+        try:
+            if way == 'begin':
+                with job.begin() as conn: return conn.exec_driver_sql('SELECT 7').scalar()
+            if way == 'db': return job.db.conn.exec_driver_sql('SELECT 7').scalar()
+            with db_connect.reading(db_connect.open_engine(other, busy=0.2)) as conn: return conn.exec_driver_sql('SELECT 7').scalar()
+        finally: here.full = False
+    j = end(m, m.submit('work', work, max_retries=1)[0], 20)
+    assert (j.status, j.retry_count, j.result, outcomes(m, j.id)) == ('completed', 0, '7', ['snooze', 'snooze', 'completed'])
+    a, b, _ = m.attempts(j.id)
+    assert 'TooManyConnections' in a['error'] and seconds(b['started_at']) - seconds(a['ended_at']) > 0.4
+
+def test_the_policy_of_a_task_and_its_timeout_come_before_that(new_sqlite, open_manager):
+    m = open_manager(new_sqlite(), handoff=0)
+    def full(): raise TooManyConnections('full')
+    def slow(job): wait_until(lambda: job.should_stop, 10); raise TooManyConnections('full')
+    m.engine.registry.add(full, full.__qualname__, on_error={DatabaseUnavailable: Permanent})
+    for f, kw in ((full, dict(max_retries=3)), (slow, dict(max_retries=1, timeout=1))):
+        assert outcomes(m, end(m, m.submit('t', f, **kw)[0], 10).id) == ['failed']
+
+def test_a_full_server_sets_no_tenant_aside_for_long(new_sqlite, monkeypatch):
+    host, lasts, trouble = HostDatabase(new_sqlite()), [], Wakes.trouble
+    get_or_create_tenant_db('acme', host=host).close()
+    def full(self, *args): raise TooManyConnections('full')
+    for name in ('look', 'turn'): monkeypatch.setattr(Desk, name, full)
+    monkeypatch.setattr(Wakes, 'trouble', lambda *args: lasts.append(trouble(*args)) or lasts[-1])
+    with Worker(host, Settings(concurrency=2)) as w:
+        wait_until(lambda: len(lasts) > 2, 20)
+        [desk] = [d for d in w.engine._desks.values() if d.store.tenant == 'acme']
+        for _ in range(4): w.engine._turn(desk)
+    assert lasts[:3] == [1, 2, 2] and desk.quiet == 2
+    host.close()
 
 def test_a_database_dropped_under_a_running_engine(new_pg, server, open_manager, new_engine):
     e, gate = new_engine(handoff=0, lease=2), Gate()

@@ -12,7 +12,7 @@ __all__ = ['log', 'Agenda', 'supervising']
 # %% ../../nbs/jobs/12_agenda.ipynb #0016359a
 import heapq, itertools, logging, signal, threading, time
 from fastcore.basics import patch
-from ..db_connect import FhSaasError
+from ..db_connect import FhSaasError, TooManyConnections
 from .store import Store
 
 log = logging.getLogger('fh_saas.jobs')
@@ -45,7 +45,7 @@ def take_turn(self:Agenda, store:Store) -> tuple: # As `Store.due_in`, if all th
     desk.quiet, desk.hungry, desk.failing = 0.0, True, None
     self._start()
     self._turn(desk, view=view)
-    if desk.failing and not desk.turning: raise FhSaasError(desk.failing)
+    if desk.failing and not desk.turning: raise (TooManyConnections if desk.no_room else FhSaasError)(desk.failing)
     return view[0] if view else None
 
 # %% ../../nbs/jobs/12_agenda.ipynb #a606716e

@@ -13,7 +13,7 @@ __all__ = ['reader_waits', 'Connections']
 import os, threading, time, weakref
 from contextlib import contextmanager
 from fastcore.basics import patch
-from ..db_connect import DatabaseUnavailable, check_url, connect, open_engine, show_url, typed
+from ..db_connect import DatabaseUnavailable, check_url, connect, open_engine, show_url, typed, when_refused
 from .drivers import PostgreSQL, SQLite, Statement, compiled, no_table
 
 # %% ../../nbs/jobs/04_connections.ipynb #a08ddd33
@@ -121,6 +121,14 @@ def _pass_on(self:Connections):
         if self._leave: self._leave = False; self._drop()
     finally: self._turn.release(); self._call_next()
     if self._leave and self._turn.acquire(blocking=False): self._pass_on()  # asked for while the turn was given back
+
+def _make_room():
+    for c in list(_known):
+        if not isinstance(c.kind, PostgreSQL): continue
+        c._drop_spare()
+        if c._writer is not None and c._turn.acquire(blocking=False): c._leave = True; c._pass_on()  # nobody writes
+
+when_refused.append(_make_room)
 
 @patch
 def _error(self:Connections, e):

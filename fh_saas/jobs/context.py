@@ -16,7 +16,7 @@ from contextvars import ContextVar
 import sqlalchemy as sa
 from fastcore.basics import patch
 from fastsql import Database
-from ..db_connect import open_engine
+from ..db_connect import db_errors, open_engine
 from ..db_host import timestamp
 from .events import event_of, events
 from .masking import mask, secret_values
@@ -198,7 +198,7 @@ class JobDatabase(Database):
     "A fastsql `Database` with a connection of its own, for one thread of one attempt"
     def __init__(self, engine):
         self.engine, self.conn_str, self.meta, self._tables = engine, engine.url.render_as_string(hide_password=False), sa.MetaData(), {}
-        self.conn = engine.connect()
+        with db_errors(engine.url): self.conn = engine.connect()
         self.meta.bind, self.meta.conn = engine, self.conn
 
     def close(self):

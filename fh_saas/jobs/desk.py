@@ -49,12 +49,12 @@ class Desk(Marks, Renewal):
         self.unwritten, self.retry_at, self.pause = deque(), 0.0, 0.0  # outcomes the database did not take yet
         self.responses_first = False  # of an odd number of places, in its next turn
         self.beat_at = 0.0  # when its leases are renewed again, if they could not be the last time
-        self.sparing = False  # are its jobs in their last attempt, so that none is claimed ahead?
+        self.sparing = False  # are its jobs such that none is claimed ahead, because of their last attempt or their rate?
         self.ended, self.seen = 0, ({}, 0)  # a mark of its last end; as of the begin of its turn, with that of each queue
         self.freed = []  # desks that wait for a slot which turned out not to be needed
         self.quiet, self.hungry, self._beat, self._asked, self.barred = 0.0, False, 0.0, 0.0, 0.0
         self.offered = {}  # queues in which there may be places for it: `Offer`
-        self.failing = None  # why its last turn came to nothing, unless it was asked for again since
+        self.failing, self.no_room = None, False  # why its last turn came to nothing, unless it was asked for again since; and was it that the server had no connection to spare?
         self.sound, self.ailing = False, None  # was its database written to the last time? Since when can it not be?
         self._lock = threading.Lock()
 

@@ -13,7 +13,7 @@ __all__ = ['log', 'most_stuck_turns', 'most_turns', 'brief', 'Rounds']
 import logging, time
 from functools import partial
 from fastcore.basics import patch
-from ..db_connect import FhSaasError
+from ..db_connect import FhSaasError, TooManyConnections
 from .agenda import Agenda
 from .allotment import Allotment, reserve
 from .attempt import Attempt
@@ -200,13 +200,13 @@ def _come_again(self:Rounds):
 def _troubled(self:Rounds, desk, ends, wanted, e) -> float:
     self._unwritten(ends, e)
     for _, _, future, _ in wanted: settle(future) if isinstance(e, Held) or not isinstance(e, Exception) else settle(future, error=e)  # an interrupt is of this thread
-    desk.failing = str(e) or repr(e)
+    desk.failing, desk.no_room = str(e) or repr(e), isinstance(e, TooManyConnections)
     if isinstance(e, FhSaasError) and not isinstance(e, Held): desk.sound, desk.ailing = False, desk.ailing or time.monotonic()
     self._unbar(desk)
     self._answered(desk, (), desk.offered)
     with self._lock: self._ring.leave(desk)
     if desk.tenancy and self._given_up(desk, e): desk.failing = None; return None
-    desk.quiet = again = min(60.0, max(1.0, desk.quiet*2))
+    desk.quiet = again = min(2.0 if desk.no_room else 60.0, max(1.0, desk.quiet*2))
     log.warning('tenant=%s: cannot be looked after, next try in %g s: %s', desk.store.tenant, again, e)
     return again
 

@@ -242,7 +242,9 @@ def settle(self:Wakes, tenant_id:str, visitor:str,
 
 # %% ../../nbs/jobs/15_wake.ipynb #b59e62ab
 @patch
-def trouble(self:Wakes, tenant_id:str, visitor:str, begun:str, error:str) -> float: # Seconds until the next try
+def trouble(self:Wakes, tenant_id:str, visitor:str, begun:str, error:str,
+    most:float=300.0, # Seconds; little if it is not for the tenant's sake
+) -> float: # Seconds until the next try
     "The visit failed: the tenant is set aside for a while, the longer the more often"
     w = wakes_table
     mine = [w.c.tenant_id == bind('tenant'), w.c.visitor == bind('me')]
@@ -252,7 +254,7 @@ def trouble(self:Wakes, tenant_id:str, visitor:str, begun:str, error:str) -> flo
     def op(cur, now):
         row = fails(cur, tenant=tenant_id, me=visitor).fetchone()
         if row is None: return None
-        wait = min(300.0, 2.0**min(row[0], 9))
+        wait = min(most, 2.0**min(row[0], 9))
         aside(cur, tenant=tenant_id, me=visitor, begun=begun, at=timestamp(now+wait), error=error)
         return wait
     return self.write(op)

@@ -14,7 +14,7 @@ import logging, os, threading, time
 from collections import deque
 from functools import partial
 from fastcore.basics import patch
-from ..db_connect import FhSaasError
+from ..db_connect import FhSaasError, TooManyConnections
 from ..db_host import timestamp
 from ..jobs.pool import Pool
 from ..jobs.process import in_test
@@ -107,7 +107,7 @@ def _visit(self:Lookout, id):
             if settle(after, queues, bool(foreign)): self._failed.discard(id); return
     except Exception as err:
         self._failed.add(id)
-        wait = leased and self._quietly(self.wakes.trouble, id, e.worker, leased[1], str(err)[:500])
+        wait = leased and self._quietly(self.wakes.trouble, id, e.worker, leased[1], str(err)[:500], 2.0 if isinstance(err, TooManyConnections) else 300.0)
         log.warning('tenant=%s: cannot be visited now%s: %s', id, f', set aside for {wait:g} s' if wait else '', err, exc_info=not isinstance(err, FhSaasError))
     finally: visiting.discard(id)
 
