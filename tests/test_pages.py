@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from fh_saas.db_host import gen_id, timestamp
 from fh_saas.jobs import pages
 from fh_saas.jobs.options import InvalidJob
+from fh_saas.jobs.payload import dumps
 from fh_saas.jobs.pages import sought
 from fh_saas.jobs.states import Status, final
 from fh_saas.jobs.store import Store
@@ -174,3 +175,15 @@ def test_what_is_under_way_of_some_types_is_found_behind_many_others(store):
     assert sorted((r['status'], r['job_type']) for r in store.under_way(5, ('b', 'c'))) == [('pending', 'b'), ('running', 'b'), ('running', 'c')]
     assert [r['job_type'] for r in store.under_way(5, ('a',))] == ['a']*5 and store.under_way(5, ("a' OR '1'='1",)) == []
     assert [r['id'] for r in store.under_way(3, ('a',))] == [r['id'] for r in store.page(3, job_type='a')[0]]
+
+def test_a_page_has_no_row_that_is_long(store):
+    "What is left out has a mark in its place; what is short, or nothing, is as it was"
+    long, ids = dumps(dict(o='x'*pages.longest)), [f'{n:032x}' for n in range(1, 7)]
+    store.add_many([dict(id=i, job_type='t', task='t', payload=long if i == ids[0] else '{}', max_retries=3) for i in ids])
+    values = [dict(result='1', details='{}'), dict(result=long), dict(details=long), dict(result='1', details='{}'), dict(error_log=long), {}]
+    for i, v in zip(ids, values): store.write(lambda cur, now: [cur.execute(f"UPDATE tenant_jobs SET {k} = '{x}' WHERE id = '{i}'") for k, x in v.items()] and None)
+    mark, empty = pages.left_out, ('{}', None, None, None)
+    wanted = dict(zip(ids, [(mark, mark, mark, None), ('{}', mark, None, None), ('{}', None, mark, None), ('{}', '1', '{}', None), empty, empty]))
+    for rows in (store.page(10)[0], store.under_way(10), store.under_way(10, ('t',)), store.glance(ids), store.page(10, job_type='t', oldest=True)[0]):
+        assert {r['id']: (r['payload'], r['result'], r['details'], r['error_log']) for r in rows} == wanted and rows[0].keys() == store.get(ids[0]).keys()
+    assert json.loads(mark) == '...' and dumps(json.loads(mark)) != mark

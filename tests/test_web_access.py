@@ -641,9 +641,21 @@ def test_a_search_that_is_cut_does_not_act_on_more(web):
 
 def test_long_results_do_not_stop_a_list(web):
     id, _ = web.m['acme'].submit('t', sync)
-    web.set('acme', id, status='completed', completed_at='2026-01-01T00:00:00.000000', result=json.dumps(dict(text='the quick brown fox '*50_000)))
-    begun = time.process_time()
-    assert 'the quick' in web.client('acme-viewer', token=True).get('/jobs/-/list').text and time.process_time() - begun < 0.3  # a megabyte is masked to show 200 letters of it
+    c, ended = web.client('acme-viewer', token=True), dict(status='completed', completed_at='2026-01-01T00:00:00.000000')
+    for n, shown in ((2_000, 'text the quick'), (50_000, '<td>...</td>')):  # what is longer is not masked to show 200 letters of it: it is not read
+        web.set('acme', id, **ended, result=json.dumps(dict(text='the quick brown fox '*n)))
+        begun = time.process_time()
+        assert shown in c.get('/jobs/-/list').text and time.process_time() - begun < 0.3
+
+def test_a_secret_in_long_arguments_is_in_no_list(web):
+    "They are not looked at for it: so no list has what came of them"
+    id, _ = web.m['acme'].submit('t', sync, payload=dict(password='open sesame', path='x'*100_000))
+    web.set('acme', id, status='completed', completed_at='2026-01-01T00:00:00.000000', result=json.dumps(dict(said='open sesame')), details='{}')
+    c, viewer = web.client('acme-viewer'), web.client('acme-viewer', token=True)
+    item, = viewer.get(API).json()['items']
+    assert (item['left_out'], item['result'], item['details']) == (['result', 'details'], None, None)
+    for path in ('/jobs/list', '/jobs/-/list', f'/jobs/-/banner?seen={id}', f'/jobs/job/{id}', f'/jobs/-/progress/{id}', f'{API}/{id}'): assert (x := (viewer if path.startswith(API) else c).get(path)).status_code == 200 and 'sesame' not in x.text, path
+    assert viewer.get(f'{API}/{id}').json()['result'] == dict(said='***')
 
 # --- Secrets
 

@@ -162,7 +162,7 @@ def JobBanner(m:BackgroundTaskManager,
     rows = m.store.under_way(5, types)[:5]
     if at: seen = [*seen, *_since(m.store, types, at)]
     there = {r['id'] for r in rows}
-    if seen: rows += m.store.these([i for i in dict.fromkeys(seen) if i not in there])
+    if seen: rows += m.store.glance([i for i in dict.fromkeys(seen) if i not in there])
     lines = [m.job_class(**r) for r in rows]
     open_ = [j.id for j in lines if j.status not in final]  # of those seen, too
     id = 'banner-' + hashlib.sha256(repr(types).encode()).hexdigest()[:8]

@@ -28,7 +28,7 @@ from ..jobs.payload import dumps
 from ..jobs.states import final
 from ..jobs.store import Store, rows_of
 from .access import same_site
-from .facts import facts, left
+from .facts import facts, left, listed
 from .problems import Problem, log, problem_of
 from .serving import Asked, Jobs
 import fh_saas.jobs.pages, fh_saas.jobs.statistics  # noqa: F401 give a store `page`, `open_jobs`, `ended`
@@ -211,10 +211,10 @@ async def _stream(a:Asked):
 def _snapshot(m, seen) -> tuple:
     "What a monitor shows, and the jobs that have ended since"
     s = m.store
-    running = [m.job_class(**r) for r in s.page(50, status='running')[0]]
-    ended = [m.job_class(**r) for r in s.these(sorted(seen - {j.id for j in running}))] if seen else []
-    state = dict(queues=s.open_lately(), running=[facts(j, m.state(j)) for j in running])
-    return state, [facts(j, m.state(j)) for j in ended if j.status in final], {j.id for j in running}
+    running = s.page(50, status='running')[0]
+    ended = [m.job_class(**r) for r in s.these(sorted(seen - {r['id'] for r in running}))] if seen else []
+    state = dict(queues=s.open_lately(), running=[listed(m, r) for r in running])
+    return state, [facts(j, m.state(j)) for j in ended if j.status in final], {r['id'] for r in running}
 
 async def _monitor(jobs, ws:WebSocket):
     try:
