@@ -81,9 +81,12 @@ _sqlite_kinds = {sqlite3.SQLITE_BUSY: DatabaseBusy, sqlite3.SQLITE_LOCKED: Datab
     sqlite3.SQLITE_PERM: DatabaseUnavailable, sqlite3.SQLITE_CORRUPT: DatabaseCorrupt, sqlite3.SQLITE_NOTADB: DatabaseCorrupt}
 # https://www.postgresql.org/docs/current/errcodes-appendix.html; the longest prefix that fits wins
 _pg_kinds = {'55P03': DatabaseBusy, '57014': DatabaseBusy, '40': DatabaseBusy, '53': DatabaseUnavailable, '53100': DatabaseFull, '53300': TooManyConnections,
-    '25006': DatabaseReadOnly, '25P03': DatabaseUnavailable, '08': DatabaseUnavailable, '57P': DatabaseUnavailable, '3D': DatabaseUnavailable, '28': DatabaseUnavailable, 'XX00': DatabaseCorrupt}
+    '25006': DatabaseReadOnly, '42501': DatabaseUnavailable, '25P03': DatabaseUnavailable, '08': DatabaseUnavailable, '57P': DatabaseUnavailable, '3D': DatabaseUnavailable, '28': DatabaseUnavailable, 'XX00': DatabaseCorrupt}
 _no_room = 'too many clients', 'remaining connection slots', 'too many connections for', 'no more connections allowed'  # the last is PgBouncer's
-_at_odds = "another transaction changed the same rows at the same time: try again"
+# what is to be done is another thing than with others of that kind
+_pg_ways_out = {'40': "another transaction changed the same rows at the same time: try again",
+    '25006': "the server takes no writes: it is a standby, or its operator, or that of the database or the role, has made it read-only (default_transaction_read_only)",
+    '42501': "the role of the URL may not do this: grant it what it needs, or make it the owner of the database"}
 _ways_out = {
     DatabaseBusy: "another connection held the write lock for too long: commit or roll back its transaction, then try again",
     DatabaseFull: "no space left: free some, then try again",
@@ -107,7 +110,8 @@ def typed(
     "What a driver says about a database, as a typed error"
     cause = e.orig if isinstance(e, DBAPIError) else e
     kind = _kind(cause)
-    way_out = _at_odds if (getattr(cause, 'sqlstate', None) or '').startswith('40') else kind and _ways_out[kind]
+    state = getattr(cause, 'sqlstate', None) or ''
+    way_out = _pg_ways_out.get(state) or _pg_ways_out.get(state[:2]) or kind and _ways_out[kind]
     return kind and kind(f"{show_url(url)}: {way_out} ({' '.join(str(cause).split())})")
 
 @contextmanager

@@ -1173,6 +1173,21 @@ def test_jobs_run_behind_a_pooler(pooled, new_manager):
     ids = [m.submit('t', lambda: 1)[0] for _ in range(5)]
     assert {m.wait(i, 20).status for i in ids} == {'completed'}
 
+def test_after_a_failover_the_next_connection_is_a_new_one(new_pg):
+    store = Store(new_pg())
+    def standby(cur, now): cur.execute("SET default_transaction_read_only = 'on'")
+    store.write(standby)
+    def add(id): store.add(dict(id=id, job_type='t', task='t', payload='{}'))
+    with pytest.raises(DatabaseReadOnly, match='the server takes no writes: it is a standby'): add('a')
+    add('b')
+    assert [j['id'] for j in store.list(5)] == ['b']
+    store.close()
+
+def test_a_role_that_may_not_is_told_so(new_pg):
+    url = sa.make_url(new_pg())
+    with closing(db_connect.connect(url)) as conn, pytest.raises(DatabaseUnavailable, match='the role of the URL may not do this'):
+        with db_connect.db_errors(url): conn.execute('SET ROLE pg_monitor'); conn.execute('CREATE TABLE pg_catalog.t (n int)')
+
 def test_two_transactions_that_met_are_told_so(new_pg):
     url = sa.make_url(new_pg())
     with closing(db_connect.connect(url)) as a, closing(db_connect.connect(url)) as b:

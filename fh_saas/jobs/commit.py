@@ -14,7 +14,7 @@ import asyncio, logging, queue, threading, time
 from fastcore.basics import patch
 from ..db_connect import DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, NewerDatabase, show_url
 from .connections import Connections
-from .drivers import SQLite, deadlock, ended, locked, no_table
+from .drivers import SQLite, deadlock, ended, locked, no_table, read_only
 from .pool import settle
 
 log = logging.getLogger('fh_saas.jobs')
@@ -189,6 +189,7 @@ def _transact(self:Committer, batch, again=True, lazy=True):
     except BaseException as e:
         self._undo(lazy)
         state = getattr(e, 'sqlstate', None)
+        if state == read_only: self._drop()  # the next connection may lead to the server that takes writes
         if again and state == deadlock: time.sleep(0.05)  # who waited for what this one held gets it before it is asked for anew
         if again and state == no_table: self.opened()
         if again and state in ((deadlock, ended, no_table) if alone else (deadlock, no_table)): return self._transact(batch, again=False)

@@ -133,7 +133,7 @@ when_refused.append(_make_room)
 @patch
 def _error(self:Connections, e):
     if getattr(e, 'sqlstate', None) != no_table: return typed(self.url, e) or e
-    said = 'the tables of jobs were not there, because the database was made anew; they are now: try again' if self.back() else 'tables that belong there are missing: is it being made anew, or put back?'
+    said = 'the tables of jobs were not there, because the database was made anew; they are now: try again' if self.back() else 'tables that belong there are missing: is it being made anew, or put back? Or does the search_path of its role begin with a schema that is not there?'
     return DatabaseUnavailable(f"{show_url(self.url)}: {said} ({e})")
 
 # %% ../../nbs/jobs/04_connections.ipynb #589add0f
