@@ -814,7 +814,7 @@ def test_why_a_job_waits_is_told_to_admins(web):
     rules_of(web.host).set(queue='default', mode='paused')
     def seen(user, **kw): return [*soup(web.client(user).get(f'/jobs/job/{id}', **kw)).select('[aria-label="Why it waits"] li')]
     found = [li.text for li in seen('root', params=dict(tenant='acme'))]
-    assert found[0] == "Queue 'default' is paused, by a rule: `fh-saas resume --queue default` takes it back." and found[1] == 'It is to run at 2100-01-01T00:00:00.000000Z.'
+    assert found[0] == "Queue 'default' is paused, by a rule: fh-saas resume --queue default takes it back." and found[1] == 'It is to run at 2100-01-01T00:00:00.000000Z.'
     assert seen('acme-operator') == []
     web.host.hold('acme', "it is a copy of tenant 'globex': <i>/backups/globex.db")
     web.m['acme'].engine.tenancy(web.m['acme'].store).read = 0.0
