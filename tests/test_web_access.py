@@ -657,6 +657,34 @@ def test_a_secret_in_long_arguments_is_in_no_list(web):
     for path in ('/jobs/list', '/jobs/-/list', f'/jobs/-/banner?seen={id}', f'/jobs/job/{id}', f'/jobs/-/progress/{id}', f'{API}/{id}'): assert (x := (viewer if path.startswith(API) else c).get(path)).status_code == 200 and 'sesame' not in x.text, path
     assert viewer.get(f'{API}/{id}').json()['result'] == dict(said='***')
 
+@pytest.mark.parametrize('depth', [1, 20, 60, 200])
+def test_a_page_does_not_multiply_what_was_sent(web, depth):
+    "With two spaces for each level, a number in sixty lists takes 124 characters"
+    id, _ = web.m['acme'].submit('t', sync)
+    nested = '['*depth + ','.join(['1']*100_000) + ']'*depth
+    web.set('acme', id, status='completed', completed_at='2026-01-01T00:00:00.000000', payload=json.dumps(dict(path='a')).replace('"a"', nested), result=nested, details=f'{{"a":{nested}}}', error_log='x'*150_000)
+    x = web.client('acme-operator').get(f'/jobs/job/{id}')
+    assert x.status_code == 200 and len(x.text) < 1_300_000, len(x.text)  # all of the arguments twice, to be changed
+    page = soup(x)
+    assert [len(page.find(id=n).get_text()) for n in ('args', 'result', 'details', 'trace')] == [100_000]*4 and x.text.count('more characters are not shown') == 5 and '50,000 more characters' in x.text
+
+def test_a_result_of_many_members_shows_the_first(web):
+    id, _ = web.m['acme'].submit('t', sync)
+    web.set('acme', id, status='completed', completed_at='2026-01-01T00:00:00.000000', result=json.dumps({f'k{n}': n for n in range(20_000)}))
+    for path in (f'/jobs/job/{id}', f'/jobs/-/progress/{id}'):
+        page = soup(web.client('acme-viewer').get(path))
+        assert len(page.select('.fs-result dt')) == 101 and 'and 19,900 more' in page.get_text(), path
+
+def test_short_arguments_are_in_lines_and_long_ones_can_be_changed(web):
+    id, _ = web.m['acme'].submit('t', sync, payload=dict(path='a'))
+    c = web.client('acme-operator')
+    assert soup(c.get(f'/jobs/job/{id}')).find(id='args').get_text() == '{\n  "path": "a"\n}'
+    long, _ = web.m['acme'].submit('t', sync, payload=dict(path='ab'*60_000))
+    form = soup(c.get(f'/jobs/job/{long}')).find(id='fs-again')
+    sent = form.find('textarea').get_text()
+    x = ask(c, 'POST', f'/jobs/job/{long}/rerun', form=dict(shown=form.find('input', {'name': 'shown'})['value'], arguments=sent.replace('ab'*60_000, 'b')))
+    assert x.status_code == 303 and web.m['acme'].arguments(x.headers['location'].rpartition('/')[2]) == dict(path='b')
+
 # --- Secrets
 
 def test_secrets_are_masked_and_cannot_be_searched_for(web):
