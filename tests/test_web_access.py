@@ -311,6 +311,14 @@ def test_an_app_that_says_nothing_answers_this_machine_only(new_web):
         with pytest.raises(WebSocketDisconnect), c.websocket_connect('/jobs/-/monitor?tenant=acme'): pass
         assert web.everything() == before
 
+@pytest.mark.parametrize('gate', [dict(), dict(role=None, tenant=None), dict(role=None, tenant=None, tokens=None)])
+def test_an_app_that_says_nothing_says_so_when_it_starts(new_web, caplog, gate):
+    "Behind a proxy that speaks HTTP/1.1 and adds no header everybody is this machine"
+    web = new_web(**gate)
+    assert not caplog.records
+    with TestClient(web.app): pass
+    assert [r.levelname for r in caplog.records if 'give role= before a proxy' in r.getMessage()] == ['WARNING']*('role' in gate)
+
 # --- Hostile text
 
 evil = '''zzevil"'></title></textarea></pre></script></option><zz-tag zz-attr="1" onerror=alert(1)><script>alert(1)</script><img src=x onerror='alert(1)'>javascript:alert(1)&lt;zz-tag&gt;\u202e'''

@@ -24,7 +24,7 @@ from starlette.routing import Match, Route
 from ..db_connect import FhSaasError
 from ..jobs.payload import max_json
 from ..utils_bgtsk import BackgroundTaskManager
-from .access import Access, Gate, bearer, check_same_site, csrf_token, pace_of
+from .access import Access, Gate, bearer, check_same_site, csrf_token, open_here, pace_of
 from .audit import Audit
 from .directory import Directory
 from .problems import Problem, log, problem_of
@@ -136,6 +136,10 @@ def add_rest(self:Jobs):
 def warn_of_hidden(self:Jobs):
     for r in self.app.router.routes:
         if r not in self.routes and any(r.path == own.path and {*(r.methods or ())} & {*own.methods} for own in self.routes if hasattr(r, 'path')): log.warning("the app's route %s is hidden by the job system's: set up the jobs with other paths", r.path)
+
+@patch
+def warn_of_open(self:Jobs):
+    if self.gate.role is None: log.warning(open_here)
 
 def _as_json(req, p): return p.response()
 

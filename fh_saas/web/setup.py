@@ -74,7 +74,7 @@ def setup_jobs(app:FastHTML,
     if local: jobs.serve_local(Path(local))  # first: what is wrong with it is said before anything is added
     for add in (jobs.add_api, jobs.add_openapi, jobs.add_parts, jobs.add_live, jobs.add_overview, jobs.add_joblist, jobs.add_jobpage, jobs.add_operations): add()
     app.after = [*listify(app.after), carry_tasks]
-    app.lifespan.startup += [jobs.warn_of_hidden, jobs.add_rest]
+    app.lifespan.startup += [jobs.warn_of_hidden, jobs.warn_of_open, jobs.add_rest]
     runner.attach(app)
     return jobs
 
