@@ -11,13 +11,13 @@ from children.launch import Child, here
 from conftest import free_port, mounted, wait_until
 from fh_saas import Permanent, db_connect
 from fh_saas.db_connect import (DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, NewerDatabase, TooManyConnections, UnsupportedDatabase, writing)
-from fh_saas.db_host import HostDatabase, seconds
+from fh_saas.db_host import HostDatabase, seconds, timestamp
 from fh_saas.db_tenant import close_tenant_db, delete_tenant, get_or_create_tenant_db, open_tenant_db
 from fh_saas.jobs import attempt
 from fh_saas.jobs.desk import Desk
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.store import Store
-from fh_saas.jobs.wake import Wakes
+from fh_saas.jobs.wake import Wakes, wakes_of
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from fh_saas.workers.worker import Worker
 
@@ -603,16 +603,19 @@ def test_the_policy_of_a_task_and_its_timeout_come_before_that(new_sqlite, open_
         assert outcomes(m, end(m, m.submit('t', f, **kw)[0], 10).id) == ['failed']
 
 def test_a_full_server_sets_no_tenant_aside_for_long(new_sqlite, monkeypatch):
-    host, lasts, trouble = HostDatabase(new_sqlite()), [], Wakes.trouble
+    host, calls, trouble = HostDatabase(new_sqlite()), [], Wakes.trouble
     get_or_create_tenant_db('acme', host=host).close()
     def full(self, *args): raise TooManyConnections('full')
     for name in ('look', 'turn'): monkeypatch.setattr(Desk, name, full)
-    monkeypatch.setattr(Wakes, 'trouble', lambda *args: lasts.append(trouble(*args)) or lasts[-1])
+    monkeypatch.setattr(Wakes, 'trouble', lambda *args: calls.append(args) or trouble(*args))
     with Worker(host, Settings(concurrency=2)) as w:
-        wait_until(lambda: len(lasts) > 2, 20)
-        [desk] = [d for d in w.engine._desks.values() if d.store.tenant == 'acme']
-        for _ in range(4): w.engine._turn(desk)
-    assert lasts[:3] == [1, 2, 2] and desk.quiet == 2
+        wait_until(lambda: calls, 20)
+        wait_until(lambda: (desk := next((d for d in w.engine._desks.values() if d.store.tenant == 'acme'), None)) and desk.quiet == 2, 20)
+        for _ in range(4): w.engine._turn(next(d for d in w.engine._desks.values() if d.store.tenant == 'acme'))
+        assert [d.quiet for d in w.engine._desks.values() if d.store.tenant == 'acme'] == [2]
+    assert calls[0][-1] == 2.0
+    (wakes := wakes_of(host)).write(lambda cur, now: cur.execute("UPDATE fh_saas_wakes SET fails = 8, visitor = 'me'"))
+    assert trouble(wakes, 'acme', 'me', timestamp(), 'full', 2.0) == 2
     host.close()
 
 def test_a_database_dropped_under_a_running_engine(new_pg, server, open_manager, new_engine):

@@ -9,6 +9,7 @@ from conftest import free_port, wait_until
 from fh_saas.db_connect import DatabaseBusy, FhSaasError
 from fh_saas.db_host import gen_id, timestamp
 from fh_saas.db_tenant import get_or_create_tenant_db
+from fh_saas.jobs.desk import Desk
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.ring import Ring
 from fh_saas.jobs.rules import Rules
@@ -197,6 +198,23 @@ def test_what_was_lost_does_not_wait_for_the_end_of_a_backlog(made, new_url, new
     e.attend(new_manager(url, e).store)
     wait_until(lambda: 'lost' in ran, 15)
     assert len(ran) < 2000
+
+def test_what_a_turn_claims_while_it_is_told_to_start_nothing_goes_back(made, new_sqlite, new_manager, monkeypatch):
+    e = made(concurrency=2)
+    m = new_manager(new_sqlite(), e)
+    desk, turn = e._desks[m.store], Desk.turn
+    def told(self, *args, **kw):
+        said = turn(self, *args, **kw)
+        if said[1]: e.be_quiet()
+        return said
+    monkeypatch.setattr(Desk, 'turn', told)
+    id, _ = m.submit('t', work, n='late')
+    wait_until(lambda: e.quiet, 10)
+    wait_until(lambda: m.get_job(id).status == 'pending' and not desk.live, 10)
+    assert m.get_job(id).attempt == 0 and ran == []
+    monkeypatch.undo()
+    e.be_quiet(False)
+    assert m.wait(id, 10).status == 'completed' and m.get_job(id).attempt == 1
 
 def test_last_attempts_of_one_tenant_are_begun_beside_the_short_jobs_of_another(made, new_sqlite, new_manager):
     e = made(concurrency=8)

@@ -153,7 +153,7 @@ def _failed(self:Attempt, e):
     if o := self._recorded(e): return o
     if self.ctx.timed_out and isinstance(e, (asyncio.CancelledError, Snooze)): e = TimedOut(f"took longer than its timeout of {self.row['timeout']} s")
     what = self._meaning(e)
-    if isinstance(what, TooManyConnections) and not self.ctx.timed_out: what = Snooze(later); log.warning('%s: comes again in %g s: %s', self, later, self._said(e)[0])
+    if isinstance(what, TooManyConnections) and not self.ctx.timed_out: what = Snooze(later); log.warning('%s: comes again in %g s: %s', self, later, plain(self._said(e)[0]))
     if self.ctx.cancelled or isinstance(what, Cancel): return self._cancelled(e)
     if isinstance(what, Snooze): return Outcome('snooze', error=self._said(e)[0], delay=what.seconds)
     failed = (self.row['retry_count'] or 0) + 1

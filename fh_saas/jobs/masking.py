@@ -19,7 +19,7 @@ _patterns = [  # what is in each text that it matches, lower case; and what is p
     (['-----begin'], re.compile(r'-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)', re.S), '***'),
     (['://'], re.compile(r'(?<![\w+.-])(\w[\w+.-]{0,30}://[^\s:/@\'"]{0,200}:)[^\s/@\'"]{1,500}(?=@)'), r'\1***'),
     (['bearer', 'basic'], re.compile(r'(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}'), '***'),
-    (['akia', 'asia', '_live_', '_test_', 'ghp_', 'gho_', 'ghu_', 'ghs_', 'ghr_', 'xox', 'eyj'], re.compile(r'\b(AKIA|ASIA)[A-Z0-9]{16}\b|\b(sk|rk|pk)_(live|test)_\w{8,}|\bgh[pousr]_\w{20,}|\bxox[abprs]-[\w-]{10,}|(?<![\w-])eyJ[\w-]{8,1000}\.[\w-]{8,20000}\.[\w-]{0,2000}'), '***')]
+    (['akia', 'asia', '_live_', '_test_', 'ghp_', 'gho_', 'ghu_', 'ghs_', 'ghr_', 'xox', 'eyj'], re.compile(r'\b(AKIA|ASIA)[A-Z0-9]{16}\b|\b(sk|rk|pk)_(live|test)_\w{8,}|\bgh[pousr]_\w{20,}|\bxox[abprs]-[\w-]{10,}|(?<!\w)eyJ(?:(?!-eyJ)[\w-]){8,1000}\.[\w-]{8,20000}\.[\w-]{0,2000}'), '***')]
 _custom, _assigned = [], None
 
 def _compiled():

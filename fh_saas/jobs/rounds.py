@@ -168,7 +168,7 @@ def _turned(self:Rounds, desk, crew, attempts, again):
     waits = False
     try:
         if attempts:
-            if self.stopping: self.house.submit(self._undo, attempts); attempts = []
+            if self.stopping or self.quiet: self.house.submit(self._undo, attempts); attempts = []  # said since this turn began
             else: self.line.put(desk, attempts)
             if self.stopping: self.house.submit(self._undo, self.line.pull())  # `stop` may have looked already
         with self._lock:
