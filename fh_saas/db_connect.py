@@ -294,6 +294,7 @@ def _pg_args(u, busy, settings):
     options = ' '.join(f'-c {k}=' + re.sub(r'([\\\s])', r'\\\1', v) for k, v in settings.items())
     return dict(connect_timeout=max(2, round(busy)), application_name='fh_saas', client_encoding='UTF8', **_noticed) | u.query | dict(options=f'{options} -c {_mark}=on')
 
+# %% ../nbs/00_db_connect.ipynb #4feeb05b
 when_refused = [lambda: [eng.dispose() for eng in list(_engines) if eng.dialect.name == 'postgresql']] # each closes connections of this process to servers that nobody uses
 _room_made = 0.0
 

@@ -143,7 +143,7 @@ def failed(self:Attempt, e:BaseException) -> Outcome:
     "The task raised `e`"
     try: return self._failed(e)
     except BaseException as worse:  # an attempt has an outcome, whatever its error or its policy is made of
-        log.error('%s: what its error means cannot be told: %s', self, plain(self._said(worse)[0]))
+        log.error('%s: what its error means cannot be told: %s', self, self._in_a_line(worse))
         return Outcome('failed' if last_attempt(self.row) else 'retry', error=type(e).__name__, delay=2)
 
 later = 5.0 # seconds after which a job comes again that got no connection
@@ -153,13 +153,13 @@ def _failed(self:Attempt, e):
     if o := self._recorded(e): return o
     if self.ctx.timed_out and isinstance(e, (asyncio.CancelledError, Snooze)): e = TimedOut(f"took longer than its timeout of {self.row['timeout']} s")
     what = self._meaning(e)
-    if isinstance(what, TooManyConnections) and not self.ctx.timed_out: what = Snooze(later); log.warning('%s: comes again in %g s: %s', self, later, plain(self._said(e)[0]))
+    if isinstance(what, TooManyConnections) and not self.ctx.timed_out: what = Snooze(later); log.warning('%s: comes again in %g s: %s', self, later, self._in_a_line(e))
     if self.ctx.cancelled or isinstance(what, Cancel): return self._cancelled(e)
     if isinstance(what, Snooze): return Outcome('snooze', error=self._said(e)[0], delay=what.seconds)
     failed = (self.row['retry_count'] or 0) + 1
     if isinstance(what, (Permanent, BadPayload, NotJson)) or last_attempt(self.row): return self._failure('failed', *self._said(e))
     try: delay = what.seconds if isinstance(what, RetryAfter) else wait_after(failed, what if isinstance(what, wait_base) else self.task.backoff)
-    except Exception as broken: log.error('%s: its backoff policy raised %s; waiting %s s instead', self, plain(self._said(broken)[0]), delay := wait_after(failed))
+    except Exception as broken: log.error('%s: its backoff policy raised %s; waiting %s s instead', self, self._in_a_line(broken), delay := wait_after(failed))
     return self._failure('retry', *self._said(e), delay)
 
 # %% ../../nbs/jobs/08_attempt.ipynb #fc99ec09
@@ -168,7 +168,7 @@ def _meaning(self:Attempt, e):
     "What the task's policy makes of an exception, which may be itself"
     if isinstance(e, TaskSignal) and not isinstance(e, TimedOut) or not self.task.on_error: return e
     try: what = meaning(self.task.on_error, e)
-    except BaseException as broken: log.error('%s: its policy for %s raised %s; it fails as usual', self, type(e).__name__, plain(self._said(broken)[0])); what = None
+    except BaseException as broken: log.error('%s: its policy for %s raised %s; it fails as usual', self, type(e).__name__, self._in_a_line(broken)); what = None
     return e if what is None else what
 
 @patch
@@ -179,7 +179,7 @@ def _recorded(self:Attempt, e=None) -> Outcome: # None if it has not
         if not self.store.has_ended(self.row): return None
         row = self.store.get(self.row['id'])
     except FhSaasError: return None  # it is written as usual then; if it had ended, the claim is gone and nothing is changed
-    if e is not None: log.warning('%s: raised after it was completed, which changes nothing: %s', self, plain(self._said(e)[0]))
+    if e is not None: log.warning('%s: raised after it was completed, which changes nothing: %s', self, self._in_a_line(e))
     return Outcome(row['status'], result=row['result'], recorded=True)
 
 @patch
@@ -197,6 +197,9 @@ def _cancelled(self:Attempt, e):
 # %% ../../nbs/jobs/08_attempt.ipynb #da39f1dd
 @patch
 def _said(self:Attempt, e) -> tuple: return describe(e, self.ctx.masked, _from_task)
+
+@patch
+def _in_a_line(self:Attempt, e) -> str: return plain(self._said(e)[0])
 
 def _from_task(e): # None if it never came to the task's own code
     "The traceback, from the task's own code on"

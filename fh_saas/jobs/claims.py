@@ -252,7 +252,7 @@ def kept_in(self:Store, rates:dict,
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #fa6f30e1
 @patch
-def opens_in(self:Store, cur, now, rates:dict) -> float: # Seconds since the epoch; None if no rate was used up
+def opens_in(self:Store, cur, now, rates:dict) -> float: # Seconds from this moment on, negative if past; None if no rate was used up
     "When the first of these tasks, of those whose rate was used up at the moment `now`, may begin again"
     s, started = self.t.starts, self._started(cur, now, rates)
     def build():
@@ -262,4 +262,5 @@ def opens_in(self:Store, cur, now, rates:dict) -> float: # Seconds since the epo
     def leaves(task, n, per): # The moment of the start whose place is the next one's
         [at] = self.statement(('leaves', s.name), build)(cur, task=task, since=timestamp(now-per), until=timestamp(now+1), extra=started[task] - n).fetchone()
         return seconds(at) + per
-    return min((leaves(task, n, per) for task, (n, per) in rates.items() if started.get(task, 0) >= n), default=None)
+    at = min((leaves(task, n, per) for task, (n, per) in rates.items() if started.get(task, 0) >= n), default=None)
+    return None if at is None else at - self.kind.now(cur)

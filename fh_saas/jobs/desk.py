@@ -216,11 +216,6 @@ def _may_be_lost(said) -> bool:
 
 # %% ../../nbs/jobs/11_desk.ipynb #14fa4a5c
 @patch
-def _opens_in(self:Desk, cur, now, room) -> float:
-    at = self.store.opens_in(cur, now, room.rates) if room.rates else None  # as of the claim's moment: one that opens meanwhile is told, too
-    return None if at is None else at - self.store.kind.now(cur)
-
-@patch
 def turn(self:Desk,
     ends:list, # Attempts whose outcomes are to be written
     wanted:list, # Ids of jobs to claim, whenever they are due
@@ -240,9 +235,7 @@ def turn(self:Desk,
         if done: done(cur, now)
         (notes, facts), may = check(cur) if check else (None, None), bool(these or claim) and self._still_open(by_hand)
         got, rows, due, opens = these(cur, now) if these and may else [], claim(cur, now) if claim and may else [], None, None
-        if claim and may and len(rows) < room.n:
-            due = self.store.due_in(cur, now, *names, room.closed, self.only)
-            opens = self._opens_in(cur, now, room)
+        if claim and may and len(rows) < room.n: due, opens = self.store.due_in(cur, now, *names, room.closed, self.only), self.store.opens_in(cur, now, room.rates)
         if stepped := bool(notes is not None and (got or rows or ends)): self.store.step(cur, notes)  # who has nothing to say writes nothing
         return got, rows, due, opens, (notes, facts, stepped)
     op.single = done is not None and done.single and not (these or claim or check or doubts)

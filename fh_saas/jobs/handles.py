@@ -94,6 +94,7 @@ async def _handle_async(self:Handles, store, job_id, func):
         if self.stopping: running.cancel(); await asyncio.wait({running}, timeout=2)
         raise  # who waited has gone: the job goes on
 
+# %% ../../nbs/jobs/13_handles.ipynb #baab21d7
 @patch
 async def _handed(self:Handles, future, desk) -> Attempt: # None if the job is not to be run here
     "The attempt that is to be run in this coroutine, which may be cancelled while it waits, or told that the engine has stopped"

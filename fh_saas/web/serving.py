@@ -141,6 +141,7 @@ def warn_of_hidden(self:Jobs):
 def warn_of_open(self:Jobs):
     if self.gate.role is None: log.warning(open_here)
 
+# %% ../../nbs/web/04_serving.ipynb #09a929d0
 def _as_json(req, p): return p.response()
 
 policy = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -170,6 +171,7 @@ async def admit(self:Jobs, conn:HTTPConnection, needs:str='viewer') -> Access:
         if p.status == 401: self.pace(who)
         raise
 
+# %% ../../nbs/web/04_serving.ipynb #f29b4b78
 @patch
 async def answer(self:Jobs, req:Request, f, needs:str, problem, paced:bool=False, action:str=None) -> Response:
     "Who is this, may they, was it one of our pages that asked; then the work"
