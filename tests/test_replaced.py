@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import sqlalchemy as sa
 import fh_saas.db_tenant
+import fh_saas.jobs.store
 from conftest import wait_until
 from fh_saas.db_connect import DatabaseBusy, DatabaseFull, DatabaseUnavailable, FhSaasError, open_engine, writing
 from fh_saas.db_host import HostDatabase, gen_id
@@ -369,6 +370,21 @@ def test_a_connection_that_came_before_the_tables_is_not_kept(far, new_engine):
     with pytest.raises(DatabaseUnavailable, match='made anew'): m.submit('t', greet)
     get_or_create_tenant_db(name, host=far).close()
     assert m.list_jobs() == [] and m.submit('t', greet)
+
+def test_who_looks_while_another_makes_the_tables_gets_an_answer(far, new_engine, monkeypatch):
+    "What was opened before there were tables is not handed to a reader"
+    name = f'x{gen_id()[-10:]}'
+    m = BackgroundTaskManager(db := get_or_create_tenant_db(name, host=far), new_engine(concurrency=0))
+    db.close()
+    delete_tenant(name, far, force=True)
+    get_or_create_tenant_db(name, host=far).close()
+    make, seen = fh_saas.jobs.store.ensure_tables, []
+    def late(*args):
+        monkeypatch.setattr(fh_saas.jobs.store, 'ensure_tables', make)
+        with ThreadPoolExecutor(1) as other: seen.append(other.submit(m.list_jobs).result())
+        return make(*args)
+    monkeypatch.setattr(fh_saas.jobs.store, 'ensure_tables', late)
+    assert m.list_jobs() == [] and seen == [[]]
 
 def test_a_table_that_is_missing_is_not_said_to_be_there(far, new_engine):
     name = f'x{gen_id()[-10:]}'

@@ -55,7 +55,7 @@ class Store(Committer):
                 if not isinstance(self.kind, SQLite): return
                 if not notes and self._young(): raise DatabaseUnavailable(f"{show_url(self.url)}: it is empty: is it being made anew? Try again in a moment")
             self.notes = notes
-            if notes.get(f'schema:{self.t.jobs.name}') == str(schema_version): return
+            if self._built(notes): return
             ensure_tables(self.engine, self.t.jobs.name)
             self.engine.dispose()
             self.notes = self._noted()
@@ -71,8 +71,12 @@ def _noted(self:Store) -> dict:
     conn = connect(self.url, self.synchronous, self.busy)
     try: notes = dict(conn.execute(_note).fetchall())
     except Exception: conn.close(); return {}  # no such table, or something that the upgrade will name
-    self._spare.append(conn)
+    if self._built(notes): self._spare.append(conn)  # no reader gets one that came before the tables
+    else: conn.close()
     return notes
+
+@patch
+def _built(self:Store, notes) -> bool: return notes.get(f'schema:{self.t.jobs.name}') == str(schema_version)
 
 @patch
 def _said_soon(self:Store) -> dict:
