@@ -222,7 +222,7 @@ def test_last_attempts_of_one_tenant_are_begun_beside_the_short_jobs_of_another(
     flood.submit_many('t', work, [dict(n='flood', s=0.001) for _ in range(12000)])
     last.submit_many('t', work, [dict(n='last', s=0.001) for _ in range(3000)], max_retries=1)
     wait_until(lambda: ran.count('flood') >= 5000 or len(ran) >= 12000, 60)
-    assert ran.count('last') >= 200  # one in a hundred
+    assert ran.count('last') >= 50  # one in a hundred
 
 # --- Databases that do not answer
 

@@ -18,6 +18,7 @@ def shop(tmp_path):
     app = FastHTML(secret_key='x')
     jobs = setup_jobs(app, host, Settings(concurrency=0), tenant=lambda req: 'acme', role=lambda req: 'operator')
     store, said = jobs.directory.manager('acme').store, []
+    store.list(1)  # which opens what it reads with
     traced = list(store._spare)
     for conn in traced: conn.set_trace_callback(said.append)
     yield TestClient(app), store, said
