@@ -22,7 +22,7 @@ def test_track_gives_each_item_and_says_how_far_it_is(manager):
             seen.append((x, job._progress))
     job = run(manager, f)
     assert [x for x, _ in seen] == [1, 2, 3, 4] and (job.progress_percent, job.progress_message) == (100, '4 lines')
-    percent, text = seen[3][1]
+    percent, text = [said for _, said in seen if said[0] is not None][-1]  # a heartbeat may have taken one
     assert percent in (25, 50, 75) and ' of 4 lines, ' in text and text.endswith(' s left')
 
 @pytest.mark.parametrize('items,total,said', [('abc', None, '3'), ('abc', 3, '3'), ('', None, '0'), ('', 0, '0'), ('abc', 2, '3')])

@@ -54,7 +54,10 @@ def new_web(tmp_path):
     open_ = []
     def make(url, other=None, busy=0.3, role=lambda req: None, tester=True, settings=None, own=lambda app: None, **kw):
         host = HostDatabase(f'sqlite:///{tmp_path}/host.db')
-        for id, u in dict(acme=url, globex=other).items(): u and host.register(TenantCatalog(id, id, u))
+        for id, u in dict(acme=url, globex=other).items():
+            if not u: continue
+            Store(u).close()  # for a database that is empty the directory would wait, lest somebody be making it
+            host.register(TenantCatalog(id, id, u))
         jt = JobTester().__enter__() if tester else None
         if jt: jt.engine.settings = replace(jt.engine.settings, busy=busy)
         app = FastHTML(secret_key='x')
