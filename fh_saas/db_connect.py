@@ -330,7 +330,10 @@ def connect(
 ): # The driver's connection; it begins no transaction by itself
     "One connection of a driver, set up like those of `open_engine`, for the hot path"
     u = check_url(url)
-    return _sqlite_connect(u, synchronous, busy) if u.get_backend_name() == 'sqlite' else _pg_connect(u, busy, lazy=lazy)
+    if u.get_backend_name() != 'sqlite': return _pg_connect(u, busy, lazy=lazy)
+    conn = _sqlite_connect(u, synchronous, busy)
+    conn.text_factory = lambda read: read.decode('utf-8', 'replace')  # one text that is none would take along all that is read with it
+    return conn
 
 # %% ../nbs/00_db_connect.ipynb #65fb7b66
 def open_engine(

@@ -1,6 +1,6 @@
 "Real databases for the tests: a SQLite file each, and a database each on a real PostgreSQL server."
-import glob, os, pwd, shutil, socket, subprocess, tempfile, time, uuid
-from contextlib import contextmanager
+import glob, os, pwd, shutil, socket, sqlite3, subprocess, tempfile, time, uuid
+from contextlib import closing, contextmanager
 from pathlib import Path
 import pytest
 import sqlalchemy as sa
@@ -177,6 +177,19 @@ def mounted(folder, *how):
     if r.returncode: absent('MOUNT', r.stderr.strip())
     try: yield folder
     finally: subprocess.run(['umount', '-l', str(folder)], check=True)
+
+
+odd_values = ('abc', '', b'\xff\x00', -1, 2**62, 1e308, '9999-99-99', '['*5000, '{"a":'*700 + '1' + '}'*700, '{"a":NaN}')
+
+
+def forge(path, ids):
+    "Write into each of these jobs something that no type and no check of a column keeps out of a SQLite file; ids that are left over stay as they are"
+    with closing(sqlite3.connect(path, isolation_level=None)) as c:
+        c.execute('PRAGMA ignore_check_constraints=ON')
+        columns = [name for _, name, *_ in c.execute('PRAGMA table_info(tenant_jobs)') if name != 'id']
+        cases = [(col, '?', v) for col in columns for v in odd_values] + [(col, 'CAST(? AS TEXT)', b'A\xff') for col in columns]
+        for (col, how, v), id in zip(cases, ids := iter(ids)): c.execute(f'UPDATE tenant_jobs SET {col}={how} WHERE id=?', (v, id))
+    return len(cases)
 
 
 def wait_until(true, seconds=20, what='the awaited did not happen'):

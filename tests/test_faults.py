@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from fastsql import Database
 from children import tasks
 from children.launch import Child, here
-from conftest import free_port, mounted, wait_until
+from conftest import forge, free_port, mounted, wait_until
 from fh_saas import Permanent, db_connect
 from fh_saas.db_connect import (DatabaseBusy, DatabaseCorrupt, DatabaseFull, DatabaseReadOnly, DatabaseUnavailable, FhSaasError, NewerDatabase, TooManyConnections, UnsupportedDatabase, writing)
 from fh_saas.db_host import HostDatabase, seconds, timestamp
@@ -879,3 +879,40 @@ def test_a_tenant_that_is_first_looked_at_while_the_host_is_away(host, new_engin
     away.set()
     assert m.wait('a', 20).status == 'completed' and 'the host does not answer' in caplog.text
     assert not [r for r in caplog.records if r.levelname == 'ERROR']
+
+def refused(n): raise ValueError(n)
+
+@pytest.mark.parametrize('state', ['pending', 'running'])
+@pytest.mark.parametrize('task', [refused, tasks.echo], ids=lambda f: f.__name__)
+def test_an_odd_row_stops_no_other_job(new_sqlite, new_engine, open_manager, task, state):
+    "A file takes anything for anything, from whoever writes into it"
+    def engine(**kw):
+        e = new_engine(handoff=0.01, **kw)
+        for f in (refused, tasks.echo): e.registry.add(f, f.__qualname__)
+        return e
+    m = open_manager(url := new_sqlite(), engine(concurrency=0))
+    odd = m.submit_many('t', task, [dict(n=n) for n in range(400)])
+    if state == 'running':
+        with m.store.engine.begin() as conn: conn.execute(m.store.t.jobs.update().values(status=state, claim_token='x', worker='gone', lease_until=timestamp(1), started_at=timestamp(0), attempt=1))
+    assert forge(m.store.url.database, odd) < len(odd)
+    good = m.submit_many('t', tasks.echo, [dict(n=n) for n in range(20)])
+    m = open_manager(url, engine(concurrency=4))
+    wait_until(lambda: all(m.get_job(i).status == 'completed' for i in good), 20)
+    wait_until(lambda: m.list_jobs(status='running') == [], 20, 'a job was left running')
+
+begun = []
+
+def noted(n): begun.append(n)
+
+def test_a_job_put_back_by_hand_with_its_count_begun_anew_is_run_once_more(new_url, new_engine, open_manager):
+    "The number of its attempt is on record already"
+    m = open_manager(new_url(), new_engine(handoff=0.01))
+    m.engine.registry.add(noted, noted.__qualname__)
+    begun.clear()
+    ids = m.submit_many('t', noted, [dict(n=n) for n in range(5)])
+    def done(): return all(m.get_job(i).status == 'completed' for i in ids)
+    wait_until(done)
+    with m.store.engine.begin() as conn: conn.execute(m.store.t.jobs.update().values(status='pending', attempt=0, completed_at=None, run_at=timestamp(0)))
+    m.submit('t', noted, n=5)
+    wait_until(done)
+    assert sorted(begun) == sorted([*range(5)]*2 + [5]) and all(len(m.attempts(i)) == 1 for i in ids)

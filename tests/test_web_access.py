@@ -17,6 +17,8 @@ from fh_saas.db_tenant import get_or_create_tenant_db
 from fh_saas.jobs.commit import Committer
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.tenancy import rules_of
+from conftest import forge
+from conftest import forge
 from fh_saas.testing import JobTester
 from fh_saas.utils_bgtsk import BackgroundTaskManager
 from fh_saas.web.access import Access
@@ -675,6 +677,22 @@ def test_a_page_does_not_multiply_what_was_sent(web, depth):
     assert x.status_code == 200 and len(x.text) < 1_300_000, len(x.text)  # all of the arguments twice, to be changed
     page = soup(x)
     assert [len(page.find(id=n).get_text()) for n in ('args', 'result', 'details', 'trace')] == [100_000]*4 and x.text.count('more characters are not shown') == 5 and '50,000 more characters' in x.text
+
+@pytest.mark.parametrize('state', ['pending', 'running', 'completed'])
+def test_an_odd_row_is_shown_as_well_as_it_can_be(web, state):
+    m, c, at = web.m['acme'], web.client('acme-operator'), '2026-01-01T00:00:00.000000'
+    ids = m.submit_many('t', sync, [{}]*400)
+    with m.store.engine.begin() as conn: conn.execute(m.store.t.jobs.update().values(status=state, started_at=at, result='{}', completed_at=at if state == 'completed' else None))
+    n = forge(m.store.url.database, ids)
+    parts = ['/jobs', '/jobs/workers', f'{API}?limit=500', *(f'/jobs/-/banner?seen={",".join(ids[i:i + 20])}' for i in range(0, n, 20))]
+    cursor = ''
+    while cursor is not None:
+        parts.append(f'/jobs/list?cursor={quote(cursor)}')
+        _, cursor = m.store.page(50, cursor or None)
+    for id in ids[:n]:
+        parts += [f'/jobs/job/{id}', f'/jobs/-/progress/{id}', f'{API}/{id}']
+        m.get_job(id), m.attempts(id), m.logs(id)
+    for path in parts: assert c.get(path).status_code < 500, path
 
 def test_a_result_of_many_members_shows_the_first(web):
     id, _ = web.m['acme'].submit('t', sync)

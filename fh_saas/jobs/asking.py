@@ -16,7 +16,8 @@ from ..db_connect import FhSaasError
 from ..db_host import JobRecord, seconds, timestamp
 from .options import InvalidJob, whole, word
 from .masking import masked
-from .payload import clean, from_json
+from .model import declared
+from .payload import NotJson, clean, from_json
 from .registered import known_elsewhere
 from .states import Status, final, shown_state
 from .store import JobNotFound  # noqa: F401 what get_job raises, for those who catch it
@@ -27,9 +28,14 @@ import fh_saas.jobs.statistics  # noqa: F401 gives a store `open_jobs`, `lately`
 class Asking: "The part of a manager that says how jobs are doing"
 
 @patch
+def job_of(self:Asking, row:dict) -> JobRecord:
+    "A job as it is shown"
+    return self.job_class(**declared(row))
+
+@patch
 def get_job(self:Asking, job_id:str) -> JobRecord:
     "The job with that id; `JobNotFound` if this database has none"
-    return self.job_class(**self.store.get(job_id))
+    return self.job_of(self.store.get(job_id))
 
 @patch
 def list_jobs(self:Asking,
@@ -46,7 +52,7 @@ def list_jobs(self:Asking,
     if only.get('tag'): word('tag', only['tag'])
     if status and status not in [*Status]: raise InvalidJob(f"list_jobs: status={clean(repr(status), 80)} is none of {', '.join(Status)}")
     only = {k: str(v) for k, v in dict(job_type=job_type, status=status, **only).items() if v}
-    return [self.job_class(**r) for r in self.store.list(limit, offset, **only)]
+    return [self.job_of(r) for r in self.store.list(limit, offset, **only)]
 
 # %% ../../nbs/jobs/19_asking.ipynb #81cc37dd
 @patch
@@ -76,12 +82,14 @@ def _known(engine, store, job): # None: nobody can say
 @patch
 def attempts(self:Asking, job_id:str) -> list[dict]:
     "The attempts of a job that have ended: number, start, end, outcome, error, worker, seconds waited in the queue"
-    return self.store.attempts(job_id) or self._none_of(job_id)
+    return [*map(declared, self.store.attempts(job_id) or self._none_of(job_id))]
 
 @patch
 def arguments(self:Asking, job_id:str) -> dict:
     "The arguments of a job as they may be shown: without what looks like a secret"
-    return masked(from_json(self.store.get(job_id)['payload']))
+    payload = from_json(self.store.get(job_id)['payload'])
+    try: return masked(payload)
+    except RecursionError: raise NotJson("payload in the row is nested too deeply to be shown") from None
 
 @patch
 def logs(self:Asking,
@@ -89,7 +97,7 @@ def logs(self:Asking,
     attempt:int=None, # Only what this attempt said; all attempts if left out
 ) -> list[dict]:
     "What a job's task has logged and warned of"
-    return [l for l in self.store.logs(job_id) or self._none_of(job_id) if attempt in (None, l['attempt'])]
+    return [l for l in map(declared, self.store.logs(job_id) or self._none_of(job_id)) if attempt in (None, l['attempt'])]
 
 @patch
 def _none_of(self:Asking, job_id) -> list:

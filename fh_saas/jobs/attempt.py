@@ -18,7 +18,7 @@ from .context import JobContext, current
 from .events import event_of, events
 from .isolation import in_child
 from .payload import NotJson, TooLarge, describe, from_json, plain
-from .retries import Cancel, Permanent, RetryAfter, Snooze, TaskSignal, TimedOut, last_attempt, meaning, wait_after
+from .retries import Cancel, Permanent, RetryAfter, Snooze, TaskSignal, TimedOut, counted, last_attempt, meaning, wait_after
 from .states import Outcome
 from .store import Store
 from .tasks import BadPayload, Task, is_async
@@ -156,7 +156,7 @@ def _failed(self:Attempt, e):
     if isinstance(what, TooManyConnections) and not self.ctx.timed_out: what = Snooze(later); log.warning('%s: comes again in %g s: %s', self, later, self._in_a_line(e))
     if self.ctx.cancelled or isinstance(what, Cancel): return self._cancelled(e)
     if isinstance(what, Snooze): return Outcome('snooze', error=self._said(e)[0], delay=what.seconds)
-    failed = (self.row['retry_count'] or 0) + 1
+    failed = counted(self.row['retry_count']) + 1
     if isinstance(what, (Permanent, BadPayload, NotJson)) or last_attempt(self.row): return self._failure('failed', *self._said(e))
     try: delay = what.seconds if isinstance(what, RetryAfter) else wait_after(failed, what if isinstance(what, wait_base) else self.task.backoff)
     except Exception as broken: log.error('%s: its backoff policy raised %s; waiting %s s instead', self, self._in_a_line(broken), delay := wait_after(failed))

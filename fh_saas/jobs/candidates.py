@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from ..db_host import seconds, timestamp
 from .drivers import SQLite
 from .leases import max_lease
+from .model import declared
 from .payload import loads
 from .store import PENDING, RUNNING, Store, bind, heavy, rows_of
 
@@ -93,9 +94,8 @@ def _whole(self:Store, key, build):
     at_once, names = self.statement(('whole', *key), lambda: _in_one(self.t.jobs, build())), _names(self.t.jobs)
     def read(cur, **params):
         try: return [dict(zip(names, r)) for r in loads(at_once(cur, **params).fetchone()[0])]
-        except (sqlite3.Error, ValueError, MemoryError): return rows_of(by_row(cur, **params))
+        except (sqlite3.Error, ValueError, MemoryError): return [declared(r) | dict(id=r['id']) for r in rows_of(by_row(cur, **params))]
     return read
-
 
 # %% ../../nbs/jobs/05_store_candidates.ipynb #a0c82f3b
 @patch
@@ -127,8 +127,8 @@ def _anywhere(self:Store, names, old_types, suspects):
 
 # %% ../../nbs/jobs/05_store_candidates.ipynb #0764d354
 def _in(t, now):
-    try: return seconds(t) - now if t else None
-    except ValueError: return -1.0  # no moment at all: due
+    try: return None if t is None else seconds(t) - now
+    except (ValueError, TypeError, AttributeError): return -1.0  # no moment at all: due
 
 @patch
 def _ahead(self:Store, cur, now) -> tuple: # As `waiting`, and seconds

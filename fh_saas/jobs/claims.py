@@ -19,7 +19,7 @@ from ..db_host import seconds, timestamp
 from .candidates import columns
 from .drivers import SQLite
 from .payload import dumps
-from .retries import last_attempt
+from .retries import counted, last_attempt
 from .store import PENDING, RUNNING, Store, bind, in_state
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #bc6f9f77
@@ -57,6 +57,9 @@ class Room:
         return self.n if self.by_queue is None else min(self.n, self.by_queue.get(queue, 0))
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #d00b80e0
+# as `counted` has it
+def _next(attempt): return sa.case((attempt.between(sa.literal_column('0'), sa.literal_column(str(2**31 - 2))), sa.cast(attempt, sa.Integer) + sa.literal_column('1')), else_=sa.literal_column('1'))
+
 @patch
 def _mine(self:Store, cur, now, rows, token, worker, lease):
     "Make `rows`, which this transaction holds, this worker's"
@@ -64,11 +67,11 @@ def _mine(self:Store, cur, now, rows, token, worker, lease):
     if not rows: return []
     j = self.t.jobs
     stmt = self.statement(('mine', j.name), lambda: j.update().where(self._among(), in_state(j, 'pending')).values(status='running', claim_token=bind('token'),
-        lease_until=bind('lease'), worker=bind('worker'), started_at=bind('now'), attempt=j.c.attempt + 1))
+        lease_until=bind('lease'), worker=bind('worker'), started_at=bind('now'), completed_at=sa.null(), attempt=_next(j.c.attempt)))
     new = dict(status='running', claim_token=token, lease_until=timestamp(now+lease), worker=worker, started_at=timestamp(now))
     n = stmt(cur, ids=dumps([r['id'] for r in rows]), token=token, worker=worker, lease=new['lease_until'], now=new['started_at']).rowcount
     if n != len(rows): raise DatabaseCorrupt(f"{self.tenant}: {n} of {len(rows)} jobs could be claimed, though all are pending: something in the database keeps their rows as they are, a trigger perhaps; none was begun")
-    for r in rows: r |= new; r['attempt'] += 1
+    for r in rows: r |= new; r['attempt'] = counted(r['attempt']) + 1
     return rows
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #94a1b7ac

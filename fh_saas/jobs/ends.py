@@ -17,6 +17,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from ..db_host import seconds, timestamp
 from .drivers import SQLite
 from .payload import dumps
+from .retries import counted
 from .states import Outcome, Status
 from .store import RUNNING, Store, bind, in_state
 
@@ -31,7 +32,10 @@ def _finish_sql(self:Store):
         return j.update().where(j.c.id == bind('job'), j.c.claim_token == bind('token'), j.c.status == RUNNING).values(
             status=sa.case((asked, bind('if_asked')), else_=bind('new_status')), retry_count=bind('failed'), lost=bind('losses'), error_message=bind('error'), error_log=keep('error_log'), result=keep('result'),
             run_at=keep('run_at'), completed_at=sa.case((asked, bind('at', type_=sa.String)), else_=bind('ended', type_=sa.String)), claim_token=sa.null(), lease_until=sa.null(), cancel_requested_at=sa.null())
-    return self.statement(('finish', j.name), update), self.statement(('attempt', a.name), lambda: a.insert().values({c: bind(c) for c in cols}))
+    def attempt():
+        new = self.kind.insert(a).values({c: bind(c) for c in cols})
+        return new.on_conflict_do_update(index_elements=cols[:2], set_={c: new.excluded[c] for c in cols[2:]})  # who puts a job back by hand may begin its count anew
+    return self.statement(('finish', j.name), update), self.statement(('attempt', a.name), attempt)
 
 _seconds = lru_cache(4096)(seconds)  # jobs that were submitted or claimed together have their moments in common
 
@@ -45,7 +49,7 @@ def _waited(job) -> float:
 def _end(now, at, job, o:Outcome) -> tuple:
     "What a finish writes into the job, and the attempt it adds"
     pending = o.status == Status.pending
-    return (dict(job=job['id'], token=job['claim_token'], new_status=str(o.status), if_asked='cancelled' if pending else str(o.status), at=at, failed=(job['retry_count'] or 0) + o.counts, losses=(job['lost'] or 0) + (o.kind == 'lost'),
+    return (dict(job=job['id'], token=job['claim_token'], new_status=str(o.status), if_asked='cancelled' if pending else str(o.status), at=at, failed=counted(job['retry_count']) + o.counts, losses=counted(job['lost']) + (o.kind == 'lost'),
             error=o.error, error_log=o.log, result=o.result, run_at=timestamp(now+o.delay) if pending else None, ended=None if pending else at),
         dict(job_id=job['id'], number=job['attempt'], started_at=job['started_at'], ended_at=at, outcome=o.kind, error=o.error, worker=job['worker'], waited=_waited(job)))
 

@@ -12,9 +12,10 @@ __all__ = ['max_lease']
 # %% ../../nbs/jobs/05_store_leases.ipynb #e843ea20
 import sqlalchemy as sa
 from fastcore.basics import patch
-from ..db_host import timestamp
+from ..db_host import gen_id, timestamp
 from .drivers import SQLite
 from .ends import Store  # with this module a store has `finishing`
+from .model import declared
 from .retries import last_attempt
 from .states import Outcome
 from .store import RUNNING, bind, heavy, rows_of
@@ -79,13 +80,14 @@ def rescue(self:Store, n:int=100) -> list[tuple]: # `(row, outcome)` of each
     lapsed = lambda: sa.or_(j.c.lease_until.is_(None), j.c.lease_until < bind('now'), j.c.lease_until > bind('ahead'))
     find = self.statement(('lapsed', j.name), lambda: sa.select(*(c for c in j.c if c.name not in heavy)).where(j.c.status == RUNNING, lapsed())
         .limit(bind('n', type_=sa.Integer)).with_for_update(skip_locked=True))
-    adopt = self.statement(('adopt', j.name), lambda: j.update().where(j.c.id == bind('job'), j.c.status == RUNNING, j.c.claim_token.is_(None)).values(claim_token=bind('token')))
+    adopt = self.statement(('adopt', j.name), lambda: j.update().where(j.c.id == bind('job'), j.c.status == RUNNING).values(claim_token=bind('token')))
     def op(cur, now):
-        saved = []
-        for row in rows_of(find(cur, now=timestamp(now), ahead=timestamp(now+max_lease), n=n)):
-            if row['claim_token'] is None: # left by 0.9.14, which kept no lease: nobody knows whether it ever ran
-                adopt(cur, job=row['id'], token='rescue')
-                row, o = row | dict(claim_token='rescue', started_at=row['started_at'] or timestamp(now)), Outcome('release')
+        saved, token = [], gen_id()
+        for found in rows_of(find(cur, now=timestamp(now), ahead=timestamp(now+max_lease), n=n)):
+            row = declared(found) | dict(id=found['id'], claim_token=token)
+            adopt(cur, job=row['id'], token=token)  # whatever its token was, it is found by this one
+            if found['claim_token'] is None: # left by 0.9.14, which kept no lease: nobody knows whether it ever ran
+                row, o = row | dict(started_at=row['started_at'] or timestamp(now)), Outcome('release')
             else:
                 o = Outcome('failed' if last_attempt(row) else 'lost', error=f"worker_lost: the process that ran attempt {row['attempt']} ({row['worker']}) is gone")
             if self.finishing(row, o)(cur, now): saved.append((row, o))

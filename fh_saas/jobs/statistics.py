@@ -14,6 +14,7 @@ import threading, time
 import sqlalchemy as sa
 from fastcore.basics import patch
 from ..db_host import seconds, timestamp
+from .model import as_text
 from .store import PENDING, RUNNING, Store, bind, rows_of
 
 # %% ../../nbs/jobs/05_store_statistics.ipynb #6c6b4e9c
@@ -35,7 +36,7 @@ def open_jobs(self:Store) -> dict: # Queue -> `due`, `scheduled`, `running`, `ol
     with self.cursor() as cur:
         now = self.kind.now(cur)
         for r in rows_of(self.statement(('open jobs', j.name), build)(cur, now=timestamp(now))):
-            q = found.setdefault(r['queue'], dict(due=0, scheduled=0, running=0, oldest_due=None))
+            q = found.setdefault(as_text(r['queue']), dict(due=0, scheduled=0, running=0, oldest_due=None))
             q['due'] += int(r['due']); q['scheduled'] += int(r['n']) - int(r['due']); q['running'] += int(r['running'])
             if (late_for := _since(r['oldest'], now)) is not None: q['oldest_due'] = late_for
     return found
@@ -44,7 +45,7 @@ def open_jobs(self:Store) -> dict: # Queue -> `due`, `scheduled`, `running`, `ol
 def by_status(self:Store) -> dict:
     "How many jobs there are of each status; reads the whole table"
     j = self.t.jobs
-    with self.cursor() as cur: return {s: int(n) for s, n in self.statement(('by status', j.name), lambda: sa.select(j.c.status, sa.func.count()).group_by(j.c.status))(cur).fetchall()}
+    with self.cursor() as cur: return {as_text(s): int(n) for s, n in self.statement(('by status', j.name), lambda: sa.select(j.c.status, sa.func.count()).group_by(j.c.status))(cur).fetchall()}
 
 # %% ../../nbs/jobs/05_store_statistics.ipynb #74eaeec6
 recent = 0.9 # seconds for which an answer will do for who looks each second
@@ -84,9 +85,9 @@ def lately(self:Store,
     tasks = {}
     with self.cursor() as cur: rows = rows_of(stmt(cur, n=sample))
     for r in rows:
-        t = tasks.setdefault(r['task'], dict(outcomes={}, wait=[], duration=[]))
-        t['outcomes'][r['outcome']] = t['outcomes'].get(r['outcome'], 0) + 1
-        for k, v in (('wait', r['waited']), ('duration', _took(r))): v is None or t[k].append(v)
+        t, outcome = tasks.setdefault(as_text(r['task']), dict(outcomes={}, wait=[], duration=[])), as_text(r['outcome'])
+        t['outcomes'][outcome] = t['outcomes'].get(outcome, 0) + 1
+        for k, v in (('wait', r['waited']), ('duration', _took(r))): isinstance(v, float) and t[k].append(v)
     return {task: t | {k: spread(t[k]) for k in ('wait', 'duration')} for task, t in sorted(tasks.items())}
 
 # %% ../../nbs/jobs/05_store_statistics.ipynb #9057694f

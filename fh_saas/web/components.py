@@ -130,7 +130,7 @@ def JobList(m:BackgroundTaskManager, live:bool=False,
     if isinstance(limit, bool) or not isinstance(limit, int) or not 0 < limit <= most_listed: raise ValueError(f"limit={limit!r}: use a whole number from 1 to {most_listed}")
     only = {k: ','.join(v) if k == 'status' else v for k, v in sought(**only).items()}
     rows, _ = m.store.page(limit, **only)
-    jobs_ = [m.job_class(**r) for r in rows]
+    jobs_ = [m.job_of(r) for r in rows]
     id = 'jobs-' + hashlib.sha256(repr(sorted(only.items())).encode()).hexdigest()[:8]
     open_ = [j.id for j in jobs_ if j.status not in final]
     head = Thead(Tr(*(Th(h, scope='col') for h in ('Job', 'State', 'Progress', 'Begun', 'Outcome'))))
@@ -165,7 +165,7 @@ def JobBanner(m:BackgroundTaskManager,
     if at: seen = [*seen, *_since(m.store, types, at)]
     there = {r['id'] for r in rows}
     if seen: rows += m.store.glance([i for i in dict.fromkeys(seen) if i not in there])
-    lines = [m.job_class(**r) for r in rows]
+    lines = [m.job_of(r) for r in rows]
     open_ = [j.id for j in lines if j.status not in final]  # of those seen, too
     id = 'banner-' + hashlib.sha256(repr(types).encode()).hexdigest()[:8]
     url = _url(m, 'banner', types=','.join(types), live=live or None, seen=','.join([j.id for j in lines][:20]), at=at or timestamp(time.time() + m.store.kind.ahead))

@@ -45,7 +45,7 @@ most_in_list = 10_000 # characters of a result or of details in a list
 def listed(m, row:dict) -> dict:
     "A job of a list as it is sent: what is long is left out, and named"
     long = [k for k in ('result', 'details') if len(row[k] or '') > most_in_list or row[k] == left_out]
-    job = m.job_class(**row | dict.fromkeys(long))
+    job = m.job_of(row | dict.fromkeys(long))
     return facts(job, m.state(job)) | (dict(left_out=long) if long else {})
 
 # %% ../../nbs/web/03_facts.ipynb #a02a6bd1

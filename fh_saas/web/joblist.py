@@ -91,7 +91,7 @@ def _list(a:Asked):
     q, m = a.query.get('q', ''), a.manager
     only, rows, cursor, counts, wrong = _found(a, q)
     search = Form(Input(type='search', name='q', value=q, id='fs-q', placeholder='type:product_import status:failed error:timeout', aria_label='Search'), Hidden(a.query['tenant'], name='tenant') if a.query.get('tenant') else '', Button('Search'), method='get', action=f'{a.jobs.pages}/list', cls='fs-search', role='search')
-    body = table(_heads, [_row(a, m, m.job_class(**r)) for r in rows], "Nothing matches. Take a word out of the search." if only or wrong else "There are no jobs yet. Submit one from a route, and it appears here.")
+    body = table(_heads, [_row(a, m, m.job_of(r)) for r in rows], "Nothing matches. Take a word out of the search." if only or wrong else "There are no jobs yet. Submit one from a route, and it appears here.")
     acts = Form(Hidden(a.csrf(), name='csrf'), Hidden(q, name='q'), _acts(a, only, len(rows)), body, method='post', action=a.url(f'{a.jobs.pages}/list')) if a.access.may('operator') else body
     at, turned = f'{a.jobs.pages}/list', {k: v for k, v in only.items() if k != 'oldest'} | ({} if only.get('oldest') else dict(oldest=True))
     more = Nav(A('First page', href=a.url(at, q=q)) if a.query.get('cursor') else '', A('Next page', href=a.url(at, q=q, cursor=cursor), rel='next') if cursor else '', A('Newest first' if only.get('oldest') else 'Oldest first', href=a.url(at, q=spoken(turned))) if rows else '', cls='fs-bar', aria_label='Pages and order')

@@ -24,6 +24,7 @@ from ..db_connect import FhSaasError
 from ..db_host import JobRecord
 from ..jobs.process import default_engine
 from ..jobs.events import events
+from ..jobs.model import declared
 from ..jobs.payload import dumps
 from ..jobs.states import final
 from ..jobs.store import Store, rows_of
@@ -41,7 +42,7 @@ def pulse(self:Store, ids:list) -> dict: # Id -> what a page shows of it
     "What of these jobs can change, for those that are there"
     j = self.t.jobs
     stmt = self.statement(('pulse', j.name), lambda: sa.select(*(j.c[c] for c in _pulse)).where(self._among()))
-    with self.cursor() as cur: return {r['id']: r for r in rows_of(stmt(cur, ids=dumps(ids)))}
+    with self.cursor() as cur: return {r['id']: declared(r) for r in rows_of(stmt(cur, ids=dumps(ids)))}
 
 @patch
 def newest(self:Store) -> str: # Its id, if there is one
@@ -212,7 +213,7 @@ def _snapshot(m, seen) -> tuple:
     "What a monitor shows, and the jobs that have ended since"
     s = m.store
     running = s.page(50, status='running')[0]
-    ended = [m.job_class(**r) for r in s.these(sorted(seen - {r['id'] for r in running}))] if seen else []
+    ended = [m.job_of(r) for r in s.these(sorted(seen - {r['id'] for r in running}))] if seen else []
     state = dict(queues=s.open_lately(), running=[listed(m, r) for r in running])
     return state, [facts(j, m.state(j)) for j in ended if j.status in final], {r['id'] for r in running}
 
