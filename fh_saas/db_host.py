@@ -108,7 +108,8 @@ def has_ended(self:JobRecord) -> bool: return self.completed_at is not None
 @patch(as_prop=True)
 def elapsed_seconds(self:JobRecord) -> float: # From the start of the last attempt to the end of the job, or to now; None before the first
     if not self.started_at: return None
-    return max(0.0, (seconds(self.completed_at) if self.completed_at else time.time()) - seconds(self.started_at))
+    try: return max(0.0, (seconds(self.completed_at) if self.completed_at else time.time()) - seconds(self.started_at))
+    except (AttributeError, TypeError, ValueError): return None  # a row of somebody else's that names no moment
 
 # %% ../nbs/00_db_host.ipynb #45a39662
 @dataclass

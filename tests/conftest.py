@@ -188,7 +188,8 @@ def forge(path, ids):
         c.execute('PRAGMA ignore_check_constraints=ON')
         columns = [name for _, name, *_ in c.execute('PRAGMA table_info(tenant_jobs)') if name != 'id']
         cases = [(col, '?', v) for col in columns for v in odd_values] + [(col, 'CAST(? AS TEXT)', b'A\xff') for col in columns]
-        for (col, how, v), id in zip(cases, ids := iter(ids)): c.execute(f'UPDATE tenant_jobs SET {col}={how} WHERE id=?', (v, id))
+        cases += [('id', '?', b'A\xff'), ('id', 'CAST(? AS TEXT)', b'A\xff')]
+        for (col, how, v), id in zip(cases, ids): c.execute(f'UPDATE tenant_jobs SET {col}={how} WHERE id=?', (v, id))
     return len(cases)
 
 

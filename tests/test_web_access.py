@@ -691,7 +691,7 @@ def test_an_odd_row_is_shown_as_well_as_it_can_be(web, state):
         _, cursor = m.store.page(50, cursor or None)
     for id in ids[:n]:
         parts += [f'/jobs/job/{id}', f'/jobs/-/progress/{id}', f'{API}/{id}']
-        m.get_job(id), m.attempts(id), m.logs(id)
+    for id in ids[:n - 2]: m.get_job(id), m.attempts(id), m.logs(id)  # the last two have another id now
     for path in parts: assert c.get(path).status_code < 500, path
 
 def test_a_result_of_many_members_shows_the_first(web):

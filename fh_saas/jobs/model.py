@@ -15,7 +15,7 @@ from functools import cache
 from types import SimpleNamespace
 import sqlalchemy as sa
 from ..db_connect import NewerDatabase, add_columns, lock_schema, read_meta, reading, show_url, write_meta, writing
-from ..db_host import JobRecord, seconds
+from ..db_host import JobRecord
 from .states import Status, final
 
 # %% ../../nbs/jobs/03_model.ipynb #871a95a3
@@ -68,7 +68,6 @@ def tables(name:str='tenant_jobs') -> SimpleNamespace:
 
 # %% ../../nbs/jobs/03_model.ipynb #e898d083
 _numbers = {f.name: f.default for f in fields(JobRecord) if f.type in (int, 'int')} | dict(number=0, line=0)
-_moments = 'created_at', 'started_at', 'completed_at', 'run_at', 'lease_until', 'cancel_requested_at', 'ended_at', 'at'
 
 def as_text(v) -> str:
     if isinstance(v, str): return v
@@ -77,10 +76,7 @@ def as_text(v) -> str:
 def _as_declared(k, v):
     if k in _numbers: return v if type(v) is int and abs(v) < 2**31 and not (k == 'progress_percent' and not 0 <= v <= 100) else _numbers[k]
     if k == 'waited': return v if type(v) is float and v < 1e9 else None
-    v = as_text(v)
-    try: k in _moments and seconds(v)
-    except (ValueError, OverflowError): return None
-    return v
+    return as_text(v)
 
 def declared(row:dict) -> dict:
     "A row as its columns are declared; a value that is none of the kind becomes the column's default"
