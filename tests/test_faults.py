@@ -916,3 +916,22 @@ def test_a_job_put_back_by_hand_with_its_count_begun_anew_is_run_once_more(new_u
     m.submit('t', noted, n=5)
     wait_until(done)
     assert sorted(begun) == sorted([*range(5)]*2 + [5]) and all(len(m.attempts(i)) == 1 for i in ids)
+
+@pytest.mark.parametrize('state', ['pending', 'running', 'failed'])
+def test_an_odd_row_can_be_acted_on(new_sqlite, new_engine, open_manager, state):
+    "Each act does what it says, or says in an error of ours why not"
+    e, ended_at = new_engine(concurrency=0), timestamp(0) if state == 'failed' else None
+    e.registry.add(tasks.echo, tasks.echo.__qualname__)
+    m = open_manager(new_sqlite(), e)
+    def odd(n=400):
+        ids = m.submit_many('t', tasks.echo, [dict(n=n) for n in range(400)])
+        with m.store.engine.begin() as conn: conn.execute(m.store.t.jobs.update().where(m.store.t.jobs.c.id.in_(ids)).values(status=state, started_at=timestamp(0), completed_at=ended_at))
+        return ids[:forge(m.store.url.database, ids[:n]) - 2]
+    ids = odd()
+    for act in (m.state, m.why_waiting, m.cancel, m.retry, m.rerun, m.delete):
+        for id in ids:
+            try: act(id)
+            except FhSaasError as e: assert str(e)
+    odd(len(ids))
+    for act in (m.cancel_all, m.retry_all, m.delete_all):
+        assert act(everything=True, dry_run=True) - act(everything=True) in (0, 2)  # two have an id that nobody can name

@@ -20,7 +20,7 @@ from .candidates import columns
 from .drivers import SQLite
 from .payload import dumps
 from .retries import counted, last_attempt
-from .store import PENDING, RUNNING, Store, bind, in_state
+from .store import PENDING, RUNNING, Store, bind, in_state, named
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #bc6f9f77
 @dataclass
@@ -63,7 +63,7 @@ def _next(attempt): return sa.case((attempt.between(sa.literal_column('0'), sa.l
 @patch
 def _mine(self:Store, cur, now, rows, token, worker, lease):
     "Make `rows`, which this transaction holds, this worker's"
-    rows = [r for r in rows if isinstance(r['id'], str) and '\ufffd' not in r['id']]  # a file takes anything for an id, and no statement would find it
+    rows = [r for r in rows if named(r['id'])]
     if not rows: return []
     j = self.t.jobs
     stmt = self.statement(('mine', j.name), lambda: j.update().where(self._among(), in_state(j, 'pending')).values(status='running', claim_token=bind('token'),

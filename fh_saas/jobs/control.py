@@ -17,7 +17,7 @@ from ..db_connect import FhSaasError
 from ..db_host import timestamp
 from .drivers import SQLite
 from .payload import dumps
-from .store import PENDING, RUNNING, Busy, Store, bind, bound, rows_of, tagged, unique_lock
+from .store import PENDING, RUNNING, Busy, Store, bind, bound, named, rows_of, tagged, unique_lock
 
 # %% ../../nbs/jobs/05_store_control.ipynb #526743d9
 class WrongState(FhSaasError): "That cannot be done to a job in this state."
@@ -86,7 +86,7 @@ def cancelling(self:Store):
     def values(j):
         waits = j.c.status == PENDING
         def if_waiting(c, new): return sa.case((waits, new), else_=j.c[c])
-        return dict(status=if_waiting('status', 'cancelled'), completed_at=if_waiting('completed_at', bind('now', type_=sa.String)), error_message=if_waiting('error_message', 'cancelled before it ran'),
+        return dict(status=if_waiting('status', 'cancelled'), completed_at=sa.case((waits, bind('now', type_=sa.String))), error_message=if_waiting('error_message', 'cancelled before it ran'),
             cancel_requested_at=sa.case((waits, sa.null()), else_=bind('now', type_=sa.String)))
     return self._acting('cancel', values)
 
@@ -155,14 +155,14 @@ def act_on_all(self:Store, action:str, only:dict,
     def found(cur, now): return find(cur, now, ids[-1])
     def some(cur, now):
         those = ids if looks_first else found(cur, now)
-        match = [id for id, in still(cur, ids=dumps(ids), **only).fetchall()] if looks_first else those
+        match = [id for id, in still(cur, ids=dumps([*filter(named, ids)]), **only).fetchall()] if looks_first else those
         changed = op(cur, now, match) if match else {}
         return Busy if changed is Busy else (those, changed)
     try:
         while ids:
             if looks_first:
-                with self.cursor() as cur: ids = found(cur, None)
-                if not ids: break
+                with self.cursor() as cur: last, ids = ids[-1], found(cur, None)
+                if not ids or ids[-1] == last: break  # what has no name is found for ever
             ids, changed = self.write_soon(some)
             if changed: each_done(changed)
             done += len(changed)

@@ -68,13 +68,16 @@ def tables(name:str='tenant_jobs') -> SimpleNamespace:
 
 # %% ../../nbs/jobs/03_model.ipynb #e898d083
 _numbers = {f.name: f.default for f in fields(JobRecord) if f.type in (int, 'int')} | dict(number=0, line=0)
+_within = dict(progress_percent=(0, 100), priority=(1, 4))
 
 def as_text(v) -> str:
     if isinstance(v, str): return v
     return v.decode('utf-8', 'backslashreplace') if isinstance(v, bytes) else str(v)
 
 def _as_declared(k, v):
-    if k in _numbers: return v if type(v) is int and abs(v) < 2**31 and not (k == 'progress_percent' and not 0 <= v <= 100) else _numbers[k]
+    if k in _numbers:
+        low, high = _within.get(k, (-2**31, 2**31 - 1))
+        return v if type(v) is int and low <= v <= high else _numbers[k]
     if k == 'waited': return v if type(v) is float and v < 1e9 else None
     return as_text(v)
 

@@ -43,7 +43,7 @@ def under_names(
 ) -> list:
     "The keys that the same job has, or had"
     n, _, rest = key.partition(':')
-    return [f'{len(name)}:{name}{rest[int(n):]}' for name in names]
+    return [f'{len(name)}:{name}{rest[int(n):]}' for name in names] if n.isdecimal() and len(n) < 9 else [key]  # else it is somebody else's
 
 class Once(Adding):
     "A new pending job, unless the same one is there; what `Adding` says, with `found`, its id, if it is"
