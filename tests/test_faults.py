@@ -15,6 +15,7 @@ from fh_saas.db_host import HostDatabase, seconds, timestamp
 from fh_saas.db_tenant import close_tenant_db, delete_tenant, get_or_create_tenant_db, open_tenant_db
 from fh_saas.jobs import attempt
 from fh_saas.jobs.desk import Desk
+from fh_saas.jobs.payload import NotJson
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.store import Store
 from fh_saas.jobs.wake import Wakes, wakes_of
@@ -898,7 +899,7 @@ def test_an_odd_row_stops_no_other_job(new_sqlite, new_engine, open_manager, tas
     good = m.submit_many('t', tasks.echo, [dict(n=n) for n in range(20)])
     m = open_manager(url, engine(concurrency=4))
     wait_until(lambda: all(m.get_job(i).status == 'completed' for i in good), 20)
-    wait_until(lambda: all('\ufffd' in j.id for j in m.list_jobs(status='running')), 20, 'a job was left running')  # no statement finds an id that is no text
+    wait_until(lambda: m.list_jobs(status='running') == [], 20, 'a job was left running')
 
 begun = []
 
@@ -935,3 +936,35 @@ def test_an_odd_row_can_be_acted_on(new_sqlite, new_engine, open_manager, state)
     odd(len(ids))
     for act in (m.cancel_all, m.retry_all, m.delete_all):
         assert act(everything=True, dry_run=True) - act(everything=True) in (0, 2)  # two have an id that nobody can name
+
+@pytest.mark.parametrize('how', ['?', 'CAST(? AS TEXT)'])
+@pytest.mark.parametrize('state', ['pending', 'running'])
+def test_a_row_that_nobody_can_name_is_ended_and_stands_in_no_others_way(new_sqlite, new_engine, open_manager, how, state):
+    "It is the first that is due, of the same rank as others in two priorities, and holds their key"
+    m = open_manager(url := new_sqlite(), runs=False)
+    ids = [m.submit('t', tasks.echo, n=n, concurrency_key='k')[0] for n in range(5)]
+    with closing(sqlite3.connect(m.store.url.database, isolation_level=None)) as c:
+        c.execute('UPDATE tenant_jobs SET run_at=?, created_at=?', (timestamp(1),)*2)
+        c.execute('UPDATE tenant_jobs SET priority=3 WHERE id=?', ids[4:])
+        if state == 'running': c.execute("UPDATE tenant_jobs SET status='running', claim_token='x', lease_until=?, started_at=?, attempt=1 WHERE id=?", (timestamp(1), timestamp(1), ids[0]))
+        c.execute(f'UPDATE tenant_jobs SET id={how} WHERE id=?', (b'0\xff', ids[0]))
+    other = open_manager(url, concurrency=1)
+    other.engine.registry.add(tasks.echo, tasks.echo.__qualname__)
+    other.engine.attend(other.store)
+    wait_until(lambda: all(m.get_job(i).status == 'completed' for i in ids[1:]), 10)
+    [odd] = m.list_jobs(status='failed')
+    assert odd.error_message.startswith('its id is no text')
+
+@pytest.mark.parametrize('result', ['abc', '', '9999-99-99', '['*5000])
+def test_a_damaged_result_is_said_to_be_one(new_url, open_manager, result):
+    m = open_manager(new_url())
+    id, bg = m.submit('t', tasks.echo, n=1)
+    bg.func(*bg.args)
+    with m.store.engine.begin() as conn: conn.execute(m.store.t.jobs.update().values(result=result))
+    with pytest.raises(NotJson, match='result in the row is not JSON'): m.result(id)
+
+@pytest.mark.parametrize('note', ['abc', '9'*10_000, b'\xff'])
+def test_a_damaged_note_of_the_schema_is_said_to_be_one(new_sqlite, note):
+    Store(url := new_sqlite()).close()
+    with closing(sqlite3.connect(sa.make_url(url).database, isolation_level=None)) as c: c.execute("UPDATE fh_saas_meta SET value=? WHERE key='schema:tenant_jobs'", (note,))
+    with pytest.raises(DatabaseCorrupt, match='say that they have schema'): Store(url)

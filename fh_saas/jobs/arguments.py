@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from msgspec import inspect as shapes
 from ..db_connect import FhSaasError
 from .masking import is_secret, mask
-from .payload import NotJson, TooLarge, clean, to_json
+from .payload import NotJson, TooLarge, clean, to_json, value_of
 
 # %% ../../nbs/jobs/06_arguments.ipynb #fd9ee2c6
 class BadPayload(FhSaasError, TypeError): "The payload does not fit the task's signature."
@@ -257,7 +257,7 @@ def pack_result(self:Signature, v) -> str: # None for None
 def unpack_result(self:Signature, text:str):
     "A result as the type that the function names; as it is in the row if it names none, or if the row has another"
     if text is None: return None
-    v = json.loads(text)
+    v = value_of(text, 'result')
     try: return v if self.result is None else self.result.unpack(v)
     except (msgspec.ValidationError, RecursionError): return v
 

@@ -10,14 +10,14 @@ Docs: https://abhisheksreesaila.github.io/fh-saas/jobs/asking.html.md"""
 __all__ = ['Asking', 'StillRunning', 'JobFailed']
 
 # %% ../../nbs/jobs/19_asking.ipynb #1025809e
-import asyncio, json, time
+import asyncio, time
 from fastcore.basics import patch
 from ..db_connect import FhSaasError
 from ..db_host import JobRecord, seconds, timestamp
 from .options import InvalidJob, whole, word
 from .masking import masked
 from .model import declared
-from .payload import NotJson, clean, from_json
+from .payload import NotJson, clean, from_json, value_of
 from .registered import known_elsewhere
 from .states import Status, final, shown_state
 from .store import JobNotFound  # noqa: F401 what get_job raises, for those who catch it
@@ -157,7 +157,7 @@ class JobFailed(FhSaasError):
 def _result_of(self:Asking, job):
     if job.status not in (Status.completed, Status.completed_with_warnings): raise JobFailed(job)
     if t := self._task_of(job): return t.signature.unpack_result(job.result)
-    return None if job.result is None else json.loads(job.result)
+    return None if job.result is None else value_of(job.result, 'result')
 
 @patch
 def _task_of(self:Asking, job) -> Task: # None if it is not registered here

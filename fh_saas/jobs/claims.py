@@ -20,7 +20,7 @@ from .candidates import columns
 from .drivers import SQLite
 from .payload import dumps
 from .retries import counted, last_attempt
-from .store import PENDING, RUNNING, Store, bind, in_state, named
+from .store import PENDING, RUNNING, Store, bind, in_state
 
 # %% ../../nbs/jobs/05_store_claims.ipynb #bc6f9f77
 @dataclass
@@ -63,7 +63,6 @@ def _next(attempt): return sa.case((attempt.between(sa.literal_column('0'), sa.l
 @patch
 def _mine(self:Store, cur, now, rows, token, worker, lease):
     "Make `rows`, which this transaction holds, this worker's"
-    rows = [r for r in rows if named(r['id'])]
     if not rows: return []
     j = self.t.jobs
     stmt = self.statement(('mine', j.name), lambda: j.update().where(self._among(), in_state(j, 'pending')).values(status='running', claim_token=bind('token'),
@@ -116,7 +115,7 @@ def claiming(self:Store,
         def able(name): return left.get(name, 1) > picked.starts.get(name, 0)
         while new and len(got) < n:
             which = (tuple(t for t in names if able(room.named(t))), tuple(t for t in old_types if able(room.named(None, t)))) if left else (names, old_types)
-            rows = self._due(cur, now, room, n - len(got), most, (*which, room.suspects))
+            rows = self.with_names(cur, now, self._due(cur, now, room, n - len(got), most, (*which, room.suspects)), 'pending')
             got += (new := self._mine(cur, now, self._chosen(cur, rows, room, n, most, left, picked), token, worker, lease))
             if not picked.passed: break  # else those behind them are due, too
         self._begun(cur, now, room, picked)

@@ -18,7 +18,8 @@ from .ends import Store  # with this module a store has `finishing`
 from .model import declared
 from .retries import last_attempt
 from .states import Outcome
-from .store import RUNNING, bind, heavy, rows_of
+from .payload import dumps
+from .store import RUNNING, bind, heavy, in_state, named, rows_of
 
 # %% ../../nbs/jobs/05_store_leases.ipynb #7ba457a1
 @patch
@@ -70,6 +71,20 @@ def note(self:Store,
         return True
     return op
 
+# %% ../../nbs/jobs/05_store_leases.ipynb #066b0f57
+@patch
+def with_names(self:Store, cur, now, rows, status) -> list:
+    "Those of `rows`, which have this status, that a statement can name; the others of the table are ended"
+    if not isinstance(self.kind, SQLite): return rows
+    known = [r for r in rows if named(r['id'])]
+    if len(known) == len(rows): return rows
+    j, rowid = self.t.jobs, sa.literal_column('rowid')
+    ids = self.statement(('ids', j.name), lambda: sa.select(rowid, j.c.id).where(in_state(j, bind('status'))))
+    end = self.statement(('nameless', j.name), lambda: j.update().where(rowid.in_(sa.select(sa.func.json_each(bind('ids')).table_valued('value').c.value))).values(
+        status='failed', completed_at=bind('now'), error_message='its id is no text, by which a process could name it', claim_token=sa.null(), lease_until=sa.null()))
+    end(cur, ids=dumps([n for n, id in ids(cur, status=status).fetchall() if not named(id)]), now=timestamp(now))
+    return known
+
 # %% ../../nbs/jobs/05_store_leases.ipynb #33824b76
 max_lease = 600  # seconds; a lease that is further ahead was written by a clock that has gone back since
 
@@ -83,7 +98,8 @@ def rescue(self:Store, n:int=100) -> list[tuple]: # `(row, outcome)` of each
     adopt = self.statement(('adopt', j.name), lambda: j.update().where(j.c.id == bind('job'), j.c.status == RUNNING).values(claim_token=bind('token')))
     def op(cur, now):
         saved, token = [], gen_id()
-        for found in rows_of(find(cur, now=timestamp(now), ahead=timestamp(now+max_lease), n=n)):
+        rows = rows_of(find(cur, now=timestamp(now), ahead=timestamp(now+max_lease), n=n))
+        for found in self.with_names(cur, now, rows, 'running'):
             row = declared(found) | dict(id=found['id'], claim_token=token)
             adopt(cur, job=row['id'], token=token)  # whatever its token was, it is found by this one
             if found['claim_token'] is None: # left by 0.9.14, which kept no lease: nobody knows whether it ever ran

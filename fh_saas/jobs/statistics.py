@@ -14,7 +14,7 @@ import threading, time
 import sqlalchemy as sa
 from fastcore.basics import patch
 from ..db_host import seconds, timestamp
-from .model import as_text
+from .model import as_seconds, as_text
 from .store import PENDING, RUNNING, Store, bind, rows_of
 
 # %% ../../nbs/jobs/05_store_statistics.ipynb #6c6b4e9c
@@ -87,7 +87,7 @@ def lately(self:Store,
     for r in rows:
         t, outcome = tasks.setdefault(as_text(r['task']), dict(outcomes={}, wait=[], duration=[])), as_text(r['outcome'])
         t['outcomes'][outcome] = t['outcomes'].get(outcome, 0) + 1
-        for k, v in (('wait', r['waited']), ('duration', _took(r))): isinstance(v, float) and t[k].append(v)
+        for k, v in (('wait', as_seconds(r['waited'])), ('duration', _took(r))): v is None or t[k].append(v)
     return {task: t | {k: spread(t[k]) for k in ('wait', 'duration')} for task, t in sorted(tasks.items())}
 
 # %% ../../nbs/jobs/05_store_statistics.ipynb #9057694f

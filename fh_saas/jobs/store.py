@@ -71,7 +71,7 @@ def _noted(self:Store) -> dict:
     conn = connect(self.url, self.synchronous, self.busy)
     try: notes = dict(conn.execute(_note).fetchall())
     except Exception: conn.close(); return {}  # no such table, or something that the upgrade will name
-    if self._built(notes): self._spare.append(conn)  # no reader gets one that came before the tables
+    if self._built(notes) and not self._spare: self._spare.append(conn)  # no reader gets one that came before the tables
     else: conn.close()
     return notes
 
