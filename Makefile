@@ -11,7 +11,7 @@ demo: .venv/demo
 test: .venv/test .venv/npm
 	$(BIN)/python tools/check_exports.py
 	$(BIN)/nbdev-test
-	$(BIN)/python -m pytest -n 6 --dist worksteal
+	$(BIN)/python -m pytest -n 5 --dist worksteal
 
 bench: .venv/bench  ## measurements side by side with peers; never a part of the tests
 	$(BIN)/python -m benchmarks.run

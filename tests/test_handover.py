@@ -671,3 +671,20 @@ def test_a_response_goes_on_though_its_async_job_is_released_at_the_end(new_url,
         return id
     id = asyncio.run(go())
     assert ran == ['begun', 'next'] and [a['outcome'] for a in m.attempts(id)] == ['release']
+
+def test_a_stop_after_the_end_waits_for_no_coroutine_that_cleaned_up_for_long(make):
+    "What it came to is left at its desk, where nobody has a turn any more"
+    m, inside, over = make(handoff=0), threading.Event(), threading.Event()
+    async def tidy():
+        inside.set()
+        try: await asyncio.sleep(60)
+        finally: await asyncio.sleep(1.5); over.set()
+    m.engine.registry.add(tidy, tidy.__qualname__)
+    id, _ = m.submit('t', tidy)
+    assert inside.wait(10)
+    m.engine.stop(0)
+    assert over.wait(10) and m.store.get(id)['status'] == 'pending'
+    wait_until(lambda: any(d.ends for d in m.engine._desks.values()), 10)
+    at = time.monotonic()
+    m.engine.stop(0)
+    assert time.monotonic() < at + 2

@@ -105,7 +105,7 @@ def _leave(self:Stopping, tasks):
 @patch
 def _landing(self:Stopping) -> bool:
     "Is a claim on its way, whose job is not yet known here?"
-    return bool(self._claims) or any(d.ends or d.turning for d in list(self._desks.values()))  # in this order: a turn that begins in between has taken the ends
+    return not self.closed and bool(self._claims or any(d.ends or d.turning for d in list(self._desks.values())))  # in this order: a turn that begins in between has taken the ends
 
 def _by_desk(attempts):
     found = {}

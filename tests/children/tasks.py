@@ -16,14 +16,15 @@ async def awork(seconds): await asyncio.sleep(seconds); return os.getpid()
 def seconds(): return float(os.environ.get('NAP', 0))
 
 @task('nap')
-def nap(): time.sleep(seconds()); return os.getpid()
+def nap(): print('begun', flush=True); time.sleep(seconds()); return os.getpid()
 
 @task('anap')
-async def anap(): await asyncio.sleep(seconds()); return os.getpid()
+async def anap(): print('begun', flush=True); await asyncio.sleep(seconds()); return os.getpid()
 
 @task('anap_cleanup')
 async def anap_cleanup():
     "Takes a moment to clean up after it was cancelled, as clients and pools do"
+    print('begun', flush=True)
     try: await asyncio.sleep(seconds())
     finally: await asyncio.sleep(0.3)
     return os.getpid()
@@ -31,6 +32,7 @@ async def anap_cleanup():
 @task('anap_stubborn')
 async def anap_stubborn():
     "Takes a cancellation for one more error"
+    print('begun', flush=True)
     until = time.monotonic() + seconds()
     while time.monotonic() < until:
         try: await asyncio.sleep(0.2)
