@@ -157,14 +157,14 @@ _engines = weakref.WeakSet()
 # A connection to a server would be shared: one process reads what the other has asked
 os.register_at_fork(before=lambda: [eng.dispose() for eng in list(_engines)])
 
-def _wal(conn, busy):
+def _wal(conn, busy) -> bool:
     "Switch `conn` to WAL, waiting for others who are switching: SQLite does not always wait by itself here"
     until = time.monotonic() + busy
     sure = min(until, time.monotonic() + 0.1)
     while True:
         try:
-            if any(conn.execute(f'PRAGMA journal_mode{to}').fetchone()[0] == 'wal' for to in ('', '=WAL')): return
-            if time.monotonic() > sure: return  # a file system without shared memory keeps its journal
+            if any(conn.execute(f'PRAGMA journal_mode{to}').fetchone()[0] == 'wal' for to in ('', '=WAL')): return True
+            if time.monotonic() > sure: return False  # a file system without shared memory keeps its journal
         except sqlite3.OperationalError as e:
             if _kind(e) is not DatabaseBusy or time.monotonic() > until: raise
         time.sleep(0.01)
@@ -193,7 +193,7 @@ def file_of(u) -> tuple: # Device and inode; None if there is none
     except OSError: return None
     return st.st_dev, st.st_ino
 
-class _OfFile(sqlite3.Connection): file = None  # to which it is
+class _OfFile(sqlite3.Connection): file, wal = None, False  # to which it is, and whether readers and writers go past each other there
 
 def _sqlite_connect(u, synchronous, busy, create=False, explicit=True):
     if synchronous not in levels: raise ValueError(f"synchronous={synchronous!r}: use one of {', '.join(levels)}")
@@ -205,7 +205,7 @@ def _sqlite_connect(u, synchronous, busy, create=False, explicit=True):
             file = file_of(u)
             conn = sqlite3.connect(path, uri=True, timeout=busy, check_same_thread=False, isolation_level=None if explicit else '', factory=_OfFile)
             try:
-                _wal(conn, max(0.0, until - time.monotonic()))
+                conn.wal = _wal(conn, max(0.0, until - time.monotonic()))
                 for pragma in (f'synchronous={synchronous}', 'foreign_keys=ON', 'data_version'): conn.execute(f'PRAGMA {pragma}').fetchall()  # the last one reads
             except BaseException: conn.close(); raise
             conn.file = file_of(u)

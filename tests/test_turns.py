@@ -14,6 +14,7 @@ from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.ring import Ring
 from fh_saas.jobs.rules import Rules
 from fh_saas.jobs.settings import Settings
+from fh_saas.jobs.store import Store
 from fh_saas.jobs.tasks import Registry, task
 from fh_saas.jobs.tenancy import Tenancy, rules_of
 from fh_saas.jobs.wake import wakes_of
@@ -430,6 +431,7 @@ import sys, time
 from fasthtml.common import FastHTML
 from fh_saas import HostDatabase, get_or_create_tenant_db, BackgroundTaskManager, setup_jobs
 from fh_saas.jobs.settings import Settings
+from fh_saas.jobs.store import Store
 host = HostDatabase(sys.argv[1])
 app = FastHTML(secret_key='x')
 jobs = setup_jobs(app, host)
@@ -460,3 +462,37 @@ def test_a_server_that_has_served_its_most_requests_gives_its_jobs_back(host, tm
     with get_or_create_tenant_db('acme', host=host) as db: [job] = BackgroundTaskManager(db, e := Engine(Settings(concurrency=0))).list_jobs()
     e.stop(0)
     assert (job.status, job.retry_count) == ('pending', 0)
+
+def filled(store):
+    "One job that can be run here, one that nobody here knows, and one that is due later"
+    for id, what, delay in (('now', 'turns_work', 0), ('strange', 'nobody_knows', 0), ('later', 'turns_work', 60)):
+        store.add(dict(id=id, job_type=what, task=what, payload='{"n": 1, "s": 1}', queue=f'of {id}', max_retries=3), delay=delay)
+    return store
+
+def shape(mine, lapse, waiting): return round(mine, -1), round(lapse, -1), {q: round(s, -1) for q, s in waiting.items()}
+
+def test_a_visit_that_claims_from_a_file_learns_there_when_to_come_again(made, new_sqlite, monkeypatch):
+    "A look of its own opened the file once more"
+    e, opened = made(concurrency=2, lease=100), []
+    store = filled(e.store(new_sqlite()))
+    monkeypatch.setattr(Store, 'outlook', lambda *args: opened.append(1))
+    seen = e.take_turn(store)
+    monkeypatch.undo()
+    assert not opened and shape(*seen) == shape(*e.outlook(store)) == (60, 100, {'of strange': 0, 'of later': 60})
+
+def test_of_a_server_the_claim_tells_nothing_that_took_two_statements(made, new_pg):
+    "Between them another process may claim a job: it would be in neither answer, and its lease would be nobody's"
+    e = made(concurrency=2, lease=100)
+    store = filled(e.store(new_pg()))
+    assert e.take_turn(store) is None and shape(*e.outlook(store)) == (60, 100, {'of strange': 0, 'of later': 60})
+
+@pytest.mark.parametrize('new_url', ['sqlite'], indirect=True)
+def test_what_a_visit_takes_back_is_not_in_what_its_claim_has_seen(made, new_url):
+    "The jobs of a process that is gone were running still when it claimed"
+    e = made(concurrency=1)
+    store = e.store(new_url())
+    store.add(dict(id='lost', job_type='t', task='nobody_knows', payload='{}', max_retries=3))
+    store.claim_one('lost', gen_id(), 'gone', -1)
+    assert e.take_turn(store) is None
+    mine, lapse, waiting = e.outlook(store)
+    assert (mine, lapse) == (None, None) and 'default' in waiting

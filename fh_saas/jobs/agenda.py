@@ -37,7 +37,7 @@ def attend(self:Agenda,
     self._errand(desk)
 
 @patch
-def take_turn(self:Agenda, store:Store) -> tuple: # As `Store.due_in`, if all that is due was claimed
+def take_turn(self:Agenda, store:Store) -> tuple: # As `outlook`, if its claim has seen that
     "As `attend`, in this thread: what can be claimed now is claimed when it returns; raises if its database cannot be looked after"
     desk, view = self._desks.get(store), []
     if self.stopping or desk is None or not self.settings.concurrency: return

@@ -167,7 +167,17 @@ def outlook(self:Store, names:tuple, old_types:tuple, closed=(), only=None) -> t
     "The same, and when the first job of each queue is due, whoever can run it"
     with self.cursor(brief=True) as cur:
         self.kind.snapshot(cur)
-        waits, lapse = self._ahead(cur, now := self.kind.now(cur))
-        mine, all_ = self._moments(cur, now, waits, names, old_types, closed, only), self._moments(cur, now, waits, None)
+        said = self._outlook(cur, self.kind.now(cur), names, old_types, closed, only)
         self.kind.commit(cur)
+    return said
+
+@patch
+def _outlook(self:Store, cur, now, names, old_types, closed, only):
+    waits, lapse = self._ahead(cur, now)
+    mine, all_ = self._moments(cur, now, waits, names, old_types, closed, only), self._moments(cur, now, waits, None)
     return min(mine.values(), default=None), lapse, all_
+
+@patch
+def outlook_in(self:Store, cur, now, names, old_types, closed=(), only=None) -> tuple: # As `outlook`
+    "The same in the transaction of a claim; None on a server, where a job may be claimed between two statements, and then it is in neither answer"
+    return self._outlook(cur, now, names, old_types, closed, only) if isinstance(self.kind, SQLite) else None

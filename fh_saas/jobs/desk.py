@@ -222,6 +222,7 @@ def turn(self:Desk,
     room:Room, # What else may be claimed; None: nothing
     spare:Room=Room(0), # The limits for `wanted`, if there is no `room`
     by_hand:bool=False, # Is `wanted` to be run though its tenant is paused?
+    view:list=None, # Gets `Store.outlook` as of this claim, if it can be told
 ) -> tuple: # Attempts of `wanted`, other attempts to run, and, if there were fewer than there is room for, as `Store.due_in` and in how many seconds a rate opens
     "Everything there is to write, in one transaction"
     names, me = self.names, (token := gen_id(), self.worker, self.settings.lease)
@@ -234,22 +235,32 @@ def turn(self:Desk,
         for t in doubts: self.store.unclaim(cur, now, t)
         if done: done(cur, now)
         (notes, facts), may = check(cur) if check else (None, None), bool(these or claim) and self._still_open(by_hand)
-        got, rows, due, opens = these(cur, now) if these and may else [], claim(cur, now) if claim and may else [], None, None
-        if claim and may and len(rows) < room.n: due, opens = self.store.due_in(cur, now, *names, room.closed, self.only), self.store.opens_in(cur, now, room.rates)
+        got, rows = these(cur, now) if these and may else [], claim(cur, now) if claim and may else []
+        ahead = self._ahead(cur, now, names, room, len(rows), view is not None) if claim and may else (None, None, None)
         if stepped := bool(notes is not None and (got or rows or ends)): self.store.step(cur, notes)  # who has nothing to say writes nothing
-        return got, rows, due, opens, (notes, facts, stepped)
+        return got, rows, ahead, (notes, facts, stepped)
     op.single = done is not None and done.single and not (these or claim or check or doubts)
     op.alone = bool(these or claim) and (room or spare).counts
     op.patience = None if ends or wanted else self.patience
     op.lazy = None if done or doubts or (room or spare).rates or not self.proven else _may_be_lost
-    got, rows, due, opens, said = self._claimed(op, token) if these or claim else self.store.write(op)
+    got, rows, (due, opens, seen), said = self._claimed(op, token) if these or claim else self.store.write(op)
     attempts = self._take(rows)  # from here on they are known
     self._unclaimed(doubts)
     lazy, some = getattr(op, 'unsynced', False), bool(got or rows)
     if check: self._checked(*said, lazy)
     self.proven = self.proven or some
     self._flushed(before, lazy and some, bool(done))
+    if seen and (seen[1] is None or seen[1] > 0): view.append(seen)  # what is taken back next changes it
     return {r['id']: r for r in got}, attempts, due, opens
+
+# %% ../../nbs/jobs/11_desk.ipynb #8b28173e
+@patch
+def _ahead(self:Desk, cur, now, names, room, found, visited) -> tuple:
+    "What comes after a claim that found so many: as of `turn`, and what a visit asks for"
+    due = opens = seen = None
+    if found < room.n: due, opens = self.store.due_in(cur, now, *names, room.closed, self.only), self.store.opens_in(cur, now, room.rates)
+    if visited: seen = (*due[:2], {}) if due and not due[2] else self.store.outlook_in(cur, now, *names, room.closed, self.only)
+    return due, opens, seen
 
 # %% ../../nbs/jobs/11_desk.ipynb #26b78819
 @patch(as_prop=True)

@@ -96,8 +96,8 @@ class SQLite:
     def alive(self, conn): return not conn.in_transaction  # a second interrupt may have come while the first one was undone
     def writer(self, conn):
         # with a rollback journal a commit waits for those who read, as long as SQLite itself waits
-        if wal := conn.execute('PRAGMA journal_mode').fetchone()[0] == 'wal': set_timeout(conn, patience)
-        return wal  # may a commit be left to the next one's wait for the disk?
+        if conn.wal: set_timeout(conn, patience)
+        return conn.wal  # may a commit be left to the next one's wait for the disk?
     def begin(self, cur, busy):
         when_free(cur.execute, 'BEGIN IMMEDIATE', busy=busy)
         return time.time() + self.ahead

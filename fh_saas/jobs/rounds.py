@@ -144,7 +144,7 @@ def _visit_soon(self:Rounds, desks):
 def _turn(self:Rounds,
     desk,
     crew:bool=False, # Is this a thread of the crew, which will look for work itself?
-    view:list=None, # Gets what the claim has seen of the time to come
+    view:list=None, # As of `Desk.turn`
 ):
     "Write what a desk has to write, and claim what it may"
     with desk._lock:
@@ -153,7 +153,7 @@ def _turn(self:Rounds,
         ends, desk.ends = desk.ends, []
         self._turning[desk] = time.monotonic()
     wanted, again, attempts = [], 1.0, []
-    try: again = self._have_turn(desk, ends, wanted, attempts, [] if view is None else view)
+    try: again = self._have_turn(desk, ends, wanted, attempts, view)
     except FhSaasError as e: again = self._troubled(desk, ends, wanted, e)
     except Exception as e:
         log.exception('tenant=%s: cannot be looked after', desk.store.tenant)
@@ -247,7 +247,7 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
     if not (ends or wanted or room): return self.settings.poll if claims or desk.tenancy and not desk.rung and not self.stopping else None
     offers = desk.offered
     if room: desk.hungry = False  # who calls from here on may mean a job, or a place, that this claim does not see
-    if (said := self._write_and_claim(desk, ends, wanted, room)) is None: return None
+    if (said := self._write_and_claim(desk, ends, wanted, room, view)) is None: return None
     got, found, due, opens = said
     refused = any(w[0] not in got for w in wanted)
     attempts += found  # first of all: nobody else knows of what was claimed
@@ -255,7 +255,6 @@ def _have_turn(self:Rounds, desk, ends, wanted, attempts, view):
     wanted.clear()
     self._all_written(desk, ends)
     ends.clear()
-    if due: view.append(due)
     return self._after(desk, room, found, due, opens, attempts, offers) if room else self._bar(desk) if refused else None
 
 # %% ../../nbs/jobs/13_rounds.ipynb #ff1e4542
@@ -269,9 +268,9 @@ def _brought(self:Rounds, desk, n) -> list: # As many of what it was asked for b
 
 # %% ../../nbs/jobs/13_rounds.ipynb #efff5c1f
 @patch
-def _write_and_claim(self:Rounds, desk, ends, wanted, room) -> tuple: # As `Desk.turn`; None: not all could be written together
+def _write_and_claim(self:Rounds, desk, ends, wanted, room, view) -> tuple: # As `Desk.turn`; None: not all could be written together
     try:
-        said = desk.turn(ends, [w[0] for w in wanted], room, self._room(desk, 0) if wanted and not room else None)
+        said = desk.turn(ends, [w[0] for w in wanted], room, self._room(desk, 0) if wanted and not room else None, view=view)
         desk.sound, desk.ailing = True, None
         return said
     except Exception as e:
