@@ -116,7 +116,7 @@ def _next(self:Lookout, me): # None if there is none
 def _spare(self:Lookout) -> int:
     "Visits that may begin now"
     most = 8 if self.wakes.bell is None else self._abreast.most if self.engine.line.lanes.narrow else self._abreast.n  # a server takes its time, and none of ours
-    return most - sum(at > time.monotonic() - stuck for at in self._began.values())
+    return most - sum(at > time.monotonic() - stuck for at in [*self._began.values()])
 
 # %% ../../nbs/workers/00_lookout.ipynb #cfbfa86f
 @patch
