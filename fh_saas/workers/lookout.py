@@ -50,7 +50,7 @@ window = 0.25 # seconds between judgements
 
 class Abreast:
     "As many visits as keep the processor busy: with more, each only waits for the interpreter after each of its statements"
-    most = max(2, min(8, os.cpu_count() or 2))
+    most, beside = 8, max(2, min(8, os.cpu_count() or 2)) # on a slow disk; and beside jobs that compute
     def __init__(self): self.n, self._since = 1, None
 
     def judge(self,
@@ -134,7 +134,8 @@ def _next(self:Lookout, me): # None if there is none
 @patch
 def _spare(self:Lookout) -> int:
     "Visits that may begin now"
-    most = 8 if self.wakes.bell is None else self._abreast.most if self.engine.line.lanes.narrow else self._abreast.n  # a server takes its time, and none of ours
+    a = self._abreast
+    most = a.most if self.wakes.bell is None else a.beside if self.engine.line.lanes.narrow else a.n  # a server takes its time, and none of ours
     return most - sum(at > time.monotonic() - stuck for at in [*self._began.values()])
 
 # %% ../../nbs/workers/00_lookout.ipynb #cfbfa86f
