@@ -17,6 +17,7 @@ from fh_saas.db_tenant import TenantMismatch, delete_tenant, get_or_create_tenan
 from fh_saas.jobs.engine import Engine
 from fh_saas.jobs.settings import Settings
 from fh_saas.jobs.store import JobNotFound, QuotaExceeded
+from fh_saas.jobs.drivers import SQLite
 from fh_saas.jobs.tasks import Registry, task
 from fh_saas.jobs.tenancy import Held, rules_of, settle_held
 from fh_saas.jobs.wake import Wakes, wakes_of
@@ -1340,3 +1341,22 @@ def test_rows_that_somebody_has_written_keep_no_worker_from_saying_that_it_lives
         [w] = fleet.workers()
         assert w.running == 3 and [len(j) for j in w.jobs] == [3, 3, 3] and len(w.jobs[0][2]) == 200 and w.jobs[1][1] == 'an id'
     finally: fleet.leave(e.worker); e.stop(0)
+
+@task('fleet_instant')
+def instant(): return 1
+
+@pytest.mark.parametrize('new_url', ['sqlite'], indirect=True)
+def test_on_a_slow_disk_more_visits_go_abreast(host, monkeypatch):
+    "They wait for it, and the processor has nothing to do meanwhile"
+    web, now, most = Engine(Settings(concurrency=0)), set(), [0]
+    for n in range(60): BackgroundTaskManager(get_or_create_tenant_db(f't{n}', host=host), web).submit('t', instant)
+    commit, visit = SQLite.commit, Runner._visit
+    def slowly(self, cur): time.sleep(0.03); commit(self, cur)
+    def seen(self, id):
+        now.add(id); most[0] = max(most[0], len(now))
+        try: visit(self, id)
+        finally: now.discard(id)
+    monkeypatch.setattr(SQLite, 'commit', slowly)
+    monkeypatch.setattr(Runner, '_visit', seen)
+    with Runner(host, Settings(concurrency=4)): wait_until(lambda: most[0] > 2, 30)
+    web.stop(0)
