@@ -221,8 +221,8 @@ def turn(self:Desk,
     wanted:list, # Ids of jobs to claim, whenever they are due
     room:Room, # What else may be claimed; None: nothing
     spare:Room=Room(0), # The limits for `wanted`, if there is no `room`
-    by_hand:bool=False, # Is `wanted` to be run though its tenant is paused?
     view:list=None, # Gets `Store.outlook` as of this claim, if it can be told
+    by_hand:bool=False, # Is `wanted` to be run though its tenant is paused?
 ) -> tuple: # Attempts of `wanted`, other attempts to run, and, if there were fewer than there is room for, as `Store.due_in` and in how many seconds a rate opens
     "Everything there is to write, in one transaction"
     names, me = self.names, (token := gen_id(), self.worker, self.settings.lease)

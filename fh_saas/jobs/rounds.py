@@ -270,7 +270,7 @@ def _brought(self:Rounds, desk, n) -> list: # As many of what it was asked for b
 @patch
 def _write_and_claim(self:Rounds, desk, ends, wanted, room, view) -> tuple: # As `Desk.turn`; None: not all could be written together
     try:
-        said = desk.turn(ends, [w[0] for w in wanted], room, self._room(desk, 0) if wanted and not room else None, view=view)
+        said = desk.turn(ends, [w[0] for w in wanted], room, self._room(desk, 0) if wanted and not room else None, view)
         desk.sound, desk.ailing = True, None
         return said
     except Exception as e:
