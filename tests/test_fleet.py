@@ -25,6 +25,7 @@ from fh_saas.utils_bgtsk import BackgroundTaskManager, QueueClosed
 from fh_saas.ops import copies
 from fh_saas.ops.copies import export_tenant, restore_tenant
 from fh_saas.ops.terminal import the_host
+from fh_saas.workers import lookout
 from fh_saas.workers.fleet import Fleet, share_turn
 from fh_saas.workers.runner import Runner
 from fh_saas.workers.worker import Worker
@@ -1360,3 +1361,30 @@ def test_on_a_slow_disk_more_visits_go_abreast(host, monkeypatch):
     monkeypatch.setattr(Runner, '_visit', seen)
     with Runner(host, Settings(concurrency=4)): wait_until(lambda: most[0] > 2, 30)
     web.stop(0)
+
+@pytest.mark.parametrize('new_url', ['sqlite'], indirect=True)
+def test_who_gave_way_is_visited_after_who_has_just_become_due(host, monkeypatch):
+    r, e = Runner(host), Engine(Settings(concurrency=1))
+    r._meet_host(); r._prepare(e)
+    r.engine = e
+    for id in ('noisy', 'acme'): get_or_create_tenant_db(id, host=host)
+    monkeypatch.setattr(lookout, 'most_waiting', 0)
+    monkeypatch.setattr(e.line, 'size', 0)
+    monkeypatch.setattr(e, 'give_way', lambda n: ['noisy'])
+    r.wakes.ring('noisy', '2020-01-01T00:00:00.000000')
+    r._find()  # there is room for nobody: it goes to the end of the line, and has a place all the same
+    r._todo.take()
+    def found(room, *ids):
+        monkeypatch.setattr(lookout, 'most_waiting', room)
+        for id in ids: r.wakes.ring(id, f'20{20 + (id == "acme")}-01-01T00:00:00.000000')  # the noisy one is due first
+        r._find()
+        return list(r._visiting)
+    r._visiting.clear()
+    assert found(0, 'noisy', 'acme') == ['acme']  # one gave way, so there is a place for one
+    r._visiting.clear()
+    r._todo.take()
+    r.wakes.settle('acme', e.worker, *r.wakes.lease('acme', e.worker))
+    assert found(48) == ['noisy'] and len(found(48, 'acme')) == 2
+    r._todo._turns = 0  # each third is for those that gave way
+    assert [r._todo.take(), r._todo.take()] == ['acme', 'noisy']
+    e.stop(0)

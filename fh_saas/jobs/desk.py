@@ -246,11 +246,8 @@ def turn(self:Desk,
     got, rows, (due, opens, seen), said = self._claimed(op, token) if these or claim else self.store.write(op)
     attempts = self._take(rows)  # from here on they are known
     self._unclaimed(doubts)
-    lazy, some = getattr(op, 'unsynced', False), bool(got or rows)
-    if check: self._checked(*said, lazy)
-    self.proven = self.proven or some
-    self._flushed(before, lazy and some, bool(done))
-    if seen and (seen[1] is None or seen[1] > 0): view.append(seen)  # what is taken back next changes it
+    self._committed(op, said, before, bool(got or rows), bool(done))
+    if seen: view.append(seen)
     return {r['id']: r for r in got}, attempts, due, opens
 
 # %% ../../nbs/jobs/11_desk.ipynb #8b28173e
@@ -260,7 +257,16 @@ def _ahead(self:Desk, cur, now, names, room, found, visited) -> tuple:
     due = opens = seen = None
     if found < room.n: due, opens = self.store.due_in(cur, now, *names, room.closed, self.only), self.store.opens_in(cur, now, room.rates)
     if visited: seen = (*due[:2], {}) if due and not due[2] else self.store.outlook_in(cur, now, *names, room.closed, self.only)
+    if seen and seen[1] is not None and seen[1] <= 0: seen = None  # what is taken back next changes it
     return due, opens, seen
+
+@patch
+def _committed(self:Desk, op, said, before, some, durable):
+    "What is known after a turn in which there were `some` claims: how far the database has come, and the disk"
+    lazy = getattr(op, 'unsynced', False)
+    if said[0] is not None: self._checked(*said, lazy)
+    self.proven = self.proven or some
+    self._flushed(before, lazy and some, durable)
 
 # %% ../../nbs/jobs/11_desk.ipynb #26b78819
 @patch(as_prop=True)
